@@ -1,0 +1,34 @@
+# Everything runs in .venv, made with plain venv and pip. A stamp per extra says that it is
+# installed; it is made again only when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench-quick clean
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests hypergrad
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-quick: $(VENV)/.installed-examples
+	$(BIN)/python -m benchmarks.quick
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that the sources are what runs, and both extras can share one environment.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
