@@ -1,0 +1,208 @@
+"""A file of hypergrad imports only files above it, and importing hypergrad stays cheap."""
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
+
+# From the bottom of the house to its top. A pattern stands for files that may import one another,
+# as long as they do not do it in a circle. `__init__` files only collect names and are exempt.
+ORDER = (
+    "trees",
+    "minibatches",
+    "inner_gradient",
+    "problem",
+    "dimensions",
+    "space",
+    "noise",
+    "structure",
+    "schedules",
+    "linear",
+    "estimators.base",
+    "estimators.unrolled",
+    "estimators.forward",
+    "estimators.implicit",
+    "estimators.evolution",
+    "estimators.difference",
+    "trust",
+    "tuners.alternating",
+    "tuners.restarting",
+    "tuners.population",
+    "diagnostics",
+    "search.*",
+    "training",
+    "plotting",
+    "nn",
+    "testing",
+)
+# An estimator sees a problem and its hyperparameters, never who asks for the hypergradient.
+HIDDEN_FROM_ESTIMATORS = (
+    "dimensions",
+    "space",
+    "trust",
+    "tuners",
+    "tuners.*",
+    "search",
+    "search.*",
+)
+
+
+def module_name(path: Path, package: Path) -> str:
+    """Return the dotted name inside the package; that of a package for its `__init__`."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, package: Path, modules: set[str]) -> set[str]:
+    """Return the modules of `package` that a file imports, anywhere in it."""
+    # Relative imports start from the folder that the file lies in.
+    folder = (package.name, *path.relative_to(package).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = folder[: len(folder) - node.level + 1] if node.level else ()
+            source = ".".join((*start, *([node.module] if node.module else [])))
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, inside = name.partition(".")
+            if root != package.name:
+                continue
+            # `from hypergrad.space import Float` is an import of hypergrad.space.
+            while inside and inside not in modules:
+                inside = inside.rpartition(".")[0]
+            found.add(inside)
+    return found
+
+
+def rank(module: str) -> int | None:
+    """Return the place of a file in ORDER; for a package's `__init__`, that of its last file."""
+    places = [i for i, pattern in enumerate(ORDER) if fnmatch(module, pattern)]
+    places = places or [i for i, pattern in enumerate(ORDER) if pattern.startswith(f"{module}.")]
+    return max(places, default=None)
+
+
+def breaches(package: Path) -> list[str]:
+    """Return one sentence for each way in which the package's imports break the order."""
+    paths = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
+    found = []
+    graph = {}
+    for module, path in paths.items():
+        if path.name == "__init__.py":
+            continue
+        if rank(module) is None:
+            found.append(f"{module} is not in ORDER: add it there, below all that it imports")
+            continue
+        graph[module] = imports_of(path, package, set(paths))
+        for target in sorted(graph[module]):
+            if not target:
+                found.append(
+                    f"{module} imports the package itself: import the file that defines it"
+                )
+            elif rank(target) is None:
+                continue  # Reported for the file itself.
+            elif rank(target) > rank(module):
+                found.append(f"{module} imports {target}, which stands below it in ORDER")
+            elif rank(target) == rank(module) and paths[target].name == "__init__.py":
+                found.append(f"{module} imports its own package {target}: import the file instead")
+            if module.startswith("estimators.") and any(
+                fnmatch(target, pattern) for pattern in HIDDEN_FROM_ESTIMATORS
+            ):
+                found.append(f"{module} imports {target}, which estimators must never see")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"circular import: {' <- '.join(error.args[1])}")
+    return found
+
+
+def test_hypergrad_imports_only_upwards():
+    assert (PACKAGE / "space.py").exists()
+    assert not breaches(PACKAGE), "\n".join(breaches(PACKAGE))
+
+
+GOOD = {
+    "__init__.py": "from hypergrad.space import Float\nfrom hypergrad.tuners import alternating",
+    "problem.py": "import jax\nimport hypergradient_of_someone_else",
+    "space.py": "from hypergrad import problem",
+    "estimators/__init__.py": "from hypergrad.estimators.base import Estimator",
+    "estimators/base.py": "from hypergrad.problem import Problem",
+    "estimators/forward.py": "from .base import Estimator\nfrom ..problem import Problem",
+    "tuners/__init__.py": "from hypergrad.tuners.alternating import alternating",
+    "tuners/alternating.py": "from hypergrad.estimators import Estimator\nimport hypergrad.space",
+    "search/sweep.py": "from hypergrad.search.rungs import rungs",
+    "search/rungs.py": "",
+}
+BAD = {
+    "upward": ({"problem.py": "from hypergrad.space import Float"}, "problem imports space"),
+    "inside a function": (
+        {"problem.py": "def f():\n    import hypergrad.space"},
+        "problem imports space",
+    ),
+    "relative": ({"problem.py": "from .space import Float"}, "problem imports space"),
+    "relative, a module": ({"problem.py": "from . import space"}, "problem imports space"),
+    "relative, two levels": (
+        {"estimators/base.py": "from ..tuners.alternating import alternating"},
+        "estimators.base imports tuners.alternating, which stands below",
+    ),
+    "own package": (
+        {"estimators/base.py": "from hypergrad.estimators import Forward"},
+        "estimators.base imports estimators, which stands below",
+    ),
+    "through a package": (
+        {"estimators/forward.py": "from hypergrad.tuners import alternating"},
+        "estimators must never see",
+    ),
+    "whole package": ({"space.py": "import hypergrad"}, "space imports the package itself"),
+    "public name": ({"space.py": "from hypergrad import Problem"}, "imports the package itself"),
+    "space in an estimator": (
+        {"estimators/forward.py": "from hypergrad.space import Space"},
+        "estimators.forward imports space, which estimators must never see",
+    ),
+    "circle": (
+        {"search/rungs.py": "from hypergrad.search.sweep import sweep"},
+        "circular import",
+    ),
+    "itself": ({"space.py": "import hypergrad.space"}, "circular import"),
+    "unlisted": ({"helpers.py": ""}, "helpers is not in ORDER: add it"),
+}
+
+
+def write_package(folder: Path, files: dict[str, str]) -> Path:
+    for name, source in files.items():
+        path = folder / "hypergrad" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return folder / "hypergrad"
+
+
+def test_the_check_accepts_downward_imports(tmp_path):
+    assert breaches(write_package(tmp_path, GOOD)) == []
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_check_finds(tmp_path, case):
+    files, message = BAD[case]
+    found = breaches(write_package(tmp_path, GOOD | files))
+    assert any(message in breach for breach in found), found
+
+
+def test_import_loads_neither_optuna_nor_matplotlib():
+    program = (
+        "import sys, hypergrad; hypergrad.Space; "
+        "print([name for name in ('optuna', 'matplotlib', 'sklearn') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
