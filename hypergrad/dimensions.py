@@ -1,0 +1,324 @@
+"""What one hyperparameter may be: a Float with a gradient, an Int or a Categorical without.
+
+Everything that can go wrong with bounds, scales and choices is refused at construction, before
+anything is compiled. Unit coordinates are the position of a value between `low` and `high` on its
+scale, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_FLOAT_SCALES = ("linear", "log", "reverse_log")
+_INT_SCALES = ("linear", "log")
+# What every Optuna storage can keep and give back unchanged.
+_CHOICE_TYPES = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, repr=False)
+class Float:
+    """A continuous hyperparameter, tuned by gradients: a number, or a whole subtree of arrays.
+
+    The starting value gives the shapes. `scale` is `"linear"`, `"log"` (natural logarithm of the
+    value, for rates) or `"reverse_log"` (logarithm of one minus the value, for momentum and decay
+    rates); the unit coordinate increases with the value on each of them. Without bounds the unit
+    coordinate is the value itself. `when={"optimizer": "sgd"}` makes it conditional on discrete
+    hyperparameters; a tuple lists several admissible values.
+
+    Raises ValueError for `low >= high`, only one bound, bounds that are not finite, an unknown
+    scale, `"log"` with `low <= 0` and `"reverse_log"` with `high >= 1`.
+
+    >>> rate = Float(1e-4, 1.0, scale="log")
+    >>> print(f"{rate.from_unit(0.5):.4f} {rate.to_unit(0.01):.4f}")
+    0.0100 0.5000
+    """
+
+    low: float | None = None
+    high: float | None = None
+    scale: str = "linear"
+    when: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_scale("Float", self.scale, _FLOAT_SCALES)
+        object.__setattr__(self, "when", _conditions("Float", self.when))
+        if self.low is None and self.high is None:
+            if self.scale != "linear":
+                raise ValueError(
+                    f"Float(scale={self.scale!r}) has no bounds to measure its scale between: "
+                    "give low and high, or leave scale='linear'."
+                )
+            return
+        if self.low is None or self.high is None:
+            raise ValueError(
+                f"Float(low={self.low!r}, high={self.high!r}) has only one bound: "
+                "give both, or neither for an unbounded hyperparameter."
+            )
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, bool) or not isinstance(bound, Real):
+                raise TypeError(f"Float({name}={bound!r}) is no number: give a float.")
+            object.__setattr__(self, name, float(bound))
+            if not math.isfinite(bound):
+                raise ValueError(
+                    f"Float({name}={bound!r}) is not finite: give a finite bound, "
+                    "or neither bound for an unbounded hyperparameter."
+                )
+        _check_order("Float", self.low, self.high)
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(
+                f"Float(low={self.low!r}, scale='log') has no logarithm: "
+                "give low > 0, or scale='linear' to reach zero."
+            )
+        if self.scale == "reverse_log" and self.high >= 1:
+            raise ValueError(
+                f"Float(high={self.high!r}, scale='reverse_log') takes the logarithm of one minus "
+                "the value: give high < 1, or scale='linear' to reach one."
+            )
+
+    def __repr__(self) -> str:
+        bounds = [] if self.low is None else [f"{self.low!r}", f"{self.high!r}"]
+        return _show("Float", bounds, self.scale, self.when)
+
+    def to_unit(self, value: Any) -> jax.Array:
+        """Return the unit coordinate of one array of values, elementwise."""
+        x = as_float(value)
+        if self.low is None or self.high is None:
+            return x
+        low, high = self.low, self.high
+        self._check_precision(x.dtype)
+        # Measured from the nearer bound: both bounds map to exactly 0 and 1, and the anchor is
+        # selected before anything is computed, so no branch can overflow into the gradient.
+        upper = x >= self._middle(low, high)
+        anchor = _select(upper, high, low, x.dtype)
+        if self.scale == "linear":
+            offset = (x - anchor) / (high - low)
+        elif self.scale == "log":
+            offset = jnp.log(x / anchor) / (math.log(high) - math.log(low))
+        else:
+            rest = _select(upper, 1 - high, 1 - low, x.dtype)
+            offset = -jnp.log1p((anchor - x) / rest) / (math.log1p(-low) - math.log1p(-high))
+        return _select(upper, 1.0, 0.0, x.dtype) + offset
+
+    def from_unit(self, unit: Any) -> jax.Array:
+        """Return the value at one array of unit coordinates, elementwise.
+
+        Within [0, 1] the value stays within the bounds; outside, the scale is continued.
+        """
+        u = as_float(unit)
+        if self.low is None or self.high is None:
+            return u
+        low, high = self.low, self.high
+        self._check_precision(u.dtype)
+        upper = u >= 0.5
+        anchor = _select(upper, high, low, u.dtype)
+        offset = u - _select(upper, 1.0, 0.0, u.dtype)
+        if self.scale == "linear":
+            return anchor + offset * (high - low)
+        if self.scale == "log":
+            return anchor * jnp.exp(offset * (math.log(high) - math.log(low)))
+        # One minus the value is never formed in the array's dtype: near one it would lose digits.
+        rest = _select(upper, 1 - high, 1 - low, u.dtype)
+        return anchor - rest * jnp.expm1(-offset * (math.log1p(-low) - math.log1p(-high)))
+
+    def _middle(self, low: float, high: float) -> float:
+        """Return the value at unit coordinate one half."""
+        if self.scale == "linear":
+            return low + (high - low) / 2
+        if self.scale == "log":
+            return math.sqrt(low) * math.sqrt(high)
+        return 1 - math.sqrt(1 - low) * math.sqrt(1 - high)
+
+    def _check_precision(self, dtype: Any) -> None:
+        """Refuse bounds that rounding to `dtype` moves off their scale or into each other."""
+        if self.low is None or self.high is None:
+            return
+        limits = jnp.finfo(dtype)
+        with np.errstate(over="ignore"):
+            low, high = float(dtype.type(self.low)), float(dtype.type(self.high))
+        lost = low >= high or high - low > float(limits.max)
+        lost |= self.scale == "log" and low < float(limits.tiny)
+        lost |= self.scale == "reverse_log" and high >= 1
+        if lost:
+            raise ValueError(
+                f"{self!r} cannot be resolved in {dtype.name}, where its bounds round to "
+                f"{low!r} and {high!r}: move them, or enable 64-bit JAX (jax_enable_x64)."
+            )
+
+    def check_value(self, leaf: Any, label: str) -> None:
+        """Refuse a concrete starting value that is not finite or outside the bounds."""
+        cast = as_float(leaf, label)
+        if isinstance(leaf, jax.core.Tracer):
+            return
+        given = np.asarray(leaf)
+        # Compared after rounding to the coarser dtype: bfloat16(high) may exceed high.
+        narrow = given.dtype if given.dtype.itemsize < cast.dtype.itemsize else cast.dtype
+        narrow = narrow if jnp.issubdtype(narrow, jnp.floating) else cast.dtype
+        values = given.astype(narrow).astype(np.float64)
+        for wrong in np.argwhere(~np.isfinite(values)):
+            raise ValueError(
+                f"{_at(label, wrong)} starts at {given[tuple(wrong)]}, which is not finite: "
+                "start from a finite number."
+            )
+        if self.low is None or self.high is None:
+            return
+        low, high = (float(np.asarray(bound, narrow)) for bound in (self.low, self.high))
+        for wrong in np.argwhere((values < low) | (values > high)):
+            raise ValueError(
+                f"{_at(label, wrong)} starts at {given[tuple(wrong)]}, outside its bounds "
+                f"[{self.low!r}, {self.high!r}]: start inside them, or widen {self!r}."
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class Int:
+    """A whole number between `low` and `high`, both included: it changes shapes or control flow.
+
+    Discrete hyperparameters are chosen by the study and get no gradient. `scale` is `"linear"` or
+    `"log"`; `when` as in `Float`. Raises ValueError for `low >= high`, an unknown scale and
+    `"log"` with `low < 1`; TypeError for bounds that are not integers.
+
+    >>> Int(1, 8).admits(3), Int(1, 8).admits(9)
+    (True, False)
+    """
+
+    low: int
+    high: int
+    scale: str = "linear"
+    when: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_scale("Int", self.scale, _INT_SCALES)
+        object.__setattr__(self, "when", _conditions("Int", self.when))
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if isinstance(bound, bool) or not isinstance(bound, int | np.integer):
+                raise TypeError(
+                    f"Int({name}={bound!r}) is no integer: give an int, or use Float for a "
+                    "hyperparameter with a gradient."
+                )
+            object.__setattr__(self, name, int(bound))
+        _check_order("Int", self.low, self.high)
+        if self.scale == "log" and self.low < 1:
+            raise ValueError(
+                f"Int(low={self.low!r}, scale='log') has no logarithm: "
+                "give low >= 1, or scale='linear'."
+            )
+
+    def __repr__(self) -> str:
+        return _show("Int", [f"{self.low!r}", f"{self.high!r}"], self.scale, self.when)
+
+    def admits(self, value: Any) -> bool:
+        """Say whether `value` is one of the whole numbers between the bounds."""
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        return whole and self.low <= value <= self.high
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Categorical:
+    """One of several named choices: an optimiser, a width, whether to use a layer at all.
+
+    Choices are numbers, strings, booleans or None, so that every storage of a study can keep them.
+    `when` as in `Float`. Raises ValueError for no choices or equal ones (`1 == True` included),
+    TypeError for choices of another type.
+
+    >>> Categorical(["sgd", "adamw"])
+    Categorical(['sgd', 'adamw'])
+    """
+
+    choices: tuple[Any, ...]
+    when: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    # The annotation is what is stored; any iterable with an order may be given.
+    def __init__(self, choices: Iterable[Any], when: Mapping[str, Any] | None = None) -> None:
+        if isinstance(choices, str | bytes | Mapping | Set) or not isinstance(choices, Iterable):
+            raise TypeError(f"Categorical(choices={choices!r}) has no order: give a list.")
+        values = tuple(c.item() if isinstance(c, np.generic) else c for c in choices)
+        if not values:
+            raise ValueError(f"Categorical(choices={choices!r}) is empty: give at least one.")
+        for i, choice in enumerate(values):
+            if not isinstance(choice, _CHOICE_TYPES) or choice != choice:
+                raise TypeError(
+                    f"Categorical(choices=...) holds {choice!r}: choices are numbers, strings, "
+                    "booleans or None. Name the object by a string and look it up when building "
+                    "the problem."
+                )
+            if choice in values[:i]:
+                raise ValueError(
+                    f"Categorical(choices={list(values)!r}) holds {choice!r} twice "
+                    "(equal values count as one): remove one."
+                )
+        object.__setattr__(self, "choices", values)
+        object.__setattr__(self, "when", _conditions("Categorical", when))
+
+    def __repr__(self) -> str:
+        return _show("Categorical", [repr(list(self.choices))], "linear", self.when)
+
+    def admits(self, value: Any) -> bool:
+        """Say whether `value` is one of the choices."""
+        return value in self.choices
+
+
+Dimension = Float | Int | Categorical
+
+
+def as_float(leaf: Any, label: str = "value") -> jax.Array:
+    """Return `leaf` as a strongly typed array of at least float32, refusing what is no number."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(
+            f"{label} is {leaf!r} ({dtype}), no real number: give a float or an array of floats, "
+            "or make it a Categorical."
+        )
+    wide = not jnp.issubdtype(dtype, jnp.floating) or dtype == np.float64
+    return jnp.asarray(leaf, jnp.result_type(float) if wide else jnp.float32)
+
+
+def _select(upper: jax.Array, high: float, low: float, dtype: Any) -> jax.Array:
+    return jnp.where(upper, jnp.asarray(high, dtype), jnp.asarray(low, dtype))
+
+
+def _at(label: str, index: np.ndarray) -> str:
+    return f"{label}[{', '.join(map(str, index))}]" if index.size else label
+
+
+def _conditions(kind: str, when: Mapping[str, Any] | None) -> dict[str, tuple[Any, ...]] | None:
+    """Return `when` with a tuple of admissible values for each name."""
+    if when is None:
+        return None
+    if not isinstance(when, Mapping) or not when:
+        raise ValueError(f"{kind}(when={when!r}) names nothing: give a dict from name to value.")
+    result = {}
+    for name, values in when.items():
+        several = isinstance(values, tuple | list | Set | range)
+        result[name] = tuple(values) if several else (values,)
+        if not result[name]:
+            raise ValueError(f"{kind}(when={when!r}) can never be met: give {name!r} a value.")
+    return result
+
+
+def _check_scale(kind: str, scale: Any, known: tuple[str, ...]) -> None:
+    if scale not in known:
+        raise ValueError(f"{kind}(scale={scale!r}) is unknown: choose one of {', '.join(known)}.")
+
+
+def _check_order(kind: str, low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(
+            f"{kind}(low={low!r}, high={high!r}) is empty: give low < high, or close over a "
+            "constant."
+        )
+
+
+def _show(kind: str, arguments: list[str], scale: str, when: Mapping[str, Any] | None) -> str:
+    if scale != "linear":
+        arguments = [*arguments, f"scale={scale!r}"]
+    if when is not None:
+        plain = {name: values[0] if len(values) == 1 else values for name, values in when.items()}
+        arguments = [*arguments, f"when={plain!r}"]
+    return f"{kind}({', '.join(arguments)})"
