@@ -271,9 +271,11 @@ def as_float(leaf: Any, label: str = "value") -> jax.Array:
     """Return `leaf` as a strongly typed array of at least float32, refusing what is no number."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        what = f"an array of {dtype}" if is_array else f"{leaf!r} ({dtype})"
         raise TypeError(
-            f"{label} is {leaf!r} ({dtype}), no real number: give a float or an array of floats, "
-            "or make it a Categorical."
+            f"{label} is {what}, no real number: give a float or an array of floats, or make it "
+            "a Categorical."
         )
     wide = not jnp.issubdtype(dtype, jnp.floating) or dtype == np.float64
     return jnp.asarray(leaf, jnp.result_type(float) if wide else jnp.float32)

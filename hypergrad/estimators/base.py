@@ -1,0 +1,137 @@
+"""What an estimator is: advance training K steps, return the gradient of the validation loss."""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad.problem import Problem
+from hypergrad.structure import require_reach
+from hypergrad.trees import all_finite, is_inexact, widen
+from hypergrad.window import objective
+
+
+class Estimate(NamedTuple):
+    """One hypergradient and the training it came with.
+
+    Attributes:
+      loss: the validation loss after the K steps, a scalar.
+      grad: its gradient in `hyper`, in raw (the user's) units; the structure of `hyper`.
+      inner: the training state after the K steps: go on from here.
+      info: a dict of scalars. Always `finite` (bool: loss and gradient are) and `first_bad_step`
+        (int32: the first step of the window whose parameters are not finite, -1 if none); more
+        where the estimator can say more about its trustworthiness.
+    """
+
+    loss: jax.Array
+    grad: Any
+    inner: Any
+    info: dict[str, jax.Array]
+
+
+class Estimator(abc.ABC):
+    """Base of all estimators: subclass it as a frozen dataclass and write `estimate`.
+
+    What an estimator remembers between calls (tangents, a warm linear solve, particles) lives in
+    the `state` that `init` makes and `estimate` returns; the object itself only configures.
+    """
+
+    # Whether the estimate differentiates the problem; if not, hard masks and the like are fine.
+    differentiates: ClassVar[bool] = True
+
+    def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
+        """The state before the first estimate; `()` for an estimator without memory."""
+        return ()
+
+    @abc.abstractmethod
+    def estimate(
+        self,
+        problem: Problem,
+        hyper: Any,
+        inner: Any,
+        train: Any,
+        valid: Any,
+        key: jax.Array,
+        state: Any,
+    ) -> tuple[Estimate, Any]:
+        """Advances `inner` by the K steps of `train` and differentiates the validation loss.
+
+        `inner` None means: start from `problem.init(hyper, key)` inside the gradient.
+        """
+
+
+def hypergradient(
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+    estimator: Estimator | None = None,
+) -> Estimate:
+    """The gradient of the validation loss after K training steps, with respect to `hyper`.
+
+    Args:
+      problem: what is trained and judged.
+      hyper: any pytree of floats and inexact arrays, in raw units.
+      inner: the training state to start from (`problem.init(hyper, key)`), or None to start from a
+        fresh one inside the gradient (learned starts, initial scales).
+      train: K batches, a pytree with leaves `[K, batch, ...]`, or a `Minibatches`.
+      valid: one validation batch (no K axis), or a `Minibatches`.
+      key: randomness of the steps; step t of the run uses `jax.random.fold_in(key, t)`.
+      estimator: `Unrolled()` if None: exact reverse mode through all K steps.
+
+    An estimator with memory between calls starts afresh here; call its `init` and `estimate` to
+    keep it. Pure and jit-able; the cost is the estimator's.
+
+    Raises:
+      ValueError: an integer hyperparameter, one that never reaches the validation loss, `train`
+        leaves that disagree on K, a loss that is no scalar. Values that are not finite are not
+        raised from compiled code but reported in `info`.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> hyper, key = {"lr": 0.25}, jax.random.key(0)
+    >>> one_step = jnp.ones((1, 3))
+    >>> hypergradient(problem, hyper, None, one_step, one_step[0], key).grad["lr"]
+    Array(-2., dtype=float32)
+    """
+    if estimator is None:
+        from hypergrad.estimators.unrolled import Unrolled
+
+        estimator = Unrolled()
+    hyper = strong(hyper)
+    check_structure(estimator, problem, hyper, inner, train, valid, key)
+    state = estimator.init(problem, hyper, inner, key)
+    return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
+
+
+def check_structure(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+) -> None:
+    """Raises where a gradient would be missing by structure; traces once, runs nothing."""
+
+    def loss(hyper: Any) -> jax.Array:
+        return objective(problem, hyper, inner, train, valid, key)[0]
+
+    if estimator.differentiates:
+        require_reach(loss, hyper)
+
+
+def strong(hyper: Any) -> Any:
+    """`hyper` as strongly typed arrays of at least float32: weakly typed scalars recompile."""
+    return jax.tree.map(lambda x: widen(x) if is_inexact(x) else jnp.asarray(x), hyper)
+
+
+def summary(loss: jax.Array, grad: Any, first_bad_step: jax.Array) -> dict[str, jax.Array]:
+    """The part of `info` that every estimator gives."""
+    return {"finite": all_finite((loss, grad)), "first_bad_step": first_bad_step}

@@ -1,0 +1,308 @@
+"""What is trained and what is judged: the bilevel problem as four pure functions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hypergrad.inner_gradient import inner_gradient, with_aux
+from hypergrad.minibatches import Minibatches
+from hypergrad.trees import Tree, is_inexact, leaf_names, path_name
+
+# Streams of randomness that must not meet the training steps' own, which are fold_in(key, t).
+_SHUFFLE, _VALID, _INIT = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+
+
+class Problem(NamedTuple):
+    """A bilevel problem: how training starts and advances, and what is judged.
+
+    `bilevel` fills it from losses and an optax optimiser; fill it by hand for anything else (an RL
+    inner loop, a solver of your own). The four functions must be pure and traceable.
+
+    Attributes:
+      init: `(hyper, key) -> inner`; `inner` is any pytree with an attribute `params`. If it also
+        has an integer attribute `step`, the steps done so far, then keys and minibatches go on
+        where the last call stopped, so that windows of 5 + 5 steps equal one of 10.
+      step: `(inner, hyper, batch, key) -> inner`, one training step; same structure and dtypes.
+        Use `hypergrad.inner_gradient` inside for the fast, small reverse mode; `jax.grad` works.
+      train_loss: `(params, hyper, batch, key) -> scalar`.
+      valid_loss: `(params, hyper, batch, key) -> scalar`, the outer objective.
+      metrics: optional `(params, hyper, batch, key) -> {name: scalar}` for reports.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    train_loss: Callable[..., Any]
+    valid_loss: Callable[..., Any]
+    metrics: Callable[..., Any] | None = None
+
+
+class Inner(NamedTuple):
+    """The training state of a `bilevel` problem.
+
+    Attributes:
+      params: what the losses receive: the parameters, or all variables (batch statistics too).
+      opt_state: the optax optimiser's state, of the trainable part of `params`.
+      step: int32, training steps done.
+      loss: the last step's training loss; 0 before the first.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    loss: jax.Array
+
+
+def bilevel(
+    init_params: Callable[[jax.Array], Any],
+    train_loss: Callable[..., Any],
+    valid_loss: Callable[..., Any],
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    trainable: str | Sequence[str] | None = None,
+    absorb: Callable[[Any, Any], Any] | None = None,
+    metrics: Callable[..., Any] | None = None,
+) -> Problem:
+    """A `Problem` from two losses and an optax optimiser built from hyperparameters.
+
+    Args:
+      init_params: `key -> params`, any pytree. For a start that hyperparameters shape, replace
+        `problem.init`, see `Problem`.
+      train_loss: `(params, hyper, batch, key) -> scalar` or `(scalar, aux)`.
+      valid_loss: the same signature, judged without noise; an `aux` is ignored.
+      optimizer: `hyper -> optax transformation`. It is called inside the traced program with
+        traced values, which costs nothing. Rates kept in the optimiser's state
+        (`optax.inject_hyperparams`) get no gradient from `hyper` and are refused.
+      trainable: the key, or keys, of a mapping `params` that the optimiser sees: `"params"` for
+        flax variables with batch statistics, which would otherwise be decayed. None: everything.
+      absorb: `(params, aux) -> params`, how the training loss's `aux` re-enters after each step
+        (new batch statistics). None: it does not.
+      metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
+
+    The training gradient is `inner_gradient`'s (mixed mode), and passes through
+    `nonzero_gradient`, so that Adam's square root has a derivative everywhere.
+
+    Raises:
+      ValueError: a loss that is no scalar; an optimiser that keeps its rates in its state; a
+        `trainable` key that `params` lacks.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> inner = problem.init({"lr": 0.25}, jax.random.key(0))
+    >>> float(problem.step(inner, {"lr": 0.25}, jnp.ones(3), jax.random.key(0)).params)
+    0.5
+    """
+    train_pair = refuse_hard_dropout(with_aux(train_loss))
+
+    def loss_of_trainable(trained: Any, rest: Any, batch: Any, key: Any) -> Any:
+        hyper, frozen = rest
+        return train_pair(_merge(trained, frozen, trainable), hyper, batch, key)
+
+    gradient = inner_gradient(loss_of_trainable)
+
+    def init(hyper: Any, key: jax.Array) -> Inner:
+        params = jax.tree.map(jnp.asarray, init_params(key))
+        opt_state = optimizer(hyper).init(_split(params, trainable)[0])
+        _refuse_injected_rates(opt_state)
+        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        dtype = jnp.result_type(jnp.float32, *(x for x in jax.tree.leaves(params) if is_inexact(x)))
+        return Inner(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+
+    def step(inner: Inner, hyper: Any, batch: Any, key: jax.Array) -> Inner:
+        trained, frozen = _split(inner.params, trainable)
+        # The frozen part (batch statistics) depends on hyper through earlier steps, so it travels
+        # where derivatives flow.
+        grads, (loss, aux) = gradient(trained, (hyper, frozen), batch, key)
+        grads = nonzero_gradient(grads)
+        transform = optax.with_extra_args_support(optimizer(hyper))
+        updates, opt_state = transform.update(
+            grads, inner.opt_state, trained, value=loss, grad=grads
+        )
+        params = _merge(optax.apply_updates(trained, updates), frozen, trainable)
+        params = params if absorb is None else absorb(params, aux)
+        # A float32 rate promotes a bfloat16 momentum; the state must keep its dtypes in a scan.
+        params, opt_state = _cast_like((params, opt_state), (inner.params, inner.opt_state))
+        return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
+
+    def plain_valid_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return refuse_hard_dropout(with_aux(valid_loss))(params, hyper, batch, key)[0]
+
+    def plain_train_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return train_pair(params, hyper, batch, key)[0]
+
+    return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+
+
+def nonzero_gradient(grads: Tree) -> Tree:
+    """Gradients with every exactly zero entry moved to 1e-16, its derivative kept.
+
+    `sqrt(v)` has no finite derivative at v = 0, and optax's Adam and its kin take it of every
+    squared gradient that was never anything but zero (constant input columns, dead units): the
+    hypergradient is then NaN. With entries of 1e-16 the square is 1e-32, representable in float32,
+    and an Adam step with eps=1e-8 moves such a weight by 1e-8 of a step; nothing else changes.
+    `bilevel` applies it; use it in a hand-filled `step` in front of an Adam-like optimiser.
+    float16 cannot hold 1e-16 and gets no protection.
+
+    >>> float(nonzero_gradient(jnp.array([0.0, 2.0]))[0] > 0)
+    1.0
+    """
+
+    def lift(g: jax.Array) -> jax.Array:
+        if not is_inexact(g):
+            return g
+        return g + jax.lax.stop_gradient(jnp.where(g == 0, jnp.asarray(1e-16, g.dtype), 0))
+
+    return jax.tree.map(lift, grads)
+
+
+def rollout(problem: Problem, hyper: Any, inner: Any, train: Any, key: jax.Array) -> Any:
+    """The training state after all K steps of `train`, from `inner`.
+
+    `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
+    the run (counted in `inner.step` where that exists) uses `jax.random.fold_in(key, t)`.
+    Cost: K training steps; memory independent of K under `Minibatches`.
+
+    Raises:
+      ValueError: leaves of `train` that disagree on K.
+    """
+    run = training_steps(problem, hyper, train, key, steps_done(inner))
+    batches = step_inputs(train)
+    return jax.lax.scan(lambda state, x: (run(state, *x), None), inner, batches)[0]
+
+
+def training_steps(
+    problem: Problem, hyper: Any, train: Any, key: jax.Array, offset: jax.typing.ArrayLike
+) -> Callable[[Any, jax.Array, Any], Any]:
+    """`(inner, t, batch) -> inner` for the K steps of `train`, to be scanned over `step_inputs`."""
+    shuffle = jax.random.fold_in(key, _SHUFFLE)
+
+    def run(inner: Any, t: jax.Array, batch: Any) -> Any:
+        step = t + offset
+        if isinstance(train, Minibatches):
+            batch = train.batch(step, shuffle)
+        return problem.step(inner, hyper, batch, jax.random.fold_in(key, step))
+
+    return run
+
+
+def step_inputs(train: Any) -> tuple[jax.Array, Any]:
+    """What a scan over the K training steps runs along: (step index [K], batches [K, ...])."""
+    if isinstance(train, Minibatches):
+        return jnp.arange(train.num_steps, dtype=jnp.int32), None
+    return jnp.arange(num_steps(train), dtype=jnp.int32), train
+
+
+def num_steps(train: Any) -> int:
+    """K, the number of steps in `train`."""
+    if isinstance(train, Minibatches):
+        return train.num_steps
+    shapes = {
+        path_name(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(train)
+    }
+    if not shapes or () in shapes.values():
+        raise ValueError(
+            f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
+            "[K, batch, ...]. Add one with x[None] for a single step."
+        )
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            f"train's leaves disagree on the leading axis K (steps): {shapes}. Stack K whole "
+            "batches, so that every leaf is [K, batch, ...]."
+        )
+    return next(iter(shapes.values()))[0]
+
+
+def steps_done(inner: Any) -> jax.typing.ArrayLike:
+    """The training steps behind `inner`: its `step`, or 0 for a state that does not count."""
+    return getattr(inner, "step", 0)
+
+
+def fresh_inner(problem: Problem, hyper: Any, key: jax.Array) -> Any:
+    """The start of training under `key`."""
+    return problem.init(hyper, jax.random.fold_in(key, _INIT))
+
+
+def validation_loss(
+    problem: Problem,
+    params: Any,
+    hyper: Any,
+    valid: Any,
+    key: jax.Array,
+    step: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The outer objective at `params`; a `Minibatches` gives the batch numbered by `step`."""
+    key = jax.random.fold_in(jax.random.fold_in(key, _VALID), step)
+    if isinstance(valid, Minibatches):
+        valid = valid.batch(0, key)
+    loss = problem.valid_loss(params, hyper, valid, key)
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"valid_loss returned an array of shape {jnp.shape(loss)}, not a scalar. Take a mean "
+            "or a sum over the batch."
+        )
+    return loss
+
+
+def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`loss`, with flax's Dropout on a traced rate turned into an error that names the remedy."""
+
+    def checked(*args: Any) -> Any:
+        try:
+            return loss(*args)
+        except jax.errors.ConcretizationTypeError as error:
+            frame = error.__traceback__
+            while frame is not None:
+                if frame.tb_frame.f_globals.get("__name__", "").endswith("stochastic"):
+                    raise ValueError(
+                        "flax's Dropout was given a traced rate: it branches on the rate in Python "
+                        "and its hard mask carries no gradient. Use hypergrad.nn.LinenDropout, "
+                        "hypergrad.nn.NNXDropout or hypergrad.dropout instead."
+                    ) from error
+                frame = frame.tb_next
+            raise
+
+    return checked
+
+
+def _split(params: Any, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
+    if trainable is None:
+        return params, None
+    names = [trainable] if isinstance(trainable, str) else list(trainable)
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise ValueError(
+            f"trainable={trainable!r} names {missing}, which init_params does not return: it "
+            f"returns {sorted(params)}. Name keys that exist."
+        )
+    frozen = {name: value for name, value in params.items() if name not in names}
+    return {name: params[name] for name in names}, frozen
+
+
+def _merge(trained: Any, frozen: Any, trainable: str | Sequence[str] | None) -> Any:
+    return trained if trainable is None else {**trained, **frozen}
+
+
+def _cast_like(tree: Tree, like: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+
+
+def _refuse_injected_rates(opt_state: Any) -> None:
+    injected = (
+        optax.InjectHyperparamsState,
+        optax.schedules.InjectStatefulHyperparamsState,
+    )
+    is_injected = lambda x: isinstance(x, injected)  # noqa: E731
+    for state in jax.tree.leaves(opt_state, is_leaf=is_injected):
+        if is_injected(state):
+            names = leaf_names(state.hyperparams)
+            raise ValueError(
+                f"optimizer keeps {names} in its state (optax.inject_hyperparams): updates read "
+                "them from there, so hyper would get no gradient. Build the optimiser from hyper "
+                'directly: optimizer=lambda hyper: optax.adam(hyper["learning_rate"]).'
+            )
+

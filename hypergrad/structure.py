@@ -1,0 +1,187 @@
+"""What reaches what: whether each hyperparameter has a differentiable path to an output.
+
+A derivative that is zero by structure is a silent zero: the tuner would sit still and look
+converged. The path is read from the traced program (a jaxpr), before anything runs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from hypergrad.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.trees import is_inexact, leaf_names
+
+# Primitives whose derivative is zero wherever it exists.
+_FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
+
+_EXPLANATIONS = {
+    "stop_gradient": "stop_gradient",
+    "sign": "the sign of the update (lion, sign_sgd), whose derivative is zero",
+    "a comparison": "a comparison (a hard mask), whose derivative is zero; use hypergrad.dropout",
+}
+
+
+class Reach(NamedTuple):
+    """How one leaf of the hyperparameters reaches an output.
+
+    Attributes:
+      name: the leaf's path.
+      used: the output depends on it at all.
+      differentiable: it does so along a path whose derivative is not zero by structure.
+      cut_by: where it is used but not differentiable, the primitives that cut its paths.
+    """
+
+    name: str
+    used: bool
+    differentiable: bool
+    cut_by: tuple[str, ...]
+
+
+def reaches(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]:
+    """How each leaf of `hyper` reaches the scalar `function(hyper, *args)`.
+
+    Traces `function` once; runs nothing. Exact up to values: a path multiplied by a number that
+    happens to be zero counts as a path.
+
+    >>> import jax, jax.numpy as jnp
+    >>> f = lambda h: h["a"] ** 2 + jnp.sign(h["b"])
+    >>> [(r.name, r.used, r.differentiable) for r in reaches(f, {"a": 1.0, "b": 1.0, "c": 1.0})]
+    [('a', True, True), ('b', True, False), ('c', False, False)]
+    """
+    closed = jax.make_jaxpr(function)(hyper, *args)
+    num_hyper = len(jax.tree.leaves(hyper))
+    taints = [
+        _Taint(1 << i, (1 << i) if is_inexact(leaf) else 0, frozenset())
+        for i, leaf in enumerate(jax.tree.leaves(hyper))
+    ]
+    rest = [_CLEAN] * (len(closed.jaxpr.invars) - num_hyper)
+    (out, *_) = _propagate(closed.jaxpr, [*taints, *rest])
+    return [
+        Reach(
+            name,
+            bool(out.used >> i & 1),
+            bool(out.smooth >> i & 1),
+            tuple(sorted({cut for leaf, cut in out.cuts if leaf >> i & 1})),
+        )
+        for i, name in enumerate(leaf_names(hyper))
+    ]
+
+
+def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
+    """Raises unless every leaf of `hyper` has a gradient in the scalar `function(hyper, *args)`.
+
+    Raises:
+      ValueError: names each hyperparameter that never reaches the loss, is an integer, or reaches
+        it only where derivatives are zero, with the remedy.
+    """
+    _refuse_integers(hyper)
+    for reach in reaches(function, hyper, *args):
+        if not reach.used:
+            raise ValueError(
+                f"The hyperparameter {reach.name!r} never reaches the validation loss, so its "
+                "gradient would be a silent zero. Use it in train_loss, valid_loss or optimizer, "
+                "or take it out of hyper."
+            )
+        if not reach.differentiable:
+            why = "; ".join(_EXPLANATIONS.get(cut, cut) for cut in reach.cut_by)
+            raise ValueError(
+                f"The hyperparameter {reach.name!r} reaches the validation loss only through "
+                f"{why}: its gradient would be a silent zero. Tune it by black-box search, by "
+                "hypergrad.Evolution, or give it a smooth path."
+            )
+
+
+def _refuse_integers(hyper: Any) -> None:
+    for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
+        if not is_inexact(leaf):
+            raise ValueError(
+                f"The hyperparameter {name!r} is of dtype {jax.numpy.result_type(leaf)} and has no "
+                "gradient. Make it a float, or leave discrete choices to a sweep."
+            )
+
+
+class _Taint(NamedTuple):
+    used: int  # a bit per leaf of hyper: depends on it
+    smooth: int  # the same, along a differentiable path
+    cuts: frozenset[tuple[int, str]]  # (leaves, primitive) where a differentiable path ended
+
+    def __or__(self, other: "_Taint") -> "_Taint":  # type: ignore[override]
+        return _Taint(self.used | other.used, self.smooth | other.smooth, self.cuts | other.cuts)
+
+
+_CLEAN = _Taint(0, 0, frozenset())
+
+
+def _propagate(jaxpr: Any, inputs: Sequence[_Taint]) -> list[_Taint]:
+    taint: dict[Any, _Taint] = dict.fromkeys(jaxpr.constvars, _CLEAN)
+    taint.update(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda v: _CLEAN if hasattr(v, "val") else taint[v]  # noqa: E731  literals have .val
+    for eqn in jaxpr.eqns:
+        outputs = _through(eqn, [read(v) for v in eqn.invars])
+        taint.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        body = params["jaxpr"].jaxpr
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        return _to_fixed_point(
+            lambda carry: _propagate(
+                body, [*inputs[:num_consts], *carry, *inputs[num_consts + num_carry :]]
+            ),
+            inputs[num_consts : num_consts + num_carry],
+        )
+    if name == "while":
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        body_consts = inputs[n_cond : n_cond + n_body]
+        carry = _to_fixed_point(
+            lambda carry: _propagate(params["body_jaxpr"].jaxpr, [*body_consts, *carry]),
+            inputs[n_cond + n_body :],
+        )
+        (predicate,) = _propagate(params["cond_jaxpr"].jaxpr, [*inputs[:n_cond], *carry])
+        return [t | _cut(predicate, "a comparison") for t in carry]
+    if name == "cond":
+        index = _cut(inputs[0], "a comparison")
+        branches = [_propagate(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
+        return [_join([index, *outs]) for outs in zip(*branches, strict=True)]
+    if name in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"):
+        inner = params["jaxpr"]
+        return _propagate(getattr(inner, "jaxpr", inner), inputs)
+    if name == "custom_jvp_call" and params.get("name") == INNER_GRADIENT:
+        return _propagate(params["call_jaxpr"].jaxpr, inputs)
+    merged = _join(inputs)
+    return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
+
+
+def _output(merged: _Taint, name: str, dtype: Any) -> _Taint:
+    if name in _FLAT:
+        return _cut(merged, name)
+    if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
+        return _cut(merged, "a comparison" if jax.numpy.issubdtype(dtype, bool) else "an integer")
+    return merged
+
+
+def _cut(taint: _Taint, by: str) -> _Taint:
+    cuts = taint.cuts | {(taint.smooth, by)} if taint.smooth else taint.cuts
+    return _Taint(taint.used, 0, cuts)
+
+
+def _join(taints: Sequence[_Taint]) -> _Taint:
+    out = _CLEAN
+    for taint in taints:
+        out = out | taint
+    return out
+
+
+def _to_fixed_point(
+    body: Callable[[list[_Taint]], list[_Taint]], carry: list[_Taint]
+) -> list[_Taint]:
+    while True:
+        outputs = body(carry)
+        grown = [a | b for a, b in zip(carry, outputs[: len(carry)], strict=True)]
+        if grown == list(carry):
+            return [*grown, *outputs[len(carry) :]]
+        carry = grown

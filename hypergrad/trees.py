@@ -1,0 +1,75 @@
+"""Pytrees: the part that can carry a derivative, and small sums over leaves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is of a floating (or complex) dtype and so can carry a tangent."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def split_inexact(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
+    """The inexact leaves of `tree`, and the function that puts such leaves back among the rest.
+
+    Counters, masks and PRNG keys live in training states beside the parameters. They have no
+    tangent space worth storing, so derivatives are taken of the first value alone.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    inexact = [is_inexact(leaf) for leaf in leaves]
+
+    def join(floats: list[Any]) -> Tree:
+        supply = iter(floats)
+        return treedef.unflatten(
+            [next(supply) if flag else leaf for flag, leaf in zip(inexact, leaves, strict=True)]
+        )
+
+    return [leaf for flag, leaf in zip(inexact, leaves, strict=True) if flag], join
+
+
+def select(condition: Any, if_true: Tree, if_false: Tree) -> Tree:
+    """Leafwise `where`; works for PRNG keys too."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def inner_product(a: Tree, b: Tree) -> jax.Array:
+    """The sum over leaves of the products, in float32 or wider, so that bf16 sums keep digits."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(
+        (jnp.vdot(widen(x), widen(y)) for x, y in pairs),
+        start=jnp.zeros((), jnp.float32),
+    )
+
+
+def norm(tree: Tree) -> jax.Array:
+    """The Euclidean norm over all inexact leaves."""
+    return jnp.sqrt(inner_product(split_inexact(tree)[0], split_inexact(tree)[0]))
+
+
+def widen(leaf: Any) -> jax.Array:
+    """The leaf in at least float32."""
+    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """Whether every inexact leaf is finite; one pass, which XLA fuses with what made the leaves."""
+    # 0 * x is 0 unless x is infinite or NaN; unlike a sum of x it cannot overflow.
+    return jnp.isfinite(
+        sum((jnp.sum(0 * leaf) for leaf in split_inexact(tree)[0]), start=jnp.zeros(()))
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path as a person writes it: `learning_rate`, `layers/0/weight`."""
+    parts = [getattr(p, "key", getattr(p, "name", getattr(p, "idx", p))) for p in path]
+    return "/".join(str(part) for part in parts) or "(the value itself)"
+
+
+def leaf_names(tree: Tree) -> list[str]:
+    """The names of all leaves, in the order of `jax.tree.leaves`."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
