@@ -93,14 +93,16 @@ class Float:
             return x
         low, high = self.low, self.high
         self._check_precision(x.dtype)
-        # Measured from the nearer bound: both bounds map to exactly 0 and 1, and the anchor is
-        # selected before anything is computed, so no branch can overflow into the gradient.
+        # Measured from the nearer bound: both bounds map to 0 and 1 without rounding away, and the
+        # anchor is selected before anything is computed, so no branch overflows into the gradient.
         upper = x >= self._middle(low, high)
         anchor = _select(upper, high, low, x.dtype)
         if self.scale == "linear":
             offset = (x - anchor) / (high - low)
         elif self.scale == "log":
-            offset = jnp.log(x / anchor) / (math.log(high) - math.log(low))
+            # Not `x / anchor`: XLA rewrites that quotient's derivative into products that overflow.
+            inverse = _select(upper, 1 / high, 1 / low, x.dtype)
+            offset = jnp.log(x * inverse) / (math.log(high) - math.log(low))
         else:
             rest = _select(upper, 1 - high, 1 - low, x.dtype)
             offset = -jnp.log1p((anchor - x) / rest) / (math.log1p(-low) - math.log1p(-high))
@@ -143,7 +145,8 @@ class Float:
         with np.errstate(over="ignore"):
             low, high = float(dtype.type(self.low)), float(dtype.type(self.high))
         lost = low >= high or high - low > float(limits.max)
-        lost |= self.scale == "log" and low < float(limits.tiny)
+        tiny = float(limits.tiny)
+        lost |= self.scale == "log" and (low < tiny or high > 1 / tiny)
         lost |= self.scale == "reverse_log" and high >= 1
         if lost:
             raise ValueError(

@@ -24,6 +24,7 @@ ORDER = (
     "structure",
     "schedules",
     "linear",
+    "window",
     "estimators.base",
     "estimators.unrolled",
     "estimators.forward",
