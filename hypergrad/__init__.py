@@ -1,22 +1,35 @@
 """Hyperparameters tuned by gradients: the validation loss differentiated through training."""
 
-from hypergrad.estimators.base import Estimate, Estimator, hypergradient
+from hypergrad.dimensions import Categorical, Float, Int
+from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
 from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
+from hypergrad.space import Space
+from hypergrad.trust import Trust
+from hypergrad.tuners.alternating import alternating
+from hypergrad.tuners.base import Tuner
 
 __all__ = [
+    "Categorical",
     "Estimate",
     "Estimator",
     "FiniteDifference",
+    "Float",
     "Forward",
     "Inner",
+    "Int",
     "Minibatches",
     "Problem",
+    "Space",
+    "Trust",
+    "Tuner",
     "Unrolled",
+    "alternating",
     "bilevel",
     "hypergradient",
     "inner_gradient",

@@ -1,7 +1,6 @@
 """Minibatches drawn inside the compiled program, so that no run has to fit memory."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,19 +91,18 @@ def _shuffle(index: jax.Array, epoch: jax.Array, size: int, key: jax.Array) -> j
     words = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
     epoch_word = mix_bits(epoch.astype(jnp.uint32))
 
-    def encipher(x: jax.Array) -> jax.Array:
+    def walk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, walking = carry
         left, right = x >> half, x & mask
         for word in words:
             left, right = right, left ^ (mix_bits(right + (word ^ epoch_word)) & mask)
-        return (left << half) | right
+        x = jnp.where(walking, (left << half) | right, x)
+        return x, x >= size
 
     # The cipher permutes the next power of four; walking along its cycles until the value is a
     # valid index permutes the indices themselves.
-    start = encipher(index.astype(jnp.uint32))
-    walk: Any = jax.lax.while_loop(
-        lambda x: jnp.any(x >= size), lambda x: jnp.where(x >= size, encipher(x), x), start
-    )
-    return walk.astype(jnp.int32)
+    start = index.astype(jnp.uint32), jnp.ones(index.shape, bool)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), walk, start)[0].astype(jnp.int32)
 
 
 def mix_bits(x: jax.Array) -> jax.Array:

@@ -305,4 +305,3 @@ def _refuse_injected_rates(opt_state: Any) -> None:
                 "them from there, so hyper would get no gradient. Build the optimiser from hyper "
                 'directly: optimizer=lambda hyper: optax.adam(hyper["learning_rate"]).'
             )
-

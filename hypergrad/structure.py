@@ -106,7 +106,7 @@ class _Taint(NamedTuple):
     smooth: int  # the same, along a differentiable path
     cuts: frozenset[tuple[int, str]]  # (leaves, primitive) where a differentiable path ended
 
-    def __or__(self, other: "_Taint") -> "_Taint":  # type: ignore[override]
+    def __or__(self, other: "_Taint") -> "_Taint":
         return _Taint(self.used | other.used, self.smooth | other.smooth, self.cuts | other.cuts)
 
 

@@ -1,4 +1,4 @@
-"""K training steps and what is judged after them: the function whose gradient is a hypergradient."""
+"""K training steps and what is judged after them: the function that estimators differentiate."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -26,7 +26,8 @@ class Progress(NamedTuple):
     Attributes:
       inner: the training state.
       total: the sum of the window's parameter vectors, or None where the last are judged.
-      first_bad_step: int32, the first step of the window whose parameters are not finite; -1.
+      first_bad_step: int32, the first step of the window whose training loss (`inner.loss`, or
+        where there is none, whose parameters) is not finite; -1.
     """
 
     inner: Any
@@ -67,7 +68,9 @@ def one_step(
                 inner.params,
                 is_leaf=lambda s: s is None,
             )
-        bad = (progress.first_bad_step < 0) & ~all_finite(inner.params)
+        # A state that shows its training loss spares a pass over all parameters in every step.
+        finite = all_finite(inner.loss if hasattr(inner, "loss") else inner.params)
+        bad = (progress.first_bad_step < 0) & ~finite
         return Progress(inner, total, jnp.where(bad, t, progress.first_bad_step))
 
     return advance

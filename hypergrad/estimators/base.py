@@ -61,54 +61,6 @@ class Estimator(abc.ABC):
         """
 
 
-def hypergradient(
-    problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
-    estimator: Estimator | None = None,
-) -> Estimate:
-    """The gradient of the validation loss after K training steps, with respect to `hyper`.
-
-    Args:
-      problem: what is trained and judged.
-      hyper: any pytree of floats and inexact arrays, in raw units.
-      inner: the training state to start from (`problem.init(hyper, key)`), or None to start from a
-        fresh one inside the gradient (learned starts, initial scales).
-      train: K batches, a pytree with leaves `[K, batch, ...]`, or a `Minibatches`.
-      valid: one validation batch (no K axis), or a `Minibatches`.
-      key: randomness of the steps; step t of the run uses `jax.random.fold_in(key, t)`.
-      estimator: `Unrolled()` if None: exact reverse mode through all K steps.
-
-    An estimator with memory between calls starts afresh here; call its `init` and `estimate` to
-    keep it. Pure and jit-able; the cost is the estimator's.
-
-    Raises:
-      ValueError: an integer hyperparameter, one that never reaches the validation loss, `train`
-        leaves that disagree on K, a loss that is no scalar. Values that are not finite are not
-        raised from compiled code but reported in `info`.
-
-    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
-    >>> def loss(w, hyper, batch, key):
-    ...     return jnp.mean((w - batch) ** 2)
-    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
-    >>> hyper, key = {"lr": 0.25}, jax.random.key(0)
-    >>> one_step = jnp.ones((1, 3))
-    >>> hypergradient(problem, hyper, None, one_step, one_step[0], key).grad["lr"]
-    Array(-2., dtype=float32)
-    """
-    if estimator is None:
-        from hypergrad.estimators.unrolled import Unrolled
-
-        estimator = Unrolled()
-    hyper = strong(hyper)
-    check_structure(estimator, problem, hyper, inner, train, valid, key)
-    state = estimator.init(problem, hyper, inner, key)
-    return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
-
-
 def check_structure(
     estimator: Estimator,
     problem: Problem,

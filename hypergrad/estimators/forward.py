@@ -55,7 +55,11 @@ class Forward(Estimator):
         basis = jnp.eye(flat.size, dtype=flat.dtype)
         steps = num_steps(train)
         start, zs = _pushforward(
-            lambda h, _: begin(problem, unravel(h), inner, key, self.validate_at), flat, basis, (), []
+            lambda h, _: begin(problem, unravel(h), inner, key, self.validate_at),
+            flat,
+            basis,
+            (),
+            [],
         )
         carried = self.carry and inner is not None
         if carried:
