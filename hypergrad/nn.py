@@ -13,7 +13,7 @@ from hypergrad.noise import Form, check_rate, dropout
 class LinenDropout(linen.Module):
     """`flax.linen.Dropout` with a rate that has a gradient, given here or at the call.
 
-    Takes the place of flax's own: the same attributes, call and random stream (`"dropout"`). rate: a
+    Takes the place of flax's own: the same attributes, call and stream (`"dropout"`). rate: a
     number or a traced value in [0, 1), a scalar or one per unit; `rate` at the call goes before the
     attribute. Evaluation (`deterministic=True`) returns the input untouched. form: see
     `hypergrad.dropout`, as for bias, variance and what happens at rate 0.

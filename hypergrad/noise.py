@@ -80,7 +80,8 @@ def dropout(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"dropout needs a floating x, got dtype {x.dtype}: cast x before dropout")
     check_rate(rate)
-    if jnp.broadcast_shapes(jnp.shape(rate), x.shape) != x.shape:
+    sizes = zip(jnp.shape(rate)[::-1], x.shape[::-1], strict=False)
+    if jnp.ndim(rate) > x.ndim or any(r not in (1, n) for r, n in sizes):
         raise ValueError(
             f"dropout rate of shape {jnp.shape(rate)} does not broadcast to x of shape {x.shape}: "
             "give a scalar, or one rate per unit along the last axis"
@@ -103,7 +104,7 @@ def bernoulli(rate: jax.Array, bits: jax.Array) -> jax.Array:
     m in {0, a/3, a} with probabilities {p, q, 1-p-q}; q = 9(floor - p)/4, a = 1/(1 - p - 2q/3).
 
     Bias: at rates above the floor L'''/(12 (1 - p)^3) per unit (the trapezoid rule's remainder; on
-    digits about +20% in magnitude, cosine .99); at rate 0 only O(floor), from the noise itself.
+    digits +10 to +25% in magnitude, cosine .99); at rate 0 only O(floor), from the noise itself.
     Variance: of dm/dp, 1 / (4 p (1 - p)^3) above the floor and about 1 / (4 floor) below.
     """
     p = _held(rate)
