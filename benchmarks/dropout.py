@@ -6,8 +6,8 @@ Run: `python -m benchmarks.dropout` (about ten minutes on two cores; `main(quick
 parameters. `unrolled`: derivative of the expected validation loss after 30 steps of SGD with
 respect to 16 rates (8 groups of units in two layers). Both compare the mean over 256 keys with
 differences of true Bernoulli dropout under common random numbers (central; second order one-sided
-at rate 0), and give the reference's own standard error over its norm. Cosine hides scale, so the ratio
-of norms stands beside it, and the correlation (cosine without the mean), as the entries share a sign.
+at rate 0), and give the reference's own standard error over its norm. Cosine hides scale, so the
+ratio of norms stands beside it; entries share a sign, so the correlation (no mean) does too.
 `noise/key` is the standard deviation of one key's estimate over the reference's norm.
 `cost`: time of a step with dropout over the same step without, interleaved, compiled beforehand.
 """
