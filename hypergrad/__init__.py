@@ -1,5 +1,6 @@
 """Hyperparameters tuned by gradients: the validation loss differentiated through training."""
 
+from hypergrad.diagnostics import check_hypergradient
 from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.difference import FiniteDifference
@@ -8,6 +9,7 @@ from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
 from hypergrad.minibatches import Minibatches
+from hypergrad.noise import dropout
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space import Space
 from hypergrad.trust import Trust
@@ -31,6 +33,8 @@ __all__ = [
     "Unrolled",
     "alternating",
     "bilevel",
+    "check_hypergradient",
+    "dropout",
     "hypergradient",
     "inner_gradient",
     "nonzero_gradient",

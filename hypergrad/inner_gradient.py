@@ -53,12 +53,15 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
 
     @functools.wraps(loss)
     def gradient(params: Tree, hyper: Tree, *rest: Any) -> tuple[Tree, tuple[jax.Array, Tree]]:
-        param_floats, join_params = split_inexact(params)
-        hyper_floats, join_hyper = split_inexact(hyper)
+        param_floats, param_constants, join_params = _partition(params)
+        hyper_floats, hyper_constants, join_hyper = _partition(hyper)
 
         def on_floats(p: list[Any], h: list[Any], rest: Any) -> tuple[jax.Array, Tree]:
-            return with_aux(loss)(join_params(p), join_hyper(h), *rest)
+            param_constants, hyper_constants, rest = rest
+            params, hyper = join_params(p, param_constants), join_hyper(h, hyper_constants)
+            return with_aux(loss)(params, hyper, *rest)
 
+        rest = (param_constants, hyper_constants, rest)
         grads, value_aux = _differentiable_once(on_floats)(param_floats, hyper_floats, rest)
         # Integer leaves have no gradient; zeros keep the structure that optimisers expect.
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -122,6 +125,30 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
+
+
+def _partition(tree: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
+    """The inexact leaves, the other arrays, and the function that joins both with what is left.
+
+    Integer arrays may be traced (a counter in a scan), so that no closure may hold them; Python
+    numbers stay what they are.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    inexact = [is_inexact(leaf) for leaf in leaves]
+    constant = [isinstance(x, jax.Array) and not f for x, f in zip(leaves, inexact, strict=True)]
+    left = [None if a or b else x for x, a, b in zip(leaves, inexact, constant, strict=True)]
+
+    def join(floats: list[Any], constants: list[Any]) -> Tree:
+        floats, constants = iter(floats), iter(constants)
+        return treedef.unflatten(
+            [
+                next(floats) if a else next(constants) if b else x
+                for x, a, b in zip(left, inexact, constant, strict=True)
+            ]
+        )
+
+    floats = [x for x, flag in zip(leaves, inexact, strict=True) if flag]
+    return floats, [x for x, flag in zip(leaves, constant, strict=True) if flag], join
 
 
 def _filled(tangent: Any, primal: Any, nothing: Any) -> jax.Array:

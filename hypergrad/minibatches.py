@@ -1,6 +1,7 @@
 """Minibatches drawn inside the compiled program, so that no run has to fit memory."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ from hypergrad.trees import Tree, path_name
 _ROUNDS = 8
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Minibatches:
     """Draws `num_steps` minibatches from `arrays`, shuffled by epoch without replacement.
 
     Stands wherever a batch stands: as `train` it is K = `num_steps` batches, as `valid` it gives
     one batch per estimate. It is a pytree: `arrays` are traced, the two integers are static.
+    Several of one size can be stacked leaf by leaf (folds of a cross-validation) for `jax.vmap`.
 
     Step t takes examples t * batch_size, ... of an endless stream in which each epoch is a fresh
     permutation of all examples, so a batch may straddle two epochs and no example is ever left out.
@@ -31,7 +32,7 @@ class Minibatches:
       num_steps: the number of steps K.
 
     Raises:
-      ValueError: leaves of unequal length, or a batch larger than the data.
+      ValueError: leaves that are no arrays or of unequal length, or a batch larger than the data.
 
     >>> import jax, jax.numpy as jnp
     >>> data = Minibatches({"x": jnp.arange(6.0)}, batch_size=3, num_steps=2)
@@ -42,8 +43,8 @@ class Minibatches:
     """
 
     arrays: Tree
-    batch_size: int = dataclasses.field(metadata={"static": True})
-    num_steps: int = dataclasses.field(default=1, metadata={"static": True})
+    batch_size: int
+    num_steps: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
@@ -52,36 +53,58 @@ class Minibatches:
                     f"{name}={getattr(self, name)!r} must be a positive Python integer: it fixes a "
                     "shape of the compiled program."
                 )
-        sizes = _lengths(self.arrays)
-        if len(set(sizes.values())) > 1:
+        size = _num_examples(self.arrays)
+        if size < self.batch_size:
             raise ValueError(
-                f"arrays disagree on the first axis (examples): {sizes}. Give every leaf one row "
-                "per example."
-            )
-        if sizes and min(sizes.values()) < self.batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} exceeds the {min(sizes.values())} examples in "
-                "arrays. Choose a batch_size no larger than the data."
+                f"batch_size={self.batch_size} exceeds the {size} examples in arrays. Choose a "
+                "batch_size no larger than the data."
             )
 
     def batch(self, step: jax.typing.ArrayLike, key: jax.Array) -> Tree:
         """The batch of step `step` (an int32, traced or not) of the stream that `key` shuffles."""
-        size = jax.tree.leaves(self.arrays)[0].shape[0]
+        size = _num_examples(self.arrays)
         position = jnp.asarray(step, jnp.int32) * self.batch_size + jnp.arange(
             self.batch_size, dtype=jnp.int32
         )
         index = _shuffle(position % size, position // size, size, key)
-        return jax.tree.map(lambda leaf: leaf[index], self.arrays)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self.arrays)
 
 
-def _lengths(arrays: Tree) -> dict[str, int]:
-    # Transformations unflatten with placeholders for leaves; only real arrays are judged.
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return {
-        path_name(path): leaf.shape[0]
-        for path, leaf in leaves
-        if hasattr(leaf, "shape") and len(leaf.shape) > 0
+def _flatten(data: Minibatches) -> tuple[tuple[Tree], tuple[int, int]]:
+    return (data.arrays,), (data.batch_size, data.num_steps)
+
+
+def _flatten_with_keys(data: Minibatches) -> Any:
+    return ((jax.tree_util.GetAttrKey("arrays"), data.arrays),), (data.batch_size, data.num_steps)
+
+
+def _unflatten(integers: tuple[int, int], children: tuple[Tree]) -> Minibatches:
+    # Not by the constructor: the placeholders of transformations and stacked arrays come this way.
+    data = object.__new__(Minibatches)
+    data.__dict__.update(arrays=children[0], batch_size=integers[0], num_steps=integers[1])
+    return data
+
+
+jax.tree_util.register_pytree_with_keys(Minibatches, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _num_examples(arrays: Tree) -> int:
+    shapes = {
+        path_name(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     }
+    if not shapes or () in shapes.values():
+        raise ValueError(
+            f"arrays has leaves of shapes {shapes}: every leaf must be an array with a leading "
+            "axis of examples, [examples, ...]."
+        )
+    sizes = {name: shape[0] for name, shape in shapes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"arrays disagree on the first axis (examples): {sizes}. Give every leaf one row per "
+            "example."
+        )
+    return min(sizes.values())
 
 
 def _shuffle(index: jax.Array, epoch: jax.Array, size: int, key: jax.Array) -> jax.Array:

@@ -105,10 +105,10 @@ def bilevel(
     gradient = inner_gradient(loss_of_trainable)
 
     def init(hyper: Any, key: jax.Array) -> Inner:
-        params = jax.tree.map(jnp.asarray, init_params(key))
+        params = _strong(init_params(key))
         opt_state = optimizer(hyper).init(_split(params, trainable)[0])
         _refuse_injected_rates(opt_state)
-        opt_state = jax.tree.map(jnp.asarray, opt_state)
+        opt_state = _strong(opt_state)
         dtype = jnp.result_type(jnp.float32, *(x for x in jax.tree.leaves(params) if is_inexact(x)))
         return Inner(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
 
@@ -122,7 +122,10 @@ def bilevel(
         updates, opt_state = transform.update(
             grads, inner.opt_state, trained, value=loss, grad=grads
         )
-        params = _merge(optax.apply_updates(trained, updates), frozen, trainable)
+        moved = optax.apply_updates(trained, updates)
+        # Decay would eat integer leaves (counters): 5 - 0.01 is 4 as an integer.
+        moved = jax.tree.map(lambda new, old: new if is_inexact(old) else old, moved, trained)
+        params = _merge(moved, frozen, trainable)
         params = params if absorb is None else absorb(params, aux)
         # A float32 rate promotes a bfloat16 momentum; the state must keep its dtypes in a scan.
         params, opt_state = _cast_like((params, opt_state), (inner.params, inner.opt_state))
@@ -285,6 +288,11 @@ def _split(params: Any, trainable: str | Sequence[str] | None) -> tuple[Any, Any
 
 def _merge(trained: Any, frozen: Any, trainable: str | Sequence[str] | None) -> Any:
     return trained if trainable is None else {**trained, **frozen}
+
+
+def _strong(tree: Tree) -> Tree:
+    """Arrays of strong dtypes: a weakly typed start recompiles at the second window."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
 def _cast_like(tree: Tree, like: Tree) -> Tree:

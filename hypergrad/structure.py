@@ -148,12 +148,17 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
         branches = [_propagate(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
         return [_join([index, *outs]) for outs in zip(*branches, strict=True)]
     if name in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"):
-        inner = params["jaxpr"]
+        inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _propagate(getattr(inner, "jaxpr", inner), inputs)
-    if name == "custom_jvp_call" and params.get("name") == INNER_GRADIENT:
+    if name == "custom_jvp_call" and _function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
         return _propagate(params["call_jaxpr"].jaxpr, inputs)
     merged = _join(inputs)
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
+
+
+def _function_name(jaxpr: Any) -> str:
+    # "name at file:line", or the bare name, as JAX records it for error messages
+    return str(jaxpr.debug_info.func_src_info).split(" at ")[0].rsplit(".", 1)[-1]
 
 
 def _output(merged: _Taint, name: str, dtype: Any) -> _Taint:

@@ -1,0 +1,318 @@
+"""Is this hypergradient right? Measured against differences and forward mode, and said in words."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from hypergrad.estimators.base import Estimator, check_structure, strong
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.problem import Problem, fresh_inner, num_steps, step_inputs, steps_done
+from hypergrad.problem import training_steps as steps_of
+from hypergrad.space import Space
+from hypergrad.trees import is_inexact, leaf_names, split_inexact
+from hypergrad.window import ValidateAt, objective
+
+Result = TypeVar("Result")
+
+
+class Row(NamedTuple):
+    """One number of `hyper` under `check_hypergradient`; gradients in unit coordinates.
+
+    Without a space, unit coordinates are the raw ones. `forward` is None where forward mode is
+    impossible (a `custom_vjp`). `spread` is how far differences of several step sizes lie apart,
+    plus the loss's rounding: what they can be trusted to.
+    """
+
+    name: str
+    value: float
+    raw: float
+    estimate: float
+    forward: float | None
+    difference: float
+    spread: float
+    verdict: str
+
+
+class Report(NamedTuple):
+    """What `check_hypergradient` found; `str(report)` is the table it prints."""
+
+    loss: float
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head = ("hyperparameter", "value", "raw", "unit", "forward", "differences", "verdict")
+        cells = [
+            (
+                row.name,
+                f"{row.value:.4g}",
+                f"{row.raw:.5g}",
+                f"{row.estimate:.5g}",
+                "impossible" if row.forward is None else f"{row.forward:.5g}",
+                f"{row.difference:.5g} +- {row.spread:.1g}",
+                row.verdict,
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))  # noqa: E731
+        title = f"validation loss {self.loss:.6g}; hypergradient in raw and in unit coordinates"
+        return "\n".join([title, *(line(row).rstrip() for row in [head, *cells])])
+
+
+def check_hypergradient(
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+    estimator: Estimator = Unrolled(),  # noqa: B008  frozen, so safe to share
+    space: Space | None = None,
+    *,
+    rtol: float | None = None,
+    max_entries: int = 64,
+) -> Report:
+    """Compares an estimator's hypergradient with finite differences and with forward mode.
+
+    Prints a table, one row per number of `hyper`, and returns it. A disagreement is raised after
+    printing, by name; an exact zero only stands in the table, as a warning.
+
+    Args:
+      problem: as in `hypergradient`, like the five arguments that follow.
+      hyper: raw values.
+      inner: the training state, or None.
+      train: K batches.
+      valid: one batch.
+      key: randomness.
+      estimator: what is checked. A truncated one is biased and will disagree: that is its bias.
+      space: gives unit coordinates, in which differences are taken (a step that suits a learning
+        rate of 1e-3 drowns a penalty of 1e-6). None: raw coordinates.
+      rtol: relative disagreement that is reported; None for 1e-5 in float64 and 2e-2 in float32,
+        where differences carry no more. What differences of three step sizes disagree by among
+        themselves is allowed on top.
+      max_entries: numbers of `hyper` that are checked; beyond, a random choice of them.
+
+    Cost: one estimate, and 6 runs and one forward tangent per number checked. Not jit-able.
+
+    Raises:
+      ValueError: a hyperparameter disagrees, never reaches the loss, is an integer, or its gradient
+        is not finite (with the first step, the leaf, and the likely cause).
+    """
+    hyper = strong(hyper)
+    check_structure(estimator, problem, hyper, inner, train, valid, key)
+    validate_at: ValidateAt = getattr(estimator, "validate_at", "last")
+    unit = hyper if space is None else space.to_unit(hyper)
+    flat, unravel = ravel_pytree(unit)
+
+    def from_flat(u: jax.Array) -> Any:
+        return unravel(u) if space is None else space.from_unit(unravel(u))
+
+    def project(u: jax.Array) -> jax.Array:
+        return u if space is None else ravel_pytree(space.project(unravel(u)))[0]
+
+    @jax.jit
+    def loss(u: jax.Array) -> jax.Array:
+        return objective(problem, from_flat(u), inner, train, valid, key, validate_at)[0]
+
+    @jax.jit
+    def estimated(u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hyper, pull_back = jax.vjp(from_flat, u)
+        state = estimator.init(problem, hyper, inner, key)
+        estimate, _ = estimator.estimate(problem, hyper, inner, train, valid, key, state)
+        return estimate.loss, ravel_pytree(estimate.grad)[0], pull_back(estimate.grad)[0]
+
+    value, raw, grad = (np.asarray(x, np.float64) for x in estimated(flat))
+    if not (np.isfinite(value) and np.isfinite(grad).all()):
+        bad = [n for n, g in zip(_entries(hyper), grad, strict=True) if not np.isfinite(g)]
+        raise ValueError(_not_finite(problem, hyper, inner, train, valid, key, bad))
+    chosen = np.arange(flat.size)
+    if flat.size > max_entries:
+        chosen = np.sort(np.random.default_rng(0).choice(flat.size, max_entries, replace=False))
+    tangent = jax.jit(lambda e: jax.jvp(loss, (flat,), (e,))[1])
+    wide = flat.dtype == jnp.float64
+    rtol = rtol if rtol is not None else (1e-5 if wide else 2e-2)
+    # Rounding of the largest entry's terms, below which a small one cannot be judged.
+    atol = (1e-12 if wide else 1e-6) * float(np.max(np.abs(grad)))
+    bounded = np.asarray(project(jnp.full_like(flat, 2)) < 2)
+    names, values = _entries(hyper), np.asarray(ravel_pytree(hyper)[0], np.float64)
+    rows = []
+    for i in chosen.tolist():
+        direction = jnp.zeros_like(flat).at[i].set(1)
+        difference, spread = _difference(loss, flat, i, bool(bounded[i]))
+        forward = _unless_custom_vjp(lambda e=direction: float(tangent(e)))
+        verdict = _verdict(grad[i], forward, difference, spread, rtol, atol)
+        rows.append(Row(names[i], values[i], raw[i], grad[i], forward, difference, spread, verdict))
+    report = Report(float(value), tuple(rows))
+    print(report)
+    wrong = [row for row in rows if row.verdict.startswith("disagrees")]
+    if wrong:
+        forward = wrong[0].forward
+        forward_says = "" if forward is None else f"forward mode gives {forward:.6g}, "
+        raise ValueError(
+            f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
+            f"{wrong[0].verdict}: it is {wrong[0].estimate:.6g}, {forward_says}differences give "
+            f"{wrong[0].difference:.6g} +- {wrong[0].spread:.1g}. A truncated or implicit "
+            "estimator may be biased; an exact one points to a wrong derivative rule "
+            "(stop_gradient, custom_vjp) in the problem."
+        )
+    return report
+
+
+def _entries(hyper: Any) -> list[str]:
+    names = []
+    for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
+        size, shape = np.size(leaf), np.shape(leaf)
+        names += [
+            name + (f"[{', '.join(map(str, np.unravel_index(i, shape)))}]" if shape else "")
+            for i in range(size)
+        ]
+    return names
+
+
+def _difference(loss: Any, flat: jax.Array, i: int, bounded: bool) -> tuple[float, float]:
+    """The central difference that agrees best with its neighbour in step size, and its error."""
+    size = 1.0 if bounded else max(abs(float(flat[i])), 1e-3)
+    wide = flat.dtype == jnp.float64
+    found, rounding = [], []
+    for step in (1e-4, 1e-5, 1e-6) if wide else (1e-2, 3e-3, 1e-3):
+        up, down = flat.at[i].add(step * size), flat.at[i].add(-step * size)
+        if bounded:  # a value at its bound has a neighbour on one side only
+            up, down = up.at[i].min(1.0), down.at[i].max(0.0)
+        width = float(up[i]) - float(down[i])
+        high, low = float(loss(up)), float(loss(down))
+        found.append((high - low) / width)
+        rounding.append(float(jnp.finfo(flat.dtype).eps) * max(abs(high), abs(low)) / width)
+    gaps = [abs(a - b) for a, b in itertools.pairwise(found)]
+    best = int(np.argmin(gaps))
+    chosen = best + 1 if wide else best
+    return found[chosen], gaps[best] + rounding[chosen]
+
+
+def _unless_custom_vjp(call: Callable[[], Result]) -> Result | None:
+    """What `call` returns, or None where a `custom_vjp` function forbids forward mode."""
+    try:
+        return call()
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return None
+
+
+def _verdict(
+    estimate: float,
+    forward: float | None,
+    difference: float,
+    spread: float,
+    rtol: float,
+    atol: float,
+) -> str:
+    if estimate == 0 and not forward and difference == 0:
+        return "warning: exactly 0 here"
+    size = max(abs(forward or 0), abs(difference))
+    if forward is not None and not abs(estimate - forward) <= rtol * abs(forward) + atol:
+        return "disagrees with forward mode"
+    if not abs(estimate - difference) <= rtol * size + 2 * spread + atol:
+        return "disagrees with differences"
+    return "agrees"
+
+
+def _not_finite(
+    problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array, bad: list[str]
+) -> str:
+    """Where the first number that is not finite arises: in training, or only in its derivative."""
+    start = lambda h: fresh_inner(problem, h, key) if inner is None else inner  # noqa: E731
+    offset = steps_done(start(hyper))
+    names = [
+        name
+        for name, leaf in zip(leaf_names(start(hyper)), jax.tree.leaves(start(hyper)), strict=True)
+        if is_inexact(leaf)
+    ]
+    which = f"The hypergradient of {', '.join(bad) or 'no hyperparameter, but the loss'}"
+
+    def finite(floats: list[Any]) -> jax.Array:
+        return jnp.stack([jnp.isfinite(x).all() for x in floats])
+
+    @jax.jit
+    def training(hyper: Any) -> jax.Array:
+        step = steps_of(problem, hyper, train, key, offset)
+
+        def body(inner: Any, x: Any) -> tuple[Any, jax.Array]:
+            inner = step(inner, *x)
+            return inner, finite(split_inexact(inner)[0])
+
+        return jax.lax.scan(body, start(hyper), step_inputs(train))[1]
+
+    flags = np.asarray(training(hyper))
+    if not flags.all():
+        t = int(np.argmin(flags.all(1)))
+        leaf = names[int(np.argmin(flags[t]))]
+        return (
+            f"{which} is not finite: training itself is not. First at step {t} of "
+            f"{num_steps(train)}, in {leaf!r}. Likely cause: {_cause_in_training(train, t)}."
+        )
+    if broken := _broken_leaves(valid):
+        return (
+            f"{which} is not finite, though training is: the validation batch holds values that "
+            f"are not finite, in leaf {', '.join(broken)}."
+        )
+
+    @jax.jit
+    def tangents(hyper: Any, direction: Any) -> jax.Array:
+        def push(f: Callable[[Any, Any], Any], tree: Any, dots: list[Any]) -> tuple[Any, list[Any]]:
+            floats, join = split_inexact(tree)
+
+            def on_floats(h: Any, floats: list[Any]) -> Any:
+                out = f(h, join(floats))
+                return split_inexact(out)[0], out
+
+            _, dots, out = jax.jvp(on_floats, (hyper, floats), (direction, dots), has_aux=True)
+            return out, dots
+
+        def body(carry: Any, x: Any) -> Any:
+            carry = push(lambda h, s: steps_of(problem, h, train, key, offset)(s, *x), *carry)
+            return carry, finite(carry[1])
+
+        return jax.lax.scan(body, push(lambda h, _: start(h), (), []), step_inputs(train))[1]
+
+    flat, unravel = ravel_pytree(hyper)
+    entries = _entries(hyper)
+    for name in bad[:8]:  # one run each; the first nearly always tells
+        direction = unravel(jnp.zeros_like(flat).at[entries.index(name)].set(1))
+        found = _unless_custom_vjp(lambda d=direction: np.asarray(tangents(hyper, d)))
+        if found is not None and not found.all():
+            t = int(np.argmin(found.all(1)))
+            leaf = names[int(np.argmin(found[t]))]
+            return (
+                f"{which} is not finite, though training is: the derivative of {leaf!r} in "
+                f"{name!r} is lost at step {t} of {num_steps(train)}. Likely cause: an infinite "
+                "slope, such as the square root in Adam, or a norm, at exactly zero "
+                "(hypergrad.nonzero_gradient in a hand-filled step)."
+            )
+    return (
+        f"{which} is not finite, though training is and no tangent is lost on the way. Likely "
+        "cause: valid_loss (a logarithm or a square root at 0), a NaN in the branch that jnp.where "
+        "does not take, or an adjoint that overflows because training is chaotic at these values: "
+        "lower the learning rate."
+    )
+
+
+def _broken_leaves(batch: Any) -> list[str]:
+    return [
+        name
+        for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
+        if is_inexact(leaf) and not bool(jnp.isfinite(leaf).all())
+    ]
+
+
+def _cause_in_training(train: Any, t: int) -> str:
+    arrays = getattr(train, "arrays", None)
+    batch = arrays if arrays is not None else jax.tree.map(lambda x: x[t], train)
+    if broken := _broken_leaves(batch):
+        where = "the data" if arrays is not None else f"the batch of step {t}"
+        return f"{where} holds values that are not finite, in leaf {', '.join(broken)}"
+    return "training diverges: the learning rate or momentum is too high for this problem"

@@ -1,0 +1,288 @@
+"""Every exact estimator against closed forms, differences, the others, and the contract."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
+
+EXACT = {
+    "unrolled": hg.Unrolled(),
+    "step": hg.Unrolled(checkpoint="step"),
+    "sqrt": hg.Unrolled(checkpoint="sqrt"),
+    "forward": hg.Forward(),
+}
+
+
+class TestUnrolled(EstimatorContract):
+    estimator = hg.Unrolled()
+
+
+class TestUnrolledStep(EstimatorContract):
+    estimator = hg.Unrolled(checkpoint="step")
+
+
+class TestUnrolledSqrt(EstimatorContract):
+    estimator = hg.Unrolled(checkpoint="sqrt")
+
+
+class TestForward(EstimatorContract):
+    estimator = hg.Forward()
+
+
+class TestFiniteDifference(EstimatorContract):
+    # differences in float32 carry two to four digits
+    estimator = hg.FiniteDifference(5e-3)
+    float32_tolerance = 2e-2
+
+
+def hypergradient_of(oracle: Any, estimator: hg.Estimator) -> Any:
+    arguments = (oracle.hyper, None, oracle.train, oracle.valid, oracle.key, estimator)
+    return jax.jit(lambda: hg.hypergradient(oracle.problem, *arguments))()
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("make", [ridge, momentum_quadratic])
+def test_closed_forms(name: str, make: Any, dtype: Any) -> None:
+    oracle = make()
+    estimate = hypergradient_of(oracle, EXACT[name])
+    tolerance = 1e-10 if dtype == jnp.float64 else 1e-5
+    assert relative_error(estimate.grad, oracle.grad) <= tolerance
+    np.testing.assert_allclose(estimate.loss, oracle.loss, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+def test_differences_reach_the_closed_form() -> None:
+    oracle = momentum_quadratic()
+    estimate = hypergradient_of(oracle, hg.FiniteDifference())
+    assert relative_error(estimate.grad, oracle.grad) <= 1e-8
+
+
+def _digits_like(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Random inputs with constant (zero) columns, as the digits have, and labels."""
+    inputs = jax.random.normal(key, (24, 6)).at[:, jnp.array([0, 3])].set(0)
+    return inputs, jax.random.randint(jax.random.fold_in(key, 1), (24,), 0, 3)
+
+
+def _small_problem(optimizer: Any) -> hg.Problem:
+    def forward(params: Any, inputs: jax.Array) -> jax.Array:
+        return jnp.tanh(inputs @ params["w"] + params["b"]) @ params["v"]
+
+    def cross_entropy(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        inputs, labels = batch
+        logits = forward(params, inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def init(key: jax.Array) -> Any:
+        w, v = jax.random.normal(key, (2, 6, 6))
+        return {"w": w / 2, "b": jnp.zeros(6), "v": v[:, :3] / 2}
+
+    return hg.bilevel(init, cross_entropy, cross_entropy, optimizer)
+
+
+# name: (optimiser from hyper, starting values). Every number given has a gradient.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
+    "sgd": (lambda h: optax.sgd(h["lr"]), {"lr": 0.1}),
+    "momentum": (lambda h: optax.sgd(h["lr"], momentum=h["m"]), {"lr": 0.1, "m": 0.9}),
+    "nesterov": (
+        lambda h: optax.sgd(h["lr"], momentum=h["m"], nesterov=True),
+        {"lr": 0.1, "m": 0.9},
+    ),
+    "adam": (
+        lambda h: optax.adam(h["lr"], b1=h["b1"], b2=h["b2"]),
+        {"lr": 0.01, "b1": 0.9, "b2": 0.99},
+    ),
+    "adamw": (
+        lambda h: optax.adamw(h["lr"], b1=h["b1"], weight_decay=h["wd"]),
+        {"lr": 0.01, "b1": 0.9, "wd": 0.1},
+    ),
+    "rmsprop": (lambda h: optax.rmsprop(h["lr"], decay=h["d"]), {"lr": 0.01, "d": 0.9}),
+    "adagrad": (lambda h: optax.adagrad(h["lr"]), {"lr": 0.1}),
+    "lion": (lambda h: optax.lion(h["lr"], weight_decay=h["wd"]), {"lr": 0.01, "wd": 0.1}),
+    "lamb": (lambda h: optax.lamb(h["lr"], weight_decay=h["wd"]), {"lr": 0.01, "wd": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optax_optimisers_with_default_arguments(name: str, x64: None) -> None:
+    make, hyper = OPTIMIZERS[name]
+    problem = _small_problem(make)
+    data, valid = _digits_like(jax.random.key(0)), _digits_like(jax.random.key(5))
+    train = hg.Minibatches(data, 8, 12)
+    # lion's sign flips under any finite step; so small a one crosses none here
+    difference = hg.FiniteDifference(1e-8 if name == "lion" else 1e-5)
+    grads = [
+        jax.jit(
+            lambda e=e: hg.hypergradient(problem, hyper, None, train, valid, jax.random.key(2), e)
+        )().grad
+        for e in (difference, hg.Unrolled(), hg.Forward())
+    ]
+    assert relative_error(grads[1], grads[0]) < 1e-6
+    assert relative_error(grads[2], grads[1]) < 1e-12
+
+
+def test_adam_in_float32_is_finite_where_gradients_are_zero() -> None:
+    make, hyper = OPTIMIZERS["adam"]
+    problem = _small_problem(make)
+    train = hg.Minibatches(_digits_like(jax.random.key(0)), 8, 6)
+    valid = _digits_like(jax.random.key(5))
+    reverse, forward = (
+        jax.jit(
+            lambda e=e: hg.hypergradient(problem, hyper, None, train, valid, jax.random.key(2), e)
+        )()
+        for e in (hg.Unrolled(), hg.Forward())
+    )
+    assert bool(reverse.info["finite"])
+    assert relative_error(reverse.grad, forward.grad) < 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_window_one_is_t1_t2() -> None:
+    """d/dl2 of one SGD step is -lr w, so the gradient is -lr grad E(w') . w (Luketina 2016)."""
+    oracle = ridge(num_steps=3)
+    estimate = hypergradient_of(oracle, hg.Unrolled(window=1))
+    start = oracle.problem.init(oracle.hyper, oracle.key)
+    before = hg.rollout(
+        oracle.problem,
+        oracle.hyper,
+        start,
+        jax.tree.map(lambda x: x[:2], oracle.train),
+        oracle.key,
+    )
+    slope = jax.grad(oracle.problem.valid_loss)(
+        estimate.inner.params, oracle.hyper, oracle.valid, None
+    )
+    np.testing.assert_allclose(
+        estimate.grad["l2"], -0.2 * jnp.vdot(slope, before.params), rtol=1e-12
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_truncation_keeps_the_last_terms_only() -> None:
+    """A window of 5 is the full unroll of the last 5 steps, from where the first ones led."""
+    oracle = momentum_quadratic(12)
+    head = oracle.train[:7]
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    middle = hg.rollout(oracle.problem, oracle.hyper, inner, head, oracle.key)
+    arguments = (oracle.train[7:], oracle.valid, oracle.key)
+    tail = hg.hypergradient(oracle.problem, oracle.hyper, middle, *arguments)
+    truncated = hypergradient_of(oracle, hg.Unrolled(window=5))
+    assert relative_error(truncated.grad, tail.grad) < 1e-12
+    assert relative_error(truncated.grad, oracle.grad) > 1e-2
+    np.testing.assert_allclose(truncated.inner.params, tail.inner.params, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_carried_tangents_make_two_windows_one() -> None:
+    oracle = momentum_quadratic(10)
+    estimator = hg.Forward(carry=True)
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    state = estimator.init(oracle.problem, oracle.hyper, inner, oracle.key)
+    for half in (oracle.train[:5], oracle.train[5:]):
+        estimate, state = estimator.estimate(
+            oracle.problem, oracle.hyper, inner, half, oracle.valid, oracle.key, state
+        )
+        inner = estimate.inner
+    assert relative_error(estimate.grad, oracle.grad) < 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "estimator", [hg.Unrolled(validate_at="mean"), hg.Forward(validate_at="mean")]
+)
+def test_validation_at_the_window_mean(estimator: hg.Estimator) -> None:
+    oracle = momentum_quadratic(8)
+    differences = hypergradient_of(oracle, hg.FiniteDifference(validate_at="mean"))
+    estimate = hypergradient_of(oracle, estimator)
+    assert relative_error(estimate.grad, differences.grad) < 1e-8
+    assert relative_error(estimate.grad, oracle.grad) > 1e-2
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    points = []
+    for t in range(8):
+        inner = oracle.problem.step(inner, oracle.hyper, None, oracle.key)
+        points.append(inner.params)
+        del t
+    mean = jnp.mean(jnp.stack(points), 0)
+    np.testing.assert_allclose(estimate.loss, 0.5 * jnp.sum((mean - 1) ** 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_windows_walk_as_one(name: str) -> None:
+    """Keys and minibatches go on where the last window stopped."""
+    problem = _small_problem(OPTIMIZERS["momentum"][0])
+    hyper, key = OPTIMIZERS["momentum"][1], jax.random.key(3)
+    data, valid = _digits_like(jax.random.key(0)), _digits_like(jax.random.key(5))
+
+    def advance(inner: Any, steps: int) -> Any:
+        train = hg.Minibatches(data, 8, steps)
+        return hg.hypergradient(problem, hyper, inner, train, valid, key, EXACT[name]).inner
+
+    inner = problem.init(hyper, key)
+    one, two = advance(inner, 10), advance(advance(inner, 5), 5)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_parameters_have_float32_hypergradients() -> None:
+    base = _small_problem(OPTIMIZERS["momentum"][0])
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)  # noqa: E731
+    data, valid = _digits_like(jax.random.key(0)), _digits_like(jax.random.key(5))
+    wide = base.init({"lr": 0.1, "m": 0.9}, jax.random.key(1))
+    inner = wide._replace(params=narrow(wide.params), opt_state=narrow(wide.opt_state))
+    train = hg.Minibatches(data, 8, 6)
+    arguments = (train, valid, jax.random.key(2))
+    reference = hg.hypergradient(base, {"lr": 0.1, "m": 0.9}, wide, *arguments).grad
+    for estimator in (hg.Unrolled(), hg.Forward()):
+        hyper = {"lr": jnp.bfloat16(0.1), "m": jnp.bfloat16(0.9)}
+        estimate = hg.hypergradient(base, hyper, inner, *arguments, estimator)
+        assert {g.dtype for g in jax.tree.leaves(estimate.grad)} == {jnp.dtype("float32")}
+        assert estimate.inner.params["w"].dtype == jnp.bfloat16
+        assert relative_error(estimate.grad, reference) < 0.2  # eight bits of mantissa
+
+
+def test_growth_tells_chaos_from_calm() -> None:
+    oracle = momentum_quadratic(30)
+    calm = hypergradient_of(oracle, hg.Unrolled())
+    np.testing.assert_allclose(calm.info["growth"], 1.0, rtol=1e-5)
+    hyper = dict(oracle.hyper, learning_rate=jnp.float32(2.0))  # above 2 (1 + m) / c for c = 2
+    wild = hg.hypergradient(oracle.problem, hyper, None, oracle.train, oracle.valid, oracle.key)
+    assert float(wild.info["growth"]) > 100
+
+
+def test_nan_batch_is_reported_with_its_step() -> None:
+    oracle = ridge(num_steps=6)
+    inputs, targets = oracle.train
+    train = (inputs.at[4].set(jnp.nan), targets)
+    for estimator in (*EXACT.values(), hg.Unrolled(window=1)):
+        estimate = jax.jit(
+            lambda e=estimator: hg.hypergradient(
+                oracle.problem, oracle.hyper, None, train, oracle.valid, oracle.key, e
+            )
+        )()
+        assert not bool(estimate.info["finite"])
+        assert int(estimate.info["first_bad_step"]) == 4
+
+
+def test_wrong_arguments_are_named() -> None:
+    oracle = momentum_quadratic(4)
+    with pytest.raises(ValueError, match=r"window=5 exceeds the K=4 steps"):
+        hypergradient_of(oracle, hg.Unrolled(window=5))
+    with pytest.raises(ValueError, match=r"window=0 must be at least 1"):
+        hg.Unrolled(window=0)
+    with pytest.raises(ValueError, match=r"checkpoint='all' is unknown"):
+        hg.Unrolled(checkpoint="all")
+    with pytest.raises(ValueError, match=r"validate_at='first' is unknown"):
+        hypergradient_of(oracle, hg.Unrolled(validate_at="first"))
+    with pytest.raises(ValueError, match=r"step=0 must be positive"):
+        hg.FiniteDifference(0)
+    integer = oracle._replace(hyper=dict(oracle.hyper, learning_rate=1))
+    with pytest.raises(ValueError, match=r"'learning_rate' is of dtype int32"):
+        hypergradient_of(integer, hg.Unrolled())
+    unused = oracle._replace(hyper=dict(oracle.hyper, width=1.0))
+    with pytest.raises(ValueError, match=r"'width' never reaches the validation loss"):
+        hypergradient_of(unused, hg.Unrolled())
