@@ -1,0 +1,172 @@
+"""What reaches what: each way a gradient can be cut, and each way it only looks so."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad import inner_gradient
+from hypergrad.structure import reaches, require_reach
+
+stop_gradient = jax.lax.stop_gradient
+
+
+@jax.custom_jvp
+def doubled(x: jax.Array) -> jax.Array:
+    return 2 * x
+
+
+doubled.defjvps(lambda t, out, x: 2 * t)
+
+
+@jax.custom_vjp
+def straight_through_sign(x: jax.Array) -> jax.Array:
+    return jnp.sign(x)
+
+
+straight_through_sign.defvjp(lambda x: (jnp.sign(x), None), lambda _, c: (c,))
+
+
+def loop(body: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda a: jax.lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, body(s[1])), (0, a)
+    )[1]
+
+
+def linearized(a: jax.Array) -> jax.Array:
+    return jax.linearize(jax.jit(lambda x: jnp.sin(a * x)), 1.0)[1](2.0)
+
+
+SMOOTH: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "square": lambda a: a**2,
+    "straight-through": lambda a: a + stop_gradient(jnp.round(a) - a),
+    "masked by another": lambda a: jnp.where(jnp.arange(3.0) > 1, a, 0).sum(),
+    "one of two paths": lambda a: jnp.sign(a) + 1e-3 * a,
+    "scan carry": lambda a: jax.lax.scan(lambda c, _: (c * a, None), 1.0, None, 3)[0],
+    "scan output": lambda a: jax.lax.scan(lambda c, x: (c, x * 2), 0.0, a[None])[1].sum(),
+    "late in a scan": lambda a: jax.lax.scan(
+        lambda c, _: ((c[1], c[2], c[2]), None), (0.0, 0.0, a), None, 3
+    )[0][0],
+    "while": loop(lambda x: 2 * x),
+    "sign in a loop that may run no step": loop(jnp.sign),
+    "cond": lambda a: jax.lax.cond(jnp.bool_(True), jnp.sin, jnp.sign, a),
+    "jit": jax.jit(jnp.sin),
+    "checkpoint": jax.checkpoint(jnp.sin),
+    "custom_jvp": doubled,
+    "custom_vjp": straight_through_sign,
+    "inner_gradient": lambda a: inner_gradient(lambda w, h: h * w**2)(3.0, a)[0],
+    "linearize": linearized,
+    "vmap": lambda a: jax.vmap(lambda x: x * a)(jnp.ones(2)).sum(),
+    "clip": lambda a: jnp.clip(a, 0, 1),
+    "narrower float": lambda a: a.astype(jnp.bfloat16),
+}
+
+CUT: dict[str, tuple[Callable[[jax.Array], jax.Array], str]] = {
+    "sign": (jnp.sign, "sign"),
+    "round": (lambda a: jnp.round(a) * 2, "round"),
+    "stop_gradient": (stop_gradient, "stop_gradient"),
+    "mask": (lambda a: jnp.where(jnp.arange(3.0) < a, 1.0, 0.0).sum(), "a comparison"),
+    "integer": (lambda a: a.astype(jnp.int32) * 1.5, "an integer"),
+    "scan": (lambda a: jax.lax.scan(lambda c, _: (c + jnp.sign(a), None), 0.0, None, 3)[0], "sign"),
+    "while condition": (
+        lambda a: jax.lax.while_loop(lambda s: s < a, lambda s: s + 1, 0.0),
+        "a comparison",
+    ),
+    "cond predicate": (lambda a: jax.lax.cond(a > 0, lambda: 1.0, lambda: 2.0), "a comparison"),
+    "jit": (jax.jit(jnp.sign), "sign"),
+    "checkpoint": (jax.checkpoint(jnp.sign), "sign"),
+    "inner_gradient": (
+        lambda a: inner_gradient(lambda w, h: jnp.sign(h) * w**2)(3.0, a)[0],
+        "sign",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_paths(name: str) -> None:
+    (reach,) = reaches(lambda h: SMOOTH[name](h["a"]), {"a": jnp.float32(0.3)})
+    assert (reach.name, reach.used, reach.differentiable) == ("a", True, True)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_cut_paths(name: str) -> None:
+    function, cut = CUT[name]
+    (reach,) = reaches(lambda h: function(h["a"]), {"a": jnp.float32(0.3)})
+    assert (reach.used, reach.differentiable) == (True, False)
+    assert reach.cut_by == (cut,)
+    with pytest.raises(ValueError, match=rf"'a' reaches .* only through .*{cut}.*silent zero"):
+        require_reach(lambda h: function(h["a"]), {"a": jnp.float32(0.3)})
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        lambda h: h["a"] ** 2,
+        lambda h: jax.lax.scan(
+            lambda c, _: ((c[0] * h["a"], c[1] + h["b"]), None), (1.0, 0.0), None, 3
+        )[0][0],
+        lambda h: inner_gradient(lambda w, h: h["a"] * w + h["b"])(1.0, h)[0],
+        lambda h: jax.jit(lambda a, b: a)(h["a"], h["b"]),
+        lambda h: jax.checkpoint(lambda a, b: (jnp.sin(a), b))(h["a"], h["b"])[0],
+    ],
+    ids=["plain", "scan", "inner_gradient", "jit", "checkpoint"],
+)
+def test_unused_is_named_and_the_used_one_is_not(unused: Any) -> None:
+    hyper = {"a": jnp.float32(0.3), "b": jnp.float32(0.2)}
+    assert [(r.used, r.differentiable) for r in reaches(unused, hyper)] == [
+        (True, True),
+        (False, False),
+    ]
+    with pytest.raises(ValueError, match=r"'b' never reaches the validation loss"):
+        require_reach(unused, hyper)
+
+
+def test_integers_are_refused_by_name_and_dtype() -> None:
+    hyper = {"layers": [jnp.float32(1.0), jnp.int32(2)]}
+    with pytest.raises(ValueError, match=r"'layers/1' is of dtype int32"):
+        require_reach(lambda h: h["layers"][0] * h["layers"][1], hyper)
+
+
+def trained(optimizer: Any, hyper: dict[str, Any], penalty: Any = lambda w, h: 0.0) -> Any:
+    """Runs hypergradient's own check on a small problem."""
+
+    def train_loss(w: jax.Array, hyper: Any, batch: jax.Array, key: Any) -> jax.Array:
+        return jnp.mean((w - batch) ** 2) + penalty(w, hyper)
+
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(2),
+        train_loss,
+        lambda w, hyper, batch, key: jnp.mean((w - batch) ** 2),
+        optimizer,
+    )
+    train = jnp.ones((3, 2))
+    return hg.hypergradient(problem, hyper, None, train, 2 * jnp.ones(2), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_lions_decay_rates_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' .*the sign of the update \(lion"):
+        trained(lambda h: optax.lion(0.1, **h), {name: 0.9})
+
+
+@pytest.mark.parametrize("optimizer", [optax.lion, optax.adam, optax.sgd])
+def test_learning_rates_reach(optimizer: Any) -> None:
+    estimate = trained(lambda h: optimizer(h["lr"]), {"lr": 0.1})
+    assert float(estimate.grad["lr"]) < -0.1  # far from the optimum: a larger rate is better
+
+
+def test_a_constant_added_to_the_training_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'shift' never reaches the validation loss"):
+        trained(lambda h: optax.sgd(0.1), {"shift": 0.5}, lambda w, h: h["shift"] ** 2)
+    with pytest.raises(ValueError, match=r"'shift' .*stop_gradient"):
+        trained(
+            lambda h: optax.sgd(0.1),
+            {"shift": 0.5},
+            lambda w, h: stop_gradient(h["shift"]) * w.sum(),
+        )
+    estimate = trained(lambda h: optax.sgd(0.1), {"l2": 0.5}, lambda w, h: h["l2"] * jnp.sum(w**2))
+    assert float(estimate.grad["l2"]) > 0.1
