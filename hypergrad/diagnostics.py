@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from hypergrad.problem import training_steps as steps_of
 from hypergrad.space import Space
 from hypergrad.trees import is_inexact, leaf_names, split_inexact
 from hypergrad.window import ValidateAt, objective
-
-Result = TypeVar("Result")
 
 
 class Row(NamedTuple):
@@ -144,7 +142,8 @@ def check_hypergradient(
     for i in chosen.tolist():
         direction = jnp.zeros_like(flat).at[i].set(1)
         difference, spread = _difference(loss, flat, i, bool(bounded[i]))
-        forward = _unless_custom_vjp(lambda e=direction: float(tangent(e)))
+        slope = _unless_custom_vjp(tangent, direction)
+        forward = None if slope is None else float(slope)
         verdict = _verdict(grad[i], forward, difference, spread, rtol, atol)
         rows.append(Row(names[i], values[i], raw[i], grad[i], forward, difference, spread, verdict))
     report = Report(float(value), tuple(rows))
@@ -193,10 +192,10 @@ def _difference(loss: Any, flat: jax.Array, i: int, bounded: bool) -> tuple[floa
     return found[chosen], gaps[best] + rounding[chosen]
 
 
-def _unless_custom_vjp(call: Callable[[], Result]) -> Result | None:
-    """What `call` returns, or None where a `custom_vjp` function forbids forward mode."""
+def _unless_custom_vjp(tangent: Callable[..., jax.Array], *args: Any) -> np.ndarray | None:
+    """`tangent(*args)`, or None where a `custom_vjp` function forbids forward mode."""
     try:
-        return call()
+        return np.asarray(tangent(*args))
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
@@ -283,7 +282,7 @@ def _not_finite(
     entries = _entries(hyper)
     for name in bad[:8]:  # one run each; the first nearly always tells
         direction = unravel(jnp.zeros_like(flat).at[entries.index(name)].set(1))
-        found = _unless_custom_vjp(lambda d=direction: np.asarray(tangents(hyper, d)))
+        found = _unless_custom_vjp(tangents, hyper, direction)
         if found is not None and not found.all():
             t = int(np.argmin(found.all(1)))
             leaf = names[int(np.argmin(found[t]))]

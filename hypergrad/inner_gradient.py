@@ -139,10 +139,10 @@ def _partition(tree: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], l
     left = [None if a or b else x for x, a, b in zip(leaves, inexact, constant, strict=True)]
 
     def join(floats: list[Any], constants: list[Any]) -> Tree:
-        floats, constants = iter(floats), iter(constants)
+        supply, more = iter(floats), iter(constants)
         return treedef.unflatten(
             [
-                next(floats) if a else next(constants) if b else x
+                next(supply) if a else next(more) if b else x
                 for x, a, b in zip(left, inexact, constant, strict=True)
             ]
         )
