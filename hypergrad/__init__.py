@@ -10,11 +10,13 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
 from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
+from hypergrad.optim import norm_adam
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.restarting import restarting
 
 __all__ = [
     "Categorical",
@@ -38,5 +40,7 @@ __all__ = [
     "hypergradient",
     "inner_gradient",
     "nonzero_gradient",
+    "norm_adam",
+    "restarting",
     "rollout",
 ]

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad.estimators.base import Estimator, check_structure, strong
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem, fresh_inner, num_steps, step_inputs, steps_done
+from hypergrad.problem import Problem, num_steps, step_inputs, steps_done
 from hypergrad.problem import training_steps as steps_of
 from hypergrad.space import Space
 from hypergrad.trees import is_inexact, leaf_names, split_inexact
@@ -224,7 +224,7 @@ def _not_finite(
     problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array, bad: list[str]
 ) -> str:
     """Where the first number that is not finite arises: in training, or only in its derivative."""
-    start = lambda h: fresh_inner(problem, h, key) if inner is None else inner  # noqa: E731
+    start = lambda h: problem.init(h, key) if inner is None else inner  # noqa: E731
     offset = steps_done(start(hyper))
     names = [
         name

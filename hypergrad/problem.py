@@ -12,7 +12,7 @@ from hypergrad.minibatches import Minibatches
 from hypergrad.trees import Tree, is_inexact, leaf_names, path_name
 
 # Streams of randomness that must not meet the training steps' own, which are fold_in(key, t).
-_SHUFFLE, _VALID, _INIT = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+_SHUFFLE, _VALID = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 class Problem(NamedTuple):
@@ -212,6 +212,8 @@ def num_steps(train: Any) -> int:
             f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
             "[K, batch, ...]. Add one with x[None] for a single step."
         )
+    if any(shape[0] == 0 for shape in shapes.values()):
+        raise ValueError(f"train has no steps: its leaves are {shapes}. Give at least one batch.")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(
             f"train's leaves disagree on the leading axis K (steps): {shapes}. Stack K whole "
@@ -223,11 +225,6 @@ def num_steps(train: Any) -> int:
 def steps_done(inner: Any) -> jax.typing.ArrayLike:
     """The training steps behind `inner`: its `step`, or 0 for a state that does not count."""
     return getattr(inner, "step", 0)
-
-
-def fresh_inner(problem: Problem, hyper: Any, key: jax.Array) -> Any:
-    """The start of training under `key`."""
-    return problem.init(hyper, jax.random.fold_in(key, _INIT))
 
 
 def validation_loss(

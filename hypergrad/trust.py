@@ -1,4 +1,4 @@
-"""Whether a hypergradient can be trusted, from its own size and its history.
+"""Whether a hypergradient can be trusted, from its own size, its history and its growth.
 
 Unrolled gradients explode without the loss showing it. What shows it is the hypergradient: its
 norm against its own running median, and the growth of the adjoint along the unroll.
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from hypergrad.problem import Problem, steps_done
 
 # Why a step was refused; `info.refused` holds one of them.
 TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED = range(5)
@@ -26,18 +28,25 @@ REASONS = (
 class Trust:
     """When a hypergradient is refused.
 
+    A refused step returns to the last trusted position and halves the outer steps. A hypergradient
+    that is refused there too, or before anything was trusted, leaves nothing to return to (a start
+    whose learning rate diverges): if finite, its direction is followed as the only guide there is,
+    at the length of a usual one, and training starts over from the trusted parameters. `restarting`
+    then takes it over a quarter of the steps, a sixteenth, ..., until one can be trusted.
+
     Args:
       max_spike: refuse a norm (in unit coordinates) above this multiple of its running median.
       max_growth: refuse an adjoint that grew more than this along the unroll (`info["growth"]` of
-        `Unrolled`; other estimators do not report it); infinity to allow any.
+        `Unrolled`; other estimators do not report it). Healthy runs on digits stay below 1,
+        diverging ones start at 2 to 100.
       warm_up: estimates before the running median is believed.
 
-    A loss that rises is no reason: undoing such steps did harm wherever it was tried
-    (docs/experiments.md), while a jump of the norm comes before the damage.
+    A loss that rises is no reason: undoing such steps did harm wherever it was tried, while a jump
+    of the norm comes before the damage.
     """
 
     max_spike: float = 10.0
-    max_growth: float = float("inf")
+    max_growth: float = 2.0
     warm_up: int = 3
 
 
@@ -48,16 +57,21 @@ class TrustState(NamedTuple):
       median: running median of the trusted norms.
       seen: trusted estimates so far.
       scale: what outer steps are multiplied with; halves at a refusal, recovers slowly.
+      shortened: how many times the horizon is quartered; 0 once anything was trusted.
+      returned: whether the last estimate was refused, so that this one stands on trusted ground.
     """
 
     median: jax.Array
     seen: jax.Array
     scale: jax.Array
+    shortened: jax.Array
+    returned: jax.Array
 
 
 def initial_trust(dtype: Any) -> TrustState:
-    """No history, full steps."""
-    return TrustState(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.ones((), dtype))
+    """No history, full steps, full horizon."""
+    none = jnp.zeros((), jnp.int32)
+    return TrustState(jnp.zeros((), dtype), none, jnp.ones((), dtype), none, jnp.zeros((), bool))
 
 
 def judge(
@@ -65,14 +79,15 @@ def judge(
 ) -> jax.Array:
     """Why the hypergradient is refused, as an int32 index into `REASONS`; 0 if it is trusted."""
     spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.median)
-    chaotic = ~(info.get("growth", jnp.ones(())) <= trust.max_growth)
+    # negated, so that a growth of NaN is refused
+    chaotic = ~(info.get("growth", jnp.zeros(())) <= trust.max_growth)
     finite = info["finite"] & jnp.isfinite(norm)
     reason = jnp.where(spike, NORM_SPIKE, jnp.where(chaotic, ADJOINT_GROWTH, TRUSTED))
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
 
 
-def remember(state: TrustState, norm: jax.Array, refused: jax.Array) -> TrustState:
-    """The history after one more estimate."""
+def remember(state: TrustState, norm: jax.Array, refused: jax.Array, shortest: int) -> TrustState:
+    """The history after one more estimate; the horizon is quartered at most `shortest` times."""
     # A step of 1.2 per estimate towards the sample's side: its rest point is the median, and one
     # outlier moves it no further than any other value does.
     towards = state.median * jnp.where(norm > state.median, 1.2, 1 / 1.2)
@@ -80,7 +95,58 @@ def remember(state: TrustState, norm: jax.Array, refused: jax.Array) -> TrustSta
         median=jnp.where(state.median == 0, norm, towards),
         seen=state.seen + 1,
         scale=jnp.minimum(1.0, 1.1 * state.scale),
+        shortened=state.shortened,
+        returned=jnp.zeros((), bool),
     )
-    # Refusals in a row raise the bar, so that a lasting change of scale is accepted in the end.
-    distrusted = TrustState(2 * state.median, state.seen, state.scale / 2)
-    return TrustState(*jax.tree.map(lambda a, b: jnp.where(refused > 0, a, b), distrusted, trusted))
+    longer = state._replace(shortened=state.shortened - 1)
+    back = state._replace(
+        # Refusals in a row raise the bar, so that a lasting change of scale is accepted in the end.
+        median=2 * state.median,
+        scale=jnp.where(state.returned, state.scale, state.scale / 2),
+        returned=jnp.ones((), bool),
+    )
+    shorter = state._replace(shortened=jnp.minimum(state.shortened + 1, shortest))
+    accepted = refused == 0
+    cases = [accepted & (state.shortened == 0), accepted, state.seen > 0]
+    return jax.tree.map(
+        lambda *options: jnp.select(cases, options[:3], options[3]), trusted, longer, back, shorter
+    )
+
+
+def gropes(state: TrustState, refused: jax.Array) -> jax.Array:
+    """Whether to follow a refused hypergradient, for want of trusted ground to return to."""
+    return (refused > 0) & (refused != NOT_FINITE) & ((state.seen == 0) | state.returned)
+
+
+def temper(grad: Any, norm: jax.Array, state: TrustState, refused: jax.Array) -> Any:
+    """A refused hypergradient at the length of a usual one; a trusted one as it is."""
+    usual = jnp.where(state.median > 0, state.median, 1.0)
+    factor = jnp.where(refused > 0, jnp.minimum(1.0, usual / norm), 1.0)
+    return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grad)
+
+
+def shortest_horizon(steps: int) -> int:
+    """How often `steps` may be quartered: 16 steps still tell what a learning rate does."""
+    return max((steps // 16).bit_length() - 1, 0) // 2
+
+
+def shorten(problem: Problem, inner: Any, state: TrustState, steps: int) -> Problem:
+    """`problem` with training standing still after a quarter, a sixteenth, ... of `steps` steps.
+
+    Works where the training state counts its steps (`inner.step`, as `bilevel`'s does); without a
+    count the horizon stays whole.
+    """
+    start = steps_done(inner)
+    last = start + jnp.maximum(steps >> (2 * state.shortened), 1)
+
+    def step(inner: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+        if not hasattr(inner, "step"):
+            return problem.step(inner, hyper, batch, key)
+        return jax.lax.cond(
+            inner.step < last,
+            lambda inner: problem.step(inner, hyper, batch, key),
+            lambda inner: inner,
+            inner,
+        )
+
+    return problem._replace(step=step)

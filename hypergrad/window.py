@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from hypergrad.problem import (
     Problem,
-    fresh_inner,
     num_steps,
     step_inputs,
     steps_done,
@@ -17,7 +16,7 @@ from hypergrad.problem import (
 )
 from hypergrad.trees import all_finite, is_inexact
 
-ValidateAt = Literal["last", "mean"]
+ValidateAt = Literal["last", "mean"] | int
 
 
 class Progress(NamedTuple):
@@ -25,7 +24,7 @@ class Progress(NamedTuple):
 
     Attributes:
       inner: the training state.
-      total: the sum of the window's parameter vectors, or None where the last are judged.
+      total: the sum of the parameter vectors that are averaged, or None: the last are judged.
       first_bad_step: int32, the first step of the window whose training loss (`inner.loss`, or
         where there is none, whose parameters) is not finite; -1.
     """
@@ -35,38 +34,51 @@ class Progress(NamedTuple):
     first_bad_step: jax.Array
 
 
-def begin(
-    problem: Problem, hyper: Any, inner: Any, key: jax.Array, validate_at: ValidateAt
-) -> Progress:
-    """The start of a window: at `inner`, or at a fresh start inside the gradient if it is None."""
-    if validate_at not in ("last", "mean"):
+def averaged(validate_at: ValidateAt, window: int) -> int:
+    """How many of the window's last parameter vectors are averaged for validation; 1: the last."""
+    count = {"last": 1, "mean": window}.get(str(validate_at), validate_at)
+    if not isinstance(count, int) or not 1 <= count <= window:
         raise ValueError(
-            f"validate_at={validate_at!r} is unknown: choose 'last' (the last parameters) or "
-            "'mean' (the mean over the window's parameter vectors)."
+            f"validate_at={validate_at!r} is not possible in a window of {window} steps: choose "
+            "'last' (the last parameters), 'mean' (their mean over the window), or an integer from "
+            "1 to the window's length (the mean of that many last ones)."
         )
-    inner = fresh_inner(problem, hyper, key) if inner is None else inner
+    return count
+
+
+def begin(problem: Problem, hyper: Any, inner: Any, key: jax.Array, count: int) -> Progress:
+    """The start of a window: at `inner`, or at a fresh start inside the gradient if it is None.
+
+    `count` is how many last parameter vectors will be averaged.
+    """
+    inner = problem.init(hyper, key) if inner is None else inner
     total = None
-    if validate_at == "mean":
+    if count > 1:
         total = jax.tree.map(lambda p: jnp.zeros_like(p) if is_inexact(p) else None, inner.params)
     return Progress(inner, total, jnp.int32(-1))
 
 
 def one_step(
-    problem: Problem, hyper: Any, train: Any, key: jax.Array, offset: jax.typing.ArrayLike
+    problem: Problem,
+    hyper: Any,
+    train: Any,
+    key: jax.Array,
+    offset: jax.typing.ArrayLike,
+    count: int = 1,
 ) -> Callable[[Progress, tuple[jax.Array, Any]], Progress]:
     """`(progress, (t, batch)) -> progress`; `offset` is the steps done before the window."""
     step = training_steps(problem, hyper, train, key, offset)
+    first_averaged = num_steps(train) - count
 
     def advance(progress: Progress, x: tuple[jax.Array, Any]) -> Progress:
         t, batch = x
         inner = step(progress.inner, t, batch)
         total = progress.total
         if total is not None:
-            total = jax.tree.map(
-                lambda s, p: None if s is None else s + p,
+            total = _map_averaged(
+                lambda s, p: None if s is None else s + jnp.where(t >= first_averaged, p, 0),
                 total,
                 inner.params,
-                is_leaf=lambda s: s is None,
             )
         # A state that shows its training loss spares a pass over all parameters in every step.
         finite = all_finite(inner.loss if hasattr(inner, "loss") else inner.params)
@@ -76,16 +88,20 @@ def one_step(
     return advance
 
 
-def judged(progress: Progress, window: int) -> Any:
-    """The parameters that are validated: the last, or the mean over the window's `window` steps."""
+def judged(progress: Progress, count: int) -> Any:
+    """The parameters that are validated: the last, or the mean over the last `count`."""
     if progress.total is None:
         return progress.inner.params
-    return jax.tree.map(
-        lambda s, p: p if s is None else (s / window).astype(s.dtype),
+    return _map_averaged(
+        lambda s, p: p if s is None else (s / count).astype(s.dtype),
         progress.total,
         progress.inner.params,
-        is_leaf=lambda s: s is None,
     )
+
+
+def _map_averaged(f: Callable[[Any, Any], Any], total: Any, params: Any) -> Any:
+    # None marks the leaves that have no mean (counters); it must count as a leaf here.
+    return jax.tree.map(f, total, params, is_leaf=lambda s: s is None)
 
 
 def objective(
@@ -101,10 +117,11 @@ def objective(
 
     This is the function that every estimator differentiates, in its plainest form.
     """
-    progress = begin(problem, hyper, inner, key, validate_at)
-    offset = steps_done(progress.inner)
-    advance = one_step(problem, hyper, train, key, offset)
-    progress = jax.lax.scan(lambda p, x: (advance(p, x), None), progress, step_inputs(train))[0]
     steps = num_steps(train)
-    params = judged(progress, steps)
+    count = averaged(validate_at, steps)
+    progress = begin(problem, hyper, inner, key, count)
+    offset = steps_done(progress.inner)
+    advance = one_step(problem, hyper, train, key, offset, count)
+    progress = jax.lax.scan(lambda p, x: (advance(p, x), None), progress, step_inputs(train))[0]
+    params = judged(progress, count)
     return validation_loss(problem, params, hyper, valid, key, offset + steps), progress

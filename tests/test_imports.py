@@ -21,6 +21,7 @@ ORDER = (
     "dimensions",
     "space",
     "noise",
+    "optim",
     "structure",
     "schedules",
     "linear",

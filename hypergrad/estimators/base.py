@@ -61,6 +61,31 @@ class Estimator(abc.ABC):
         """
 
 
+def checked_estimate(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+    state: Any,
+) -> tuple[Estimate, Any]:
+    """`estimator.estimate` behind the structure check, which traces once and runs nothing.
+
+    Raises:
+      ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
+    """
+    check_structure(estimator, problem, hyper, inner, train, valid, key)
+    try:
+        return estimator.estimate(problem, hyper, inner, train, valid, key, state)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "A function of the problem closes over a traced value, whose derivative would be lost. "
+            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
+        ) from error
+
+
 def check_structure(
     estimator: Estimator,
     problem: Problem,

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
 from hypergrad.trees import split_inexact
-from hypergrad.window import Progress, ValidateAt, begin, judged, one_step
+from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Forward(Estimator):
         flat, unravel = ravel_pytree(hyper)
         basis = jnp.eye(flat.size, dtype=flat.dtype)
         steps = num_steps(train)
+        count = averaged(self.validate_at, steps)
         start, zs = _pushforward(
-            lambda h, _: begin(problem, unravel(h), inner, key, self.validate_at),
+            lambda h, _: begin(problem, unravel(h), inner, key, count),
             flat,
             basis,
             (),
@@ -67,13 +68,13 @@ class Forward(Estimator):
         offset = steps_done(start.inner)
 
         def advance(carry: tuple[Progress, Any], x: Any) -> tuple[tuple[Progress, Any], None]:
-            step = lambda h, p: one_step(problem, unravel(h), train, key, offset)(p, x)  # noqa: E731
+            step = lambda h, p: one_step(problem, unravel(h), train, key, offset, count)(p, x)  # noqa: E731
             return _pushforward(step, flat, basis, *carry), None
 
         (end, zs), _ = jax.lax.scan(advance, (start, zs), step_inputs(train))
 
         def loss_at(h: jax.Array, progress: Progress) -> jax.Array:
-            params = judged(progress, steps)
+            params = judged(progress, count)
             return validation_loss(problem, params, unravel(h), valid, key, offset + steps)
 
         loss, [grads] = _pushforward(loss_at, flat, basis, end, zs)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from hypergrad.estimators.base import Estimate, Estimator, check_structure, strong
+from hypergrad.estimators.base import Estimate, Estimator, checked_estimate, strong
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem
 
@@ -48,6 +48,5 @@ def hypergradient(
     Array(-2., dtype=float32)
     """
     hyper = strong(hyper)
-    check_structure(estimator, problem, hyper, inner, train, valid, key)
     state = estimator.init(problem, hyper, inner, key)
-    return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
+    return checked_estimate(estimator, problem, hyper, inner, train, valid, key, state)[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
 from hypergrad.trees import inner_product, path_name
-from hypergrad.window import Progress, ValidateAt, begin, judged, one_step
+from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Unrolled(Estimator):
         the batch, as the inner gradient is mixed-mode); "step": the state alone; "sqrt": about
         2 sqrt(window) states, for one more training run of time.
       validate_at: "last" judges the last parameters; "mean" judges their mean over the window,
-        which does not punish the noise of the steps themselves (training goes on from the last).
+        which does not punish the noise of the steps themselves (training goes on from the last);
+        an integer judges the mean of that many last ones.
 
     Cost in gradient evaluations per differentiated step: 3, with "step" or "sqrt" 4; memory
     O(window |inner|), or O(sqrt(window) |inner|) with "sqrt"; independent of |hyper|.
@@ -70,21 +71,22 @@ class Unrolled(Estimator):
                 f"window={window} exceeds the K={steps} steps in train. Choose a smaller window or "
                 "give more steps per estimate."
             )
+        count = averaged(self.validate_at, window)
         xs = step_inputs(train)
         before = jax.tree.map(lambda x: x[: steps - window], xs)
         within = jax.tree.map(lambda x: x[steps - window :], xs)
         first_bad_step = jnp.int32(-1)
         offset = steps_done(inner)
         if window < steps:
-            ahead = begin(problem, hyper, inner, key, "last")
+            ahead = begin(problem, hyper, inner, key, 1)
             offset = steps_done(ahead.inner)
             ahead = _scan(one_step(problem, hyper, train, key, offset), ahead, before)
             inner, first_bad_step = ahead.inner, ahead.first_bad_step
 
         def outer(hyper: Any, probes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Progress]:
-            progress = begin(problem, hyper, inner, key, self.validate_at)
+            progress = begin(problem, hyper, inner, key, count)
             progress = progress._replace(first_bad_step=first_bad_step)
-            advance = one_step(problem, hyper, train, key, offset)
+            advance = one_step(problem, hyper, train, key, offset, count)
 
             def tapped(progress: Progress, x: Any) -> Progress:
                 probe, t_and_batch = x
@@ -92,7 +94,7 @@ class Unrolled(Estimator):
                 return progress._replace(inner=_tap_params(progress.inner, probe))
 
             progress = _SCANS[self.checkpoint](tapped, progress, (probes[0], within))
-            params = _tap(judged(progress, window), probes[1])
+            params = _tap(judged(progress, count), probes[1])
             return validation_loss(problem, params, hyper, valid, key, offset + steps), progress
 
         probes = (jnp.zeros(window), jnp.zeros(()))

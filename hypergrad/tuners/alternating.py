@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.estimators.base import Estimator, check_structure
+from hypergrad.estimators.base import Estimator, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem, fresh_inner
+from hypergrad.problem import Problem
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen
-from hypergrad.trust import Trust, TrustState, initial_trust, judge, remember
+from hypergrad.trust import Trust, TrustState, gropes, initial_trust, judge, remember, temper
 from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
 
 
@@ -95,7 +95,7 @@ def alternating(
     def init(hyper: Any, key: jax.Array) -> AlternatingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
-        inner = fresh_inner(problem, hyper, key)
+        inner = problem.init(hyper, key)
         estimator_state = estimator.init(problem, hyper, inner, key)
         now = Position(unit, outer_optimizer.init(unit), inner, estimator_state)
         dtype = jnp.result_type(*jax.tree.leaves(unit))
@@ -107,22 +107,22 @@ def alternating(
         now = state.now
         hyper = space.from_unit(now.unit)
         key = _window_key(now.inner, state)
-        check_structure(estimator, problem, hyper, now.inner, train, valid, key)
-        estimate, estimator_state = estimator.estimate(
-            problem, hyper, now.inner, train, valid, key, now.estimator_state
+        estimate, estimator_state = checked_estimate(
+            estimator, problem, hyper, now.inner, train, valid, key, now.estimator_state
         )
         grad = unit_gradient(space, now.unit, estimate.grad)
         size = norm(grad)
         refused = judge(trust, state.trust, size, estimate.info)
-        history = remember(state.trust, size, refused)
+        history = remember(state.trust, size, refused, shortest=0)
+        step_grad = temper(grad, size, state.trust, refused)
         moved, outer_state, worth = outer_step(
-            outer_optimizer, space, now.unit, grad, now.outer_state, history.scale, max_move
+            outer_optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
         )
         ahead = Position(moved, outer_state, estimate.inner, estimator_state)
         # The steps were spent all the same: a restored state must not replay their noise.
-        back = state.trusted._replace(
-            inner=_with_step_of(state.trusted.inner, estimate.inner),
-        )
+        back = state.trusted._replace(inner=_with_step_of(state.trusted.inner, estimate.inner))
+        again = back._replace(unit=moved, outer_state=outer_state)
+        back = select(gropes(state.trust, refused), again, back)
         accepted = refused == 0
         new = AlternatingState(
             now=select(accepted, ahead, back),

@@ -1,0 +1,227 @@
+"""Hyperparameters tuned over whole runs, each from fresh parameters."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hypergrad.estimators.base import Estimate, Estimator, checked_estimate
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.optim import norm_adam
+from hypergrad.problem import Problem, num_steps, validation_loss
+from hypergrad.space import Space
+from hypergrad.trees import norm, select, widen
+from hypergrad.trust import (
+    NOT_LEARNED,
+    Trust,
+    TrustState,
+    gropes,
+    initial_trust,
+    judge,
+    remember,
+    shorten,
+    shortest_horizon,
+    temper,
+)
+from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
+
+
+class Position(NamedTuple):
+    """Where tuning stands: what a refused step goes back to, as one piece."""
+
+    unit: Any
+    outer_state: Any
+    estimator_state: Any
+
+
+class RestartingState(NamedTuple):
+    """The state of `restarting`.
+
+    Attributes:
+      now: where tuning stands.
+      trusted: the last position whose hypergradient was trusted.
+      trust: the history that trust is judged against.
+      average: the running mean of trusted iterates.
+      key: the seeds' key; never restored.
+      updates: int32, updates done; never restored.
+    """
+
+    now: Position
+    trusted: Position
+    trust: TrustState
+    average: Average
+    key: jax.Array
+    updates: jax.Array
+
+
+def restarting(
+    problem: Problem,
+    space: Space,
+    estimator: Estimator = Unrolled(),  # noqa: B008  frozen, so safe to share
+    outer_optimizer: optax.GradientTransformation | None = None,
+    num_seeds: int = 1,
+    *,
+    fresh_seeds: bool = False,
+    max_move: float = 0.2,
+    trust: Trust = Trust(),  # noqa: B008
+) -> Tuner:
+    """Tunes over whole runs: each update trains from fresh parameters and takes one outer step.
+
+    `tuner.update(state, train, valid)` trains over the whole of `train` (K steps, best given as
+    `Minibatches`) under `num_seeds` seeds at once, and differentiates the validation loss through
+    all of it, the start included.
+
+    Args:
+      problem: what is trained and judged.
+      space: the ranges; only its continuous hyperparameters are tuned.
+      estimator: `Unrolled(checkpoint="sqrt")` for long runs.
+      outer_optimizer: any optax optimiser over unit coordinates; None for `norm_adam(0.1)`.
+      num_seeds: runs per update, in one program. Their hypergradients are averaged after each is
+        scaled down to at most their median norm, so that one outlier does not own the mean; seeds
+        that are not finite are left out, and count against trust.
+      fresh_seeds: draw new seeds in every update. False keeps them (common random numbers): the
+        loss falls smoothly, on these seeds; True follows the expected loss, noisily.
+      max_move: the most a unit coordinate moves in one update.
+      trust: when a hypergradient is refused; a run that does not end below 0.8 of the untrained
+        validation loss is refused too (a diverged network can look calm: it is dead). A refused
+        update returns to the last trusted hyperparameters and halves the outer steps.
+
+    Cost per update: that of the estimator, times `num_seeds`; 3 K gradient evaluations with the
+    default. Memory: the estimator's.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> tuner = hg.restarting(problem, hg.Space({"lr": hg.Float(1e-3, 1.0, scale="log")}))
+    >>> state = tuner.init({"lr": 1e-2}, jax.random.key(0))
+    >>> update = jax.jit(tuner.update)
+    >>> losses = []
+    >>> for _ in range(5):
+    ...     state, info = update(state, jnp.ones((20, 3)), jnp.ones(3))
+    ...     losses.append(float(info.loss))
+    >>> losses[-1] < 0.1 * losses[0]
+    True
+    """
+    if num_seeds < 1:
+        raise ValueError(f"num_seeds={num_seeds} must be at least 1.")
+    optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
+
+    def init(hyper: Any, key: jax.Array) -> RestartingState:
+        hyper = space.validate(hyper)
+        unit = space.to_unit(hyper)
+        state_of = lambda key: estimator.init(problem, hyper, None, key)  # noqa: E731
+        now = Position(unit, optimizer.init(unit), jax.vmap(state_of)(_seeds(key, num_seeds)))
+        dtype = jnp.result_type(*jax.tree.leaves(unit))
+        none = jnp.zeros((), jnp.int32)
+        return RestartingState(now, now, initial_trust(dtype), Average(unit, none), key, none)
+
+    def update(state: RestartingState, train: Any, valid: Any) -> tuple[RestartingState, Info]:
+        now, steps = state.now, num_steps(train)
+        hyper = space.from_unit(now.unit)
+        key = jax.random.fold_in(state.key, state.updates) if fresh_seeds else state.key
+
+        def run(key: jax.Array, memory: Any) -> tuple[Estimate, Any, jax.Array]:
+            start = problem.init(hyper, key)
+            untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
+            whole = shorten(problem, start, state.trust, steps)
+            estimate, memory = checked_estimate(
+                estimator, whole, hyper, None, train, valid, key, memory
+            )
+            return estimate._replace(inner=()), memory, untrained
+
+        # One seed is no batch of one: vmap would run both sides of a shortened run's condition.
+        many = jax.vmap(run) if num_seeds > 1 else _batch_of_one(run)
+        estimates, memory, untrained = many(_seeds(key, num_seeds), now.estimator_state)
+        grads = jax.vmap(lambda grad: unit_gradient(space, now.unit, grad))(estimates.grad)
+        grad, size, agreement = combine(grads)
+        loss = jnp.median(widen(estimates.loss))
+        about = {name: _worst(name, value) for name, value in estimates.info.items()}
+        whole = state.trust.shortened == 0
+        refused = judge(trust, state.trust, size, about)
+        learned = loss <= 0.8 * jnp.median(untrained)
+        refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
+        history = remember(state.trust, size, refused, shortest_horizon(steps))
+        step_grad = temper(grad, size, state.trust, refused)
+        moved, outer_state, worth = outer_step(
+            optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
+        )
+        accepted = (refused == 0) & whole
+        ahead = Position(moved, outer_state, memory)
+        back = select(gropes(state.trust, refused), ahead, state.trusted)
+        new = RestartingState(
+            now=select(accepted, ahead, back),
+            trusted=select(accepted, now, back),
+            trust=history,
+            average=include(state.average, now.unit, accepted),
+            key=state.key,
+            updates=state.updates + 1,
+        )
+        info = Info(
+            loss=loss,
+            hyper=hyper,
+            grad=grad,
+            norm=size,
+            worth=jnp.where(accepted, worth, 0.0),
+            refused=refused,
+            step_scale=history.scale,
+            finite=about["finite"],
+            first_bad_step=about["first_bad_step"],
+            estimate=about | {"agreement": agreement, "shortened": state.trust.shortened},
+        )
+        return new, info
+
+    def best(state: RestartingState) -> Any:
+        # The position reached counts as one more iterate: nothing after it could distrust it.
+        average = include(state.average, state.now.unit, state.trust.seen > 0)
+        return space.from_unit(space.project(average.unit))
+
+    return Tuner(init, update, best)
+
+
+def combine(grads: Any) -> tuple[Any, jax.Array, jax.Array]:
+    """Seeds' gradients `[seeds, ...]` as one: (gradient, its norm, agreement in [0, 1]).
+
+    Each is scaled down to at most the median norm of the finite ones. Agreement is the norm of the
+    mean over the mean of the norms: 1 for one seed, about seeds^-1/2 for pure noise. Where more
+    than half are not finite, so is the result.
+    """
+    norms = jax.vmap(norm)(grads)
+    finite = jnp.isfinite(norms)
+    middle = jnp.nanmedian(jnp.where(finite, norms, jnp.nan))
+    middle = jnp.where(2 * jnp.sum(finite) >= finite.size, middle, jnp.nan)
+    scaled = jnp.minimum(norms, middle)
+    # where on the gradient too: 0 * NaN is NaN
+    weight = jnp.where(finite, scaled / jnp.where(norms == 0, 1, norms), 0) / jnp.sum(finite)
+
+    def mean(g: jax.Array) -> jax.Array:
+        w = weight.reshape(-1, *[1] * (g.ndim - 1)).astype(g.dtype)
+        return jnp.sum(jnp.where(w == 0, 0, w * g), 0) + (0 * middle).astype(g.dtype)
+
+    grad = jax.tree.map(mean, grads)
+    size = norm(grad)
+    spread = jnp.sum(jnp.where(finite, scaled, 0)) / jnp.sum(finite)
+    return grad, size, size / jnp.where(spread == 0, 1, spread)
+
+
+def _seeds(key: jax.Array, num_seeds: int) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
+
+
+def _batch_of_one(run: Any) -> Any:
+    def single(keys: jax.Array, memory: Any) -> Any:
+        first = jax.tree.map(lambda x: x[0], memory)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], run(keys[0], first))
+
+    return single
+
+
+def _worst(name: str, values: jax.Array) -> jax.Array:
+    """Several seeds' info as one: the worst counts for flags and steps, the median for sizes."""
+    if name == "finite":
+        # as in `combine`: trusted while at least half are finite
+        return 2 * jnp.sum(values) >= values.size
+    if name == "first_bad_step":
+        return jnp.max(values)
+    return jnp.median(values)
