@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
 import hypergrad as hg
@@ -114,3 +115,40 @@ PROBLEM = hg.bilevel(
     valid_loss=valid_loss,
     optimizer=lambda hyper: optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"]),
 )
+
+
+def num_hyper() -> int:
+    """Continuous numbers that are tuned: 7."""
+    return ravel_pytree(STARTS["def"])[0].size
+
+
+def evaluations(steps: int, estimates: int) -> float:
+    """Gradient evaluations of `steps` differentiated training steps and `estimates` validations.
+
+    A step counts 1, its way back (a Hessian-vector product) 2, a gradient on 200 images 200/64.
+    """
+    return 3 * steps + estimates * 200 / BATCH
+
+
+def constant(hyper: Any) -> hg.Schedule:
+    """The schedule that never changes."""
+    return hg.Schedule(jax.tree.map(lambda x: jnp.asarray(x)[None], hyper), STEPS)
+
+
+@jax.jit
+def retrain(schedule: hg.Schedule, data: Data, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(validation, test) losses [seeds] of fresh runs of 500 steps under a frozen schedule."""
+
+    def run(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inner = PROBLEM.init(schedule(0), key)
+        train = hg.Minibatches(data.train, BATCH, STEPS)
+        params = hg.replay(PROBLEM, schedule, inner, train, key).params
+        return tuple(valid_loss(params, None, split, key) for split in (data.valid, data.test))
+
+    return jax.lax.map(run, keys)
+
+
+def fresh_test_loss(schedule: hg.Schedule, data: Data, seeds: int = 10) -> float:
+    """The mean test loss over seeds that no tuner has seen; infinite for a run that diverged."""
+    losses = retrain(schedule, data, jax.random.split(jax.random.key(2**20), seeds))[1]
+    return float(jnp.mean(jnp.where(jnp.isfinite(losses), losses, jnp.inf)))

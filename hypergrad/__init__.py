@@ -12,6 +12,7 @@ from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
 from hypergrad.optim import norm_adam
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
+from hypergrad.schedules import Schedule, learned_schedule, replay
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
@@ -29,6 +30,7 @@ __all__ = [
     "Int",
     "Minibatches",
     "Problem",
+    "Schedule",
     "Space",
     "Trust",
     "Tuner",
@@ -39,8 +41,10 @@ __all__ = [
     "dropout",
     "hypergradient",
     "inner_gradient",
+    "learned_schedule",
     "nonzero_gradient",
     "norm_adam",
+    "replay",
     "restarting",
     "rollout",
 ]

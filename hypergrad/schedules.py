@@ -1,0 +1,59 @@
+"""What a run learned, as a schedule to keep: replayed by the library or by plain optax."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad.problem import Problem, step_inputs, steps_done, training_steps
+from hypergrad.space import Space
+
+
+class Schedule(NamedTuple):
+    """Hyperparameters that change every `steps_per_update` training steps.
+
+    Attributes:
+      values: the hyperparameters in the user's units, leaves `[updates, ...]`.
+      steps_per_update: training steps for which each entry stands.
+    """
+
+    values: Any
+    steps_per_update: int
+
+    def __call__(self, step: jax.typing.ArrayLike) -> Any:
+        """The hyperparameters of training step `step`, traced or not; after the end, the last."""
+        last = jax.tree.leaves(self.values)[0].shape[0] - 1
+        index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
+        return jax.tree.map(lambda x: x[index], self.values)
+
+    def of(self, name: str) -> Callable[[Any], Any]:
+        """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
+        return lambda step: self(step)[name]
+
+
+def learned_schedule(space: Space, history: Sequence[Any], steps_per_update: int) -> Schedule:
+    """The schedule of an `alternating` run, from the `info.hyper` of its updates in order.
+
+    >>> import hypergrad as hg
+    >>> space = hg.Space({"lr": hg.Float(1e-3, 1.0, scale="log")})
+    >>> schedule = learned_schedule(space, [{"lr": jnp.float32(0.1)}] * 8, steps_per_update=10)
+    >>> round(float(schedule(25)["lr"]), 3)
+    0.1
+    """
+    values = jax.tree.map(lambda *x: jnp.stack(x), *history)
+    return Schedule(values, steps_per_update)
+
+
+def replay(problem: Problem, schedule: Schedule, inner: Any, train: Any, key: jax.Array) -> Any:
+    """The training state after the K steps of `train` under a schedule, from `inner`.
+
+    As `rollout`, with step t of the run under `schedule(t)`.
+    """
+    start = steps_done(inner)
+
+    def body(inner: Any, x: Any) -> tuple[Any, None]:
+        hyper = schedule(x[0] + start)
+        return training_steps(problem, hyper, train, key, start)(inner, *x), None
+
+    return jax.lax.scan(body, inner, step_inputs(train))[0]
