@@ -86,8 +86,8 @@ def judge(
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
 
 
-def remember(state: TrustState, norm: jax.Array, refused: jax.Array, shortest: int) -> TrustState:
-    """The history after one more estimate; the horizon is quartered at most `shortest` times."""
+def remember(state: TrustState, norm: jax.Array, refused: jax.Array, steps: int) -> TrustState:
+    """The history after one more estimate over `steps` steps; 0 leaves the horizon alone."""
     # A step of 1.2 per estimate towards the sample's side: its rest point is the median, and one
     # outlier moves it no further than any other value does.
     towards = state.median * jnp.where(norm > state.median, 1.2, 1 / 1.2)
@@ -105,7 +105,11 @@ def remember(state: TrustState, norm: jax.Array, refused: jax.Array, shortest: i
         scale=jnp.where(state.returned, state.scale, state.scale / 2),
         returned=jnp.ones((), bool),
     )
-    shorter = state._replace(shortened=jnp.minimum(state.shortened + 1, shortest))
+    # 16 steps still tell what a learning rate does; fewer only where those overflow.
+    limit = jnp.where(refused == NOT_FINITE, _quarterings(steps), _quarterings(steps // 16))
+    shorter = state._replace(
+        shortened=jnp.maximum(jnp.minimum(state.shortened + 1, limit), state.shortened)
+    )
     accepted = refused == 0
     cases = [accepted & (state.shortened == 0), accepted, state.seen > 0]
     return jax.tree.map(
@@ -125,9 +129,8 @@ def temper(grad: Any, norm: jax.Array, state: TrustState, refused: jax.Array) ->
     return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grad)
 
 
-def shortest_horizon(steps: int) -> int:
-    """How often `steps` may be quartered: 16 steps still tell what a learning rate does."""
-    return max((steps // 16).bit_length() - 1, 0) // 2
+def _quarterings(steps: int) -> int:
+    return max(steps.bit_length() - 1, 0) // 2
 
 
 def shorten(problem: Problem, inner: Any, state: TrustState, steps: int) -> Problem:

@@ -121,7 +121,9 @@ def _scan_step(step: Step, progress: Progress, xs: Any) -> Progress:
 def _scan_sqrt(step: Step, progress: Progress, xs: Any) -> Progress:
     """Chunks of about sqrt(length) steps: stores one state per chunk, then one per step of it."""
     length = jax.tree.leaves(xs)[0].shape[0]
-    size = math.isqrt(length)
+    root = math.isqrt(length)
+    # The steps of a remainder would be compiled a second time: take a divisor near the root.
+    size = next((s for s in range(root, root // 2, -1) if length % s == 0), root)
     whole = length // size * size
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
     rest = jax.tree.map(lambda x: x[whole:], xs)

@@ -113,7 +113,7 @@ def alternating(
         grad = unit_gradient(space, now.unit, estimate.grad)
         size = norm(grad)
         refused = judge(trust, state.trust, size, estimate.info)
-        history = remember(state.trust, size, refused, shortest=0)
+        history = remember(state.trust, size, refused, steps=0)
         step_grad = temper(grad, size, state.trust, refused)
         moved, outer_state, worth = outer_step(
             outer_optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
@@ -128,7 +128,7 @@ def alternating(
             now=select(accepted, ahead, back),
             trusted=select(accepted, now, back),
             trust=history,
-            average=include(state.average, now.unit, accepted),
+            average=include(state.average, now.unit, accepted, power=1),
             key=state.key,
             updates=state.updates + 1,
         )

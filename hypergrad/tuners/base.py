@@ -18,7 +18,7 @@ class Tuner(NamedTuple):
       init: `(hyper, key) -> state`, from starting values in the user's units.
       update: `(state, train, valid) -> (state, info)`; wrap it in `jax.jit` as a whole.
       best: `state -> hyper`, the values to keep: the mean of the trusted iterates in unit
-        coordinates, later ones weighted more.
+        coordinates (`alternating` gives later ones more weight, as it forgets a far start).
     """
 
     init: Callable[..., Any]
@@ -56,16 +56,16 @@ class Info(NamedTuple):
 
 
 class Average(NamedTuple):
-    """A running mean of trusted iterates whose n-th has weight n: it forgets the way from afar."""
+    """A running mean of trusted iterates in unit coordinates."""
 
     unit: Any
     seen: jax.Array
 
 
-def include(average: Average, unit: Any, trusted: jax.Array) -> Average:
-    """The mean with one more iterate, if it is trusted."""
+def include(average: Average, unit: Any, trusted: jax.Array, power: int = 0) -> Average:
+    """The mean with one more iterate, if it is trusted; the n-th has weight n**power (0 or 1)."""
     seen = average.seen + trusted
-    weight = jnp.where(trusted, 2.0 / (seen + 1.0), 0.0)
+    weight = jnp.where(trusted, (1.0 + power) / (seen + power), 0.0)
     mean = jax.tree.map(lambda m, u: m + weight.astype(m.dtype) * (u - m), average.unit, unit)
     return Average(mean, seen)
 

@@ -21,7 +21,6 @@ from hypergrad.trust import (
     judge,
     remember,
     shorten,
-    shortest_horizon,
     temper,
 )
 from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
@@ -142,7 +141,7 @@ def restarting(
         refused = judge(trust, state.trust, size, about)
         learned = loss <= 0.8 * jnp.median(untrained)
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
-        history = remember(state.trust, size, refused, shortest_horizon(steps))
+        history = remember(state.trust, size, refused, steps)
         step_grad = temper(grad, size, state.trust, refused)
         moved, outer_state, worth = outer_step(
             optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move

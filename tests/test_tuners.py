@@ -1,0 +1,289 @@
+"""Both tuners: they descend, compile once, survive what diverges, and say what they did."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.trust import (
+    ADJOINT_GROWTH,
+    NORM_SPIKE,
+    NOT_FINITE,
+    NOT_LEARNED,
+    Trust,
+    initial_trust,
+    judge,
+    remember,
+)
+from hypergrad.tuners.restarting import combine
+
+CURVATURE = jnp.array([0.2, 1.0, 4.0])
+SPACE = hg.Space(
+    {
+        "learning_rate": hg.Float(1e-4, 2.0, scale="log"),
+        "momentum": hg.Float(0.0, 0.99, scale="reverse_log"),
+    }
+)
+START = {"learning_rate": 1e-3, "momentum": 0.1}
+
+
+def _loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return 0.5 * jnp.sum(CURVATURE * params**2) + jnp.mean(batch) * params[0]
+
+
+def _problem() -> hg.Problem:
+    return hg.bilevel(
+        lambda key: 1.0 + 0.1 * jax.random.normal(key, (3,)),
+        _loss,
+        _loss,
+        lambda hyper: optax.sgd(hyper["learning_rate"], momentum=hyper["momentum"]),
+    )
+
+
+TRAIN, VALID = jnp.zeros((6, 2)), jnp.zeros(2)
+
+
+def _run(tuner: hg.Tuner, start: Any, updates: int, train: Any = TRAIN) -> tuple[Any, list[Any]]:
+    update = jax.jit(tuner.update)
+    state, infos = tuner.init(start, jax.random.key(0)), []
+    for _ in range(updates):
+        state, info = update(state, train, VALID)
+        infos.append(info)
+    return state, infos
+
+
+@pytest.mark.parametrize("make", [hg.alternating, hg.restarting])
+def test_tuning_beats_the_start(make: Any) -> None:
+    state, infos = _run(make(_problem(), SPACE), START, 25)
+    assert min(float(info.loss) for info in infos) < 0.1 * float(infos[0].loss)
+    assert float(infos[-1].hyper["learning_rate"]) > 10 * START["learning_rate"]
+    assert all(bool(info.finite) for info in infos)
+    assert max(float(info.worth) for info in infos) > 0
+    assert set(make(_problem(), SPACE).best(state)) == set(START)
+
+
+@pytest.mark.parametrize("make", [hg.alternating, hg.restarting])
+def test_update_is_compiled_once(make: Any) -> None:
+    tuner, traces = make(_problem(), SPACE), []
+
+    @jax.jit
+    def update(state: Any, train: Any, valid: Any) -> Any:
+        traces.append(None)
+        return tuner.update(state, train, valid)
+
+    # Python floats are the weakly typed start that would recompile at the second call
+    state = tuner.init({"learning_rate": 0.01, "momentum": 0.5}, jax.random.key(0))
+    for _ in range(3):
+        state, info = update(state, TRAIN, VALID)
+    assert len(traces) == 1
+    assert info.loss.dtype == jnp.float32
+    assert not info.hyper["learning_rate"].weak_type
+
+
+def test_alternating_goes_on_with_training() -> None:
+    """Two updates of 5 steps under one key walk the steps that 10 would, if hyper stands still."""
+    tuner = hg.alternating(_problem(), SPACE, outer_optimizer=optax.sgd(0.0))
+    state, _ = _run(tuner, START, 2, TRAIN[:5])
+    problem, hyper = _problem(), hg.Space.from_unit(SPACE, SPACE.to_unit(SPACE.cast(START)))
+    inner = problem.init(hyper, jax.random.key(0))
+    whole = hg.rollout(problem, hyper, inner, jnp.zeros((10, 2)), jax.random.key(0))
+    np.testing.assert_allclose(state.inner.params, whole.params, rtol=1e-5)
+    assert int(state.inner.step) == 10
+
+
+def test_a_bad_batch_is_refused_and_undone() -> None:
+    tuner = hg.alternating(_problem(), SPACE)
+    update = jax.jit(tuner.update)
+    state, _ = update(tuner.init(START, jax.random.key(0)), TRAIN, VALID)
+    trusted, _ = update(state, TRAIN, VALID)
+    state, info = update(trusted, TRAIN.at[3].set(jnp.nan), VALID)
+    assert int(info.refused) == NOT_FINITE
+    assert not bool(info.finite)
+    assert int(info.first_bad_step) == 3
+    assert float(info.worth) == 0
+    assert float(info.step_scale) == 0.5
+    # back where the last trusted hypergradient was taken, as one piece, but for the step count
+    for a, b in zip(
+        jax.tree.leaves((state.now.unit, state.inner.params, state.now.outer_state)),
+        jax.tree.leaves(
+            (trusted.trusted.unit, trusted.trusted.inner.params, trusted.trusted.outer_state)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert int(state.inner.step) == 18
+    state, info = update(state, TRAIN, VALID)
+    assert int(info.refused) == 0
+    assert bool(jnp.isfinite(state.inner.params).all())
+
+
+def test_alternating_finds_its_way_from_a_start_that_diverges() -> None:
+    start = {"learning_rate": 2.0, "momentum": 0.9}
+    _, infos = _run(hg.alternating(_problem(), SPACE), start, 40)
+    assert int(infos[0].refused) == ADJOINT_GROWTH
+    assert float(infos[0].loss) > 100
+    assert float(infos[-1].loss) < 0.1
+    assert int(infos[-1].refused) == 0
+
+
+def test_restarting_finds_its_way_from_a_start_that_diverges() -> None:
+    start = {"learning_rate": 2.0, "momentum": 0.9}
+    train = jnp.zeros((300, 2))
+    tuner = hg.restarting(_problem(), SPACE)
+    state, infos = _run(tuner, start, 30, train)
+    shortened = [int(info.estimate["shortened"]) for info in infos]
+    assert int(infos[0].refused) == NOT_FINITE
+    assert max(shortened) >= 3
+    assert shortened[-1] == 0
+    assert float(infos[-1].loss) < 0.1
+    assert float(tuner.best(state)["learning_rate"]) < 1.0
+
+
+def test_restarting_keeps_its_seeds_unless_told_otherwise() -> None:
+    still = optax.sgd(0.0)
+    for fresh in (False, True):
+        tuner = hg.restarting(_problem(), SPACE, outer_optimizer=still, fresh_seeds=fresh)
+        _, infos = _run(tuner, START, 2)
+        assert (float(infos[0].loss) != float(infos[1].loss)) == fresh
+
+
+def test_several_seeds_are_one_estimate() -> None:
+    many = hg.restarting(_problem(), SPACE, num_seeds=3)
+    _, infos = _run(many, START, 1)
+    assert 0.9 < float(infos[0].estimate["agreement"]) <= 1.0 + 1e-6
+    one = _run(hg.restarting(_problem(), SPACE), START, 1)[1][0]
+    np.testing.assert_allclose(infos[0].norm, one.norm, rtol=0.5)
+
+
+def test_one_outlier_does_not_own_the_combination() -> None:
+    grads = {"a": jnp.array([1.0, 1.2, 1e6]), "b": jnp.array([[0.5], [0.4], [-1e6]])}
+    grad, size, agreement = combine(grads)
+    assert 0.5 < float(grad["a"]) < 1.5
+    assert float(size) < 2
+    assert 0 < float(agreement) < 1
+    lost = {"a": jnp.array([1.0, jnp.nan, 1.2]), "b": jnp.array([[0.5], [0.0], [0.4]])}
+    np.testing.assert_allclose(combine(lost)[0]["a"], 1.07, atol=0.05)
+    gone = {"a": jnp.array([1.0, jnp.nan, jnp.inf])}
+    assert not bool(jnp.isfinite(combine(gone)[1]))
+    np.testing.assert_allclose(combine({"a": jnp.array([3.0])})[0]["a"], 3.0)
+
+
+def test_a_dead_run_is_refused_though_it_looks_calm() -> None:
+    """Validation at a constant: nothing was learned, and no norm or growth shows it."""
+
+    def stuck(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return 1.0 + 1e-3 * jnp.sum(params * hyper["learning_rate"])
+
+    problem = _problem()._replace(valid_loss=stuck)
+    _, infos = _run(hg.restarting(problem, SPACE), START, 1)
+    assert int(infos[0].refused) == NOT_LEARNED
+
+
+def test_trust_by_norm_and_growth() -> None:
+    trust, state = Trust(), initial_trust(jnp.float32)
+    calm = {"finite": jnp.bool_(True), "growth": jnp.float32(0.8)}
+    for _ in range(5):
+        state = remember(state, jnp.float32(1.0), judge(trust, state, jnp.float32(1.0), calm), 6)
+    assert float(state.scale) == 1
+    assert int(judge(trust, state, jnp.float32(5.0), calm)) == 0
+    spike = judge(trust, state, jnp.float32(50.0), calm)
+    assert int(spike) == NORM_SPIKE
+    wild = dict(calm, growth=jnp.float32(3.0))
+    assert int(judge(trust, state, jnp.float32(1.0), wild)) == ADJOINT_GROWTH
+    lost = dict(calm, growth=jnp.float32(jnp.nan))
+    assert int(judge(trust, state, jnp.float32(1.0), lost)) == ADJOINT_GROWTH
+    after = remember(state, jnp.float32(50.0), spike, 6)
+    assert float(after.scale) == 0.5
+    # a lasting change of scale is accepted in the end
+    for _ in range(5):
+        after = remember(after, jnp.float32(50.0), judge(trust, after, jnp.float32(50.0), calm), 6)
+    assert int(judge(trust, after, jnp.float32(50.0), calm)) == 0
+
+
+def test_tuner_under_vmap() -> None:
+    """A population of starts in one program, each member as if alone."""
+    tuner = hg.alternating(_problem(), SPACE)
+    rates = jnp.array([1e-3, 1e-2])
+    start = lambda rate: tuner.init(  # noqa: E731
+        {"learning_rate": rate, "momentum": jnp.float32(0.1)}, jax.random.key(0)
+    )
+    states, infos = jax.vmap(tuner.update, (0, None, None))(jax.vmap(start)(rates), TRAIN, VALID)
+    alone, info = tuner.update(start(rates[1]), TRAIN, VALID)
+    np.testing.assert_allclose(infos.loss[1], info.loss, rtol=1e-6)
+    np.testing.assert_allclose(states.inner.params[1], alone.inner.params, rtol=1e-5)
+
+
+def test_arrays_of_hyperparameters_under_one_float() -> None:
+    def penalised(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return _loss(params, hyper, batch, key) + jnp.vdot(hyper["l2"]["per_weight"], params**2)
+
+    problem = _problem()._replace()
+    problem = hg.bilevel(lambda key: jnp.ones(3), penalised, _loss, lambda hyper: optax.sgd(0.05))
+    space = hg.Space({"l2": hg.Float(1e-6, 1.0, scale="log")})
+    tuner = hg.alternating(problem, space)
+    start = {"l2": {"per_weight": np.full(3, 1e-3, np.float32)}}
+    state, infos = _run(tuner, start, 10)
+    assert tuner.best(state)["l2"]["per_weight"].shape == (3,)
+    assert float(infos[-1].hyper["l2"]["per_weight"].min()) > 1e-3
+
+
+def test_wrong_arguments_are_named() -> None:
+    tuner = hg.alternating(_problem(), SPACE)
+    with pytest.raises(ValueError, match="learning_rate"):
+        tuner.init({"learning_rate": 5.0, "momentum": 0.1}, jax.random.key(0))
+    with pytest.raises(ValueError, match="momentum"):
+        tuner.init({"learning_rate": 0.1}, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"num_seeds=0"):
+        hg.restarting(_problem(), SPACE, num_seeds=0)
+    state = tuner.init(START, jax.random.key(0))
+    with pytest.raises(ValueError, match="disagree on the leading axis K"):
+        tuner.update(state, {"x": jnp.zeros((3, 2)), "y": jnp.zeros((4, 2))}, VALID)
+
+
+def test_a_loss_that_closes_over_a_hyperparameter_is_refused() -> None:
+    def step(inner: hg.Inner, hyper: Any, batch: Any, key: Any) -> hg.Inner:
+        leaky = hg.inner_gradient(lambda p, _, b: hyper["learning_rate"] * _loss(p, None, b, None))
+        grads, _ = leaky(inner.params, None, batch)
+        return inner._replace(params=inner.params - grads)
+
+    problem = _problem()._replace(step=step)
+    hyper = {"learning_rate": 0.1}
+    inner = _problem().init(START, jax.random.key(0))
+    with pytest.raises(ValueError, match="closes over a traced value"):
+        hg.hypergradient(problem, hyper, inner, TRAIN, VALID, jax.random.key(0))
+
+
+def test_learned_schedule_replays() -> None:
+    tuner = hg.alternating(_problem(), SPACE)
+    state, infos = _run(tuner, START, 6)
+    schedule = hg.learned_schedule(SPACE, [info.hyper for info in infos], 6)
+    problem, key = _problem(), jax.random.key(0)
+    inner = problem.init(START, key)
+    rates = [float(schedule(t)["learning_rate"]) for t in (0, 5, 6, 35, 99)]
+    assert rates[0] == rates[1] != rates[2]
+    assert rates[3] == rates[4]
+    end = hg.replay(problem, schedule, inner, jnp.zeros((36, 2)), key)
+    assert bool(jnp.isfinite(end.params).all())
+    # the same in a plain optax loop
+    params, velocity = inner.params, jnp.zeros(3)
+    for t in range(36):
+        grads = jax.grad(_loss)(params, None, jnp.zeros(2), None)
+        velocity = schedule.of("momentum")(t) * velocity + grads
+        params = params - schedule.of("learning_rate")(t) * velocity
+    np.testing.assert_allclose(end.params, params, rtol=1e-4)
+    del state
+
+
+def test_norm_adam_keeps_proportions() -> None:
+    optimizer = hg.norm_adam(0.1)
+    grads = jnp.array([3e-3, 4e-3, 0.0])
+    updates, state = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(updates, [-0.06, -0.08, 0.0], rtol=1e-5)
+    huge, _ = optimizer.update(1e9 * grads, state)
+    assert float(jnp.linalg.norm(huge)) < 0.2
+    nothing, _ = optimizer.update(jnp.zeros(3), optimizer.init(grads))
+    assert bool((nothing == 0).all())
