@@ -102,11 +102,13 @@ def tune(variant: str, start: str, seeds: range, whole_runs: bool) -> None:
     untuned = task.constant(task.STARTS[start])
     report(name + "untuned", [task.fresh_test_loss(untuned, data)], 0, begin)
     run = alternating(data)
-    own, replayed, best, found, alive = [], [], [], [], []
+    own, settled, replayed, best, found, alive = [], [], [], [], [], []
     for seed in seeds:
         loss, history, values, losses = run(task.STARTS[start], jax.random.key(seed))
         own.append(float(loss))
         updates = [jax.tree.map(lambda x, i=i: x[i], history) for i in range(len(losses))]
+        schedule = hg.settled_schedule(task.SPACE, updates, WINDOW)
+        settled.append(task.fresh_test_loss(schedule, data))
         schedule = hg.learned_schedule(task.SPACE, updates, WINDOW)
         replayed.append(task.fresh_test_loss(schedule, data))
         best.append(task.fresh_test_loss(task.constant(values), data))
@@ -115,7 +117,8 @@ def tune(variant: str, start: str, seeds: range, whole_runs: bool) -> None:
     cost = task.evaluations(task.STEPS, task.STEPS // WINDOW)
     dead = sum(not ok for ok in alive)
     report(name + "one alternating run, the run itself", own, cost, begin, f"{dead} dead")
-    report(name + "one alternating run, schedule replayed", replayed, cost, begin)
+    report(name + "one alternating run, settled schedule replayed", settled, cost, begin)
+    report(name + "one alternating run, schedule replayed as it ran", replayed, cost, begin)
     report(name + "one alternating run, `best` frozen", best, cost, begin)
     if not whole_runs:
         return

@@ -84,7 +84,7 @@ def alternating(start: str, data: task.Data, bar: Progress) -> tuple[Run, Result
         losses.append(float(info.loss))
         bar.update(row, advance=1, info=describe(info))
     seconds = time.perf_counter() - begin
-    schedule = hg.learned_schedule(task.SPACE, history, WINDOW)
+    schedule = hg.settled_schedule(task.SPACE, history, WINDOW)
     cost = task.evaluations(task.STEPS, updates)
     loss = task.fresh_test_loss(schedule, data)
     result = Result(start, "one alternating run", loss, cost, seconds, compile_seconds)
@@ -189,7 +189,7 @@ def draw(runs: list[Run], results: list[Result], path: str) -> None:
         if name in ("learning_rate", "l2"):
             axis.set_yscale("log")
     panels["momentum"].set_yscale(
-        "function", functions=(lambda m: -np.log1p(-m), lambda z: -np.expm1(-z))
+        "function", functions=(lambda m: -np.log1p(-np.minimum(m, 0.999)), lambda z: -np.expm1(-z))
     )
     panels["momentum"].set_yticks([0.5, 0.8, 0.9, 0.95])
     axes.flat[4].set_title("validation loss")
@@ -201,12 +201,13 @@ def draw(runs: list[Run], results: list[Result], path: str) -> None:
     names = [f"{r.method} ({r.start})" if r.start != "-" else r.method for r in results]
     shown = [min(r.test_loss, 0.3) for r in results]
     axis = axes.flat[5]
-    axis.barh(names, shown, color=[colours[r.start] for r in results])
-    for i, r in enumerate(results):
+    axis.barh(names, shown, color=[colours[r.start] for r in results], alpha=0.55)
+    for i, (r, name) in enumerate(zip(results, names, strict=True)):
+        axis.text(0.102, i, name, va="center", fontsize=8)
         axis.text(min(r.test_loss, 0.3), i, f" {r.test_loss:.3f}", va="center", fontsize=8)
     axis.set_xlim(0.1, 0.34)
     axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize=8)
+    axis.set_yticks([])
     axis.set_title("test loss on fresh seeds")
     figure.suptitle("One training run of 500 steps tunes seven hyperparameters (digits-200)")
     figure.savefig(path, dpi=110)

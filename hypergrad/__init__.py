@@ -12,7 +12,7 @@ from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
 from hypergrad.optim import norm_adam
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-from hypergrad.schedules import Schedule, learned_schedule, replay
+from hypergrad.schedules import Schedule, learned_schedule, replay, settled_schedule
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
@@ -47,4 +47,5 @@ __all__ = [
     "replay",
     "restarting",
     "rollout",
+    "settled_schedule",
 ]

@@ -45,6 +45,29 @@ def learned_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     return Schedule(values, steps_per_update)
 
 
+def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int) -> Schedule:
+    """The schedule of an `alternating` run without its way from the start.
+
+    While the first half is trained, the values are still travelling from wherever they started: a
+    transient that a new run need not repeat. Here they stand, for that half, at the mean (in unit
+    coordinates) of the third quarter, where they had settled; then the schedule goes on as learned.
+    Better than `learned_schedule` from a bad start and under label noise, slightly worse where the
+    start was good (docs/benchmarks.md).
+
+    Raises:
+      ValueError: fewer than 4 updates.
+    """
+    if len(history) < 4:
+        raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
+    half, last = len(history) // 2, 3 * len(history) // 4
+    unit = space.to_unit(learned_schedule(space, history, steps_per_update).values)
+
+    def settle(u: jax.Array) -> jax.Array:
+        return u.at[:half].set(u[half:last].mean(0))
+
+    return Schedule(space.from_unit(space.project(jax.tree.map(settle, unit))), steps_per_update)
+
+
 def replay(problem: Problem, schedule: Schedule, inner: Any, train: Any, key: jax.Array) -> Any:
     """The training state after the K steps of `train` under a schedule, from `inner`.
 

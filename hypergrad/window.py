@@ -16,7 +16,7 @@ from hypergrad.problem import (
 )
 from hypergrad.trees import all_finite, is_inexact
 
-ValidateAt = Literal["last", "mean"] | int
+ValidateAt = Literal["last", "mean"] | int | float
 
 
 class Progress(NamedTuple):
@@ -37,11 +37,13 @@ class Progress(NamedTuple):
 def averaged(validate_at: ValidateAt, window: int) -> int:
     """How many of the window's last parameter vectors are averaged for validation; 1: the last."""
     count = {"last": 1, "mean": window}.get(str(validate_at), validate_at)
+    if isinstance(count, float) and 0 < count <= 1:
+        count = max(round(count * window), 1)
     if not isinstance(count, int) or not 1 <= count <= window:
         raise ValueError(
             f"validate_at={validate_at!r} is not possible in a window of {window} steps: choose "
-            "'last' (the last parameters), 'mean' (their mean over the window), or an integer from "
-            "1 to the window's length (the mean of that many last ones)."
+            "'last' (the last parameters), 'mean' (their mean over the window), an integer (the "
+            "mean of that many last ones), or a float up to 1.0 (that share of the window)."
         )
     return count
 

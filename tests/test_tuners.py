@@ -278,6 +278,18 @@ def test_learned_schedule_replays() -> None:
     del state
 
 
+def test_settled_schedule_forgets_the_way_from_the_start() -> None:
+    history = [
+        {"learning_rate": jnp.float32(r)} for r in (1e-3, 1e-2, 0.1, 0.1, 0.1, 0.1, 0.2, 0.4)
+    ]
+    space = hg.Space({"learning_rate": hg.Float(1e-4, 2.0, scale="log")})
+    schedule = hg.settled_schedule(space, history, 5)
+    rates = [float(schedule(5 * i)["learning_rate"]) for i in range(8)]
+    np.testing.assert_allclose(rates, [0.1] * 6 + [0.2, 0.4], rtol=1e-4)
+    with pytest.raises(ValueError, match="history has 3 updates"):
+        hg.settled_schedule(space, history[:3], 5)
+
+
 def test_norm_adam_keeps_proportions() -> None:
     optimizer = hg.norm_adam(0.1)
     grads = jnp.array([3e-3, 4e-3, 0.0])

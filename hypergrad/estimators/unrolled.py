@@ -29,7 +29,7 @@ class Unrolled(Estimator):
         2 sqrt(window) states, for one more training run of time.
       validate_at: "last" judges the last parameters; "mean" judges their mean over the window,
         which does not punish the noise of the steps themselves (training goes on from the last);
-        an integer judges the mean of that many last ones.
+        an integer judges the mean of that many last ones, a float that of a share of the window.
 
     Cost in gradient evaluations per differentiated step: 3, with "step" or "sqrt" 4; memory
     O(window |inner|), or O(sqrt(window) |inner|) with "sqrt"; independent of |hyper|.
