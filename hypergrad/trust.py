@@ -31,8 +31,8 @@ class Trust:
     A refused step returns to the last trusted position and halves the outer steps. A hypergradient
     that is refused there too, or before anything was trusted, leaves nothing to return to (a start
     whose learning rate diverges): if finite, its direction is followed as the only guide there is,
-    at the length of a usual one, and training starts over from the trusted parameters. `restarting`
-    then takes it over a quarter of the steps, a sixteenth, ..., until one can be trusted.
+    at the length of a usual one, and training starts over from the trusted parameters. Before
+    anything was trusted it is then taken over a quarter of the steps, a sixteenth, ....
 
     Args:
       max_spike: refuse a norm (in unit coordinates) above this multiple of its running median.
@@ -87,7 +87,7 @@ def judge(
 
 
 def remember(state: TrustState, norm: jax.Array, refused: jax.Array, steps: int) -> TrustState:
-    """The history after one more estimate over `steps` steps; 0 leaves the horizon alone."""
+    """The history after one more estimate over `steps` steps."""
     # A step of 1.2 per estimate towards the sample's side: its rest point is the median, and one
     # outlier moves it no further than any other value does.
     towards = state.median * jnp.where(norm > state.median, 1.2, 1 / 1.2)

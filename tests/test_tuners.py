@@ -130,6 +130,15 @@ def test_alternating_finds_its_way_from_a_start_that_diverges() -> None:
     assert int(infos[-1].refused) == 0
 
 
+def test_alternating_finds_its_way_where_even_one_window_overflows() -> None:
+    start = {"learning_rate": 2.0, "momentum": 0.5}
+    train = jnp.zeros((64, 2))
+    _, infos = _run(hg.alternating(_problem(), SPACE), start, 60, train)
+    assert int(infos[0].refused) == NOT_FINITE
+    assert int(infos[-1].refused) == 0
+    assert float(infos[-1].loss) < 1.0
+
+
 def test_restarting_finds_its_way_from_a_start_that_diverges() -> None:
     start = {"learning_rate": 2.0, "momentum": 0.9}
     train = jnp.zeros((300, 2))

@@ -8,10 +8,19 @@ import optax
 
 from hypergrad.estimators.base import Estimator, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem
+from hypergrad.problem import Problem, num_steps
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen
-from hypergrad.trust import Trust, TrustState, gropes, initial_trust, judge, remember, temper
+from hypergrad.trust import (
+    Trust,
+    TrustState,
+    gropes,
+    initial_trust,
+    judge,
+    remember,
+    shorten,
+    temper,
+)
 from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
 
 
@@ -108,13 +117,15 @@ def alternating(
         now = state.now
         hyper = space.from_unit(now.unit)
         key = _window_key(now.inner, state)
+        steps = num_steps(train)
+        limited = shorten(problem, now.inner, state.trust, steps)
         estimate, estimator_state = checked_estimate(
-            estimator, problem, hyper, now.inner, train, valid, key, now.estimator_state
+            estimator, limited, hyper, now.inner, train, valid, key, now.estimator_state
         )
         grad = unit_gradient(space, now.unit, estimate.grad)
         size = norm(grad)
         refused = judge(trust, state.trust, size, estimate.info)
-        history = remember(state.trust, size, refused, steps=0)
+        history = remember(state.trust, size, refused, steps)
         step_grad = temper(grad, size, state.trust, refused)
         moved, outer_state, worth = outer_step(
             outer_optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
@@ -122,9 +133,12 @@ def alternating(
         ahead = Position(moved, outer_state, estimate.inner, estimator_state)
         # The steps were spent all the same: a restored state must not replay their noise.
         back = state.trusted._replace(inner=_with_step_of(state.trusted.inner, estimate.inner))
+        # What was not trusted, or was cut short, may show where to move, but is no training.
         again = back._replace(unit=moved, outer_state=outer_state)
-        back = select(gropes(state.trust, refused), again, back)
-        accepted = refused == 0
+        whole = state.trust.shortened == 0
+        moves_on = ((refused == 0) & ~whole) | gropes(state.trust, refused)
+        back = select(moves_on, again, back)
+        accepted = (refused == 0) & whole
         new = AlternatingState(
             now=select(accepted, ahead, back),
             trusted=select(accepted, now, back),

@@ -124,9 +124,9 @@ def restarting(
         def run(key: jax.Array, memory: Any) -> tuple[Estimate, Any, jax.Array]:
             start = problem.init(hyper, key)
             untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
-            whole = shorten(problem, start, state.trust, steps)
+            limited = shorten(problem, start, state.trust, steps)
             estimate, memory = checked_estimate(
-                estimator, whole, hyper, None, train, valid, key, memory
+                estimator, limited, hyper, None, train, valid, key, memory
             )
             return estimate._replace(inner=()), memory, untrained
 
@@ -148,7 +148,8 @@ def restarting(
         )
         accepted = (refused == 0) & whole
         ahead = Position(moved, outer_state, memory)
-        back = select(gropes(state.trust, refused), ahead, state.trusted)
+        moves_on = ((refused == 0) & ~whole) | gropes(state.trust, refused)
+        back = select(moves_on, ahead, state.trusted)
         new = RestartingState(
             now=select(accepted, ahead, back),
             trusted=select(accepted, now, back),
