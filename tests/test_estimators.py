@@ -276,7 +276,9 @@ def test_wrong_arguments_are_named() -> None:
         hg.Unrolled(window=0)
     with pytest.raises(ValueError, match=r"checkpoint='all' is unknown"):
         hg.Unrolled(checkpoint="all")
-    with pytest.raises(ValueError, match=r"validate_at='first' is unknown"):
+    with pytest.raises(
+        ValueError, match=r"validate_at='first' is not possible in a window of 4 steps"
+    ):
         hypergradient_of(oracle, hg.Unrolled(validate_at="first"))
     with pytest.raises(ValueError, match=r"step=0 must be positive"):
         hg.FiniteDifference(0)

@@ -132,11 +132,10 @@ def test_alternating_finds_its_way_from_a_start_that_diverges() -> None:
 
 def test_alternating_finds_its_way_where_even_one_window_overflows() -> None:
     start = {"learning_rate": 2.0, "momentum": 0.5}
-    train = jnp.zeros((64, 2))
-    _, infos = _run(hg.alternating(_problem(), SPACE), start, 60, train)
+    _, infos = _run(hg.alternating(_problem(), SPACE), start, 30, jnp.zeros((64, 2)))
     assert int(infos[0].refused) == NOT_FINITE
-    assert int(infos[-1].refused) == 0
-    assert float(infos[-1].loss) < 1.0
+    assert float(infos[-1].hyper["learning_rate"]) < 0.5
+    assert float(infos[-1].loss) < 1e-3
 
 
 def test_restarting_finds_its_way_from_a_start_that_diverges() -> None:

@@ -67,11 +67,17 @@ class Forward(Estimator):
             zs = _with_inner_tangents(zs, state)
         offset = steps_done(start.inner)
 
-        def advance(carry: tuple[Progress, Any], x: Any) -> tuple[tuple[Progress, Any], None]:
-            step = lambda h, p: one_step(problem, unravel(h), train, key, offset, count)(p, x)  # noqa: E731
-            return _pushforward(step, flat, basis, *carry), None
+        # The step is counted in the carry: a scan along indices would take memory that grows with K.
+        def advance(carry: tuple[jax.Array, Progress, Any], batch: Any) -> tuple[Any, None]:
+            t, progress, zs = carry
 
-        (end, zs), _ = jax.lax.scan(advance, (start, zs), step_inputs(train))
+            def step(h: jax.Array, p: Progress) -> Progress:
+                return one_step(problem, unravel(h), train, key, offset, count)(p, (t, batch))
+
+            return (t + 1, *_pushforward(step, flat, basis, progress, zs)), None
+
+        begun = (jnp.zeros((), jnp.int32), start, zs)
+        (_, end, zs), _ = jax.lax.scan(advance, begun, step_inputs(train)[1], length=steps)
 
         def loss_at(h: jax.Array, progress: Progress) -> jax.Array:
             params = judged(progress, count)
