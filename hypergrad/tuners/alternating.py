@@ -143,7 +143,7 @@ def alternating(
             now=select(accepted, ahead, back),
             trusted=select(accepted, now, back),
             trust=history,
-            average=include(state.average, now.unit, accepted, power=1),
+            average=include(state.average, now.unit, accepted, power=3),
             key=state.key,
             updates=state.updates + 1,
         )

@@ -63,7 +63,10 @@ class Average(NamedTuple):
 
 
 def include(average: Average, unit: Any, trusted: jax.Array, power: int = 0) -> Average:
-    """The mean with one more iterate, if it is trusted; the n-th has weight n**power (0 or 1)."""
+    """The mean with one more iterate, if it is trusted; the n-th has a weight of about n**power.
+
+    Source: polynomial-decay averaging, Shamir and Zhang 2013, section 4.
+    """
     seen = average.seen + trusted
     weight = jnp.where(trusted, (1.0 + power) / (seen + power), 0.0)
     mean = jax.tree.map(lambda m, u: m + weight.astype(m.dtype) * (u - m), average.unit, unit)
