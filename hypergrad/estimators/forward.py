@@ -67,7 +67,7 @@ class Forward(Estimator):
             zs = _with_inner_tangents(zs, state)
         offset = steps_done(start.inner)
 
-        # The step is counted in the carry: indices to scan along would take memory that grows with K.
+        # The step is counted in the carry: indices to scan along would grow with K.
         def advance(carry: tuple[jax.Array, Progress, Any], batch: Any) -> tuple[Any, None]:
             t, progress, zs = carry
 
