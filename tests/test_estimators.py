@@ -114,15 +114,16 @@ def test_optax_optimisers_with_default_arguments(name: str, x64: None) -> None:
     problem = _small_problem(make)
     data, valid = _digits_like(jax.random.key(0)), _digits_like(jax.random.key(5))
     train = hg.Minibatches(data, 8, 12)
-    # lion's sign flips under any finite step; so small a one crosses none here
-    difference = hg.FiniteDifference(1e-8 if name == "lion" else 1e-5)
+    # lion's sign flips under a large step; one that crosses no flip here is left with rounding
+    lion = name == "lion"
+    difference = hg.FiniteDifference(1e-7 if lion else 1e-5)
     grads = [
         jax.jit(
             lambda e=e: hg.hypergradient(problem, hyper, None, train, valid, jax.random.key(2), e)
         )().grad
         for e in (difference, hg.Unrolled(), hg.Forward())
     ]
-    assert relative_error(grads[1], grads[0]) < 1e-6
+    assert relative_error(grads[1], grads[0]) < (1e-5 if lion else 1e-6)
     assert relative_error(grads[2], grads[1]) < 1e-12
 
 
