@@ -221,7 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     starts = ["bad"] if options.quick else ["bad", "def"]
     updates, trials = (2, 5) if options.quick else (8, 20)
-    data, console = task.load(), Console()
+    # In a narrow terminal or a log the table would wrap inside its names.
+    data, console = task.load(), Console(width=max(Console().width, 100))
     columns = (TextColumn("{task.description:<24}"), BarColumn(20), TimeElapsedColumn())
     runs, results = [], []
     with Progress(*columns, TextColumn("{task.fields[info]}"), console=console) as bar:

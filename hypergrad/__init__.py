@@ -1,5 +1,8 @@
 """Hyperparameters tuned by gradients: the validation loss differentiated through training."""
 
+import importlib
+from typing import Any
+
 from hypergrad.diagnostics import check_hypergradient
 from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
@@ -49,3 +52,10 @@ __all__ = [
     "rollout",
     "settled_schedule",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # flax takes a while to load, and many programs that tune do not use it.
+    if name in ("nn", "testing"):
+        return importlib.import_module(f"hypergrad.{name}")
+    raise AttributeError(f"module 'hypergrad' has no attribute {name!r}")

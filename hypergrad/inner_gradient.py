@@ -194,7 +194,7 @@ def _name(f: Callable[..., Any]) -> str:
     return getattr(f, "__name__", repr(f))
 
 
-def with_aux(loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Tree]]:
+def with_aux(loss: Callable[..., Any], name: str = "loss") -> Callable[..., tuple[jax.Array, Tree]]:
     """`loss` with the return value `(scalar, aux)` in every case; `aux == ()` where it had none."""
 
     @functools.wraps(loss)
@@ -203,7 +203,7 @@ def with_aux(loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Tree]]:
         value, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, ())
         if jnp.shape(value) != ():
             raise ValueError(
-                f"The loss {_name(loss)} returned an array of shape {jnp.shape(value)}, not a "
+                f"{name} {_name(loss)} returned an array of shape {jnp.shape(value)}, not a "
                 "scalar. Take a mean or a sum over the batch."
             )
         return value, aux

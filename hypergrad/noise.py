@@ -58,6 +58,10 @@ def dropout(
     examples divides the variance by n. Second derivatives in the rate alone are those of a linear
     function, that is 0.
 
+    Adam with batches below about 16: a unit dropped in a whole batch has a gradient of exactly 0,
+    where Adam's first step has the slope 1 / eps; the rate's hypergradient is then 1e3 to 1e5 times
+    too large in the first window. Use larger batches, a larger eps, or SGD.
+
     Cost: about ten integer operations per unit, no threefry; memory of one mask.
 
     Raises `ValueError` for a concrete rate outside [0, 1) and for a rate that does not broadcast to

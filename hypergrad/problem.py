@@ -96,7 +96,7 @@ def bilevel(
     >>> float(problem.step(inner, {"lr": 0.25}, jnp.ones(3), jax.random.key(0)).params)
     0.5
     """
-    train_pair = refuse_hard_dropout(with_aux(train_loss))
+    train_pair = refuse_hard_dropout(with_aux(train_loss, "train_loss"))
 
     def loss_of_trainable(trained: Any, rest: Any, batch: Any, key: Any) -> Any:
         hyper, frozen = rest
@@ -132,7 +132,7 @@ def bilevel(
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
 
     def plain_valid_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
-        return refuse_hard_dropout(with_aux(valid_loss))(params, hyper, batch, key)[0]
+        return refuse_hard_dropout(with_aux(valid_loss, "valid_loss"))(params, hyper, batch, key)[0]
 
     def plain_train_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
         return train_pair(params, hyper, batch, key)[0]
@@ -203,6 +203,11 @@ def num_steps(train: Any) -> int:
     """K, the number of steps in `train`."""
     if isinstance(train, Minibatches):
         return train.num_steps
+    if isinstance(train, list) and not any(hasattr(batch, "shape") for batch in train):
+        raise ValueError(
+            f"train is a list of {len(train)} batches, whose leaves have no axis K of steps. Stack "
+            "them: train = jax.tree.map(lambda *x: numpy.stack(x), *batches)."
+        )
     shapes = {
         path_name(path): jnp.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(train)

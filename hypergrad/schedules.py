@@ -29,6 +29,10 @@ class Schedule(NamedTuple):
 
     def of(self, name: str) -> Callable[[Any], Any]:
         """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
+        if name not in self.values:
+            raise ValueError(
+                f"name={name!r} is no hyperparameter: choose from {list(self.values)}."
+            )
         return lambda step: self(step)[name]
 
 
@@ -53,6 +57,11 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     coordinates) of the third quarter, where they had settled; then the schedule goes on as learned.
     Better than `learned_schedule` from a bad start and under label noise, slightly worse where the
     start was good (docs/benchmarks.md).
+
+    Args:
+      space: the tuner's space.
+      history: the `info.hyper` of the run's updates, in order.
+      steps_per_update: K, the training steps of one update.
 
     Raises:
       ValueError: fewer than 4 updates.

@@ -16,7 +16,8 @@ class Tuner(NamedTuple):
 
     Attributes:
       init: `(hyper, key) -> state`, from starting values in the user's units.
-      update: `(state, train, valid) -> (state, info)`; wrap it in `jax.jit` as a whole.
+      update: `(state, train, valid) -> (state, info)`; wrap it in `jax.jit` as a whole. `train` is
+        K stacked batches, leaves `[K, batch, ...]`, or a `Minibatches`; `valid` one batch.
       best: `state -> hyper`, the values to keep: the mean of the trusted iterates in unit
         coordinates (`alternating` gives later ones more weight, as it forgets a far start).
     """
