@@ -204,7 +204,7 @@ def draw(runs: list[Run], results: list[Result], path: str) -> None:
     axis.barh(names, shown, color=[colours[r.start] for r in results], alpha=0.55)
     for i, (r, name) in enumerate(zip(results, names, strict=True)):
         axis.text(0.102, i, name, va="center", fontsize=8)
-        axis.text(min(r.test_loss, 0.3), i, f" {r.test_loss:.3f}", va="center", fontsize=8)
+        axis.text(0.336, i, f"{r.test_loss:.3f}", va="center", ha="right", fontsize=8)
     axis.set_xlim(0.1, 0.34)
     axis.invert_yaxis()
     axis.set_yticks([])
