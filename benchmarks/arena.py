@@ -109,7 +109,7 @@ def tune(variant: str, start: str, seeds: range, whole_runs: bool) -> None:
         updates = [jax.tree.map(lambda x, i=i: x[i], history) for i in range(len(losses))]
         schedule = hg.settled_schedule(task.SPACE, updates, WINDOW)
         settled.append(task.fresh_test_loss(schedule, data))
-        schedule = hg.learned_schedule(task.SPACE, updates, WINDOW)
+        schedule = hg.learned_schedule(updates, WINDOW)
         replayed.append(task.fresh_test_loss(schedule, data))
         best.append(task.fresh_test_loss(task.constant(values), data))
         found.append(values)

@@ -36,12 +36,10 @@ class Schedule(NamedTuple):
         return lambda step: self(step)[name]
 
 
-def learned_schedule(space: Space, history: Sequence[Any], steps_per_update: int) -> Schedule:
+def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
     """The schedule of an `alternating` run, from the `info.hyper` of its updates in order.
 
-    >>> import hypergrad as hg
-    >>> space = hg.Space({"lr": hg.Float(1e-3, 1.0, scale="log")})
-    >>> schedule = learned_schedule(space, [{"lr": jnp.float32(0.1)}] * 8, steps_per_update=10)
+    >>> schedule = learned_schedule([{"lr": jnp.float32(0.1)}] * 8, steps_per_update=10)
     >>> round(float(schedule(25)["lr"]), 3)
     0.1
     """
@@ -69,7 +67,7 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     if len(history) < 4:
         raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
     half, last = len(history) // 2, 3 * len(history) // 4
-    unit = space.to_unit(learned_schedule(space, history, steps_per_update).values)
+    unit = space.to_unit(learned_schedule(history, steps_per_update).values)
 
     def settle(u: jax.Array) -> jax.Array:
         return u.at[:half].set(u[half:last].mean(0))

@@ -268,7 +268,7 @@ def test_a_loss_that_closes_over_a_hyperparameter_is_refused() -> None:
 def test_learned_schedule_replays() -> None:
     tuner = hg.alternating(_problem(), SPACE)
     state, infos = _run(tuner, START, 6)
-    schedule = hg.learned_schedule(SPACE, [info.hyper for info in infos], 6)
+    schedule = hg.learned_schedule([info.hyper for info in infos], 6)
     problem, key = _problem(), jax.random.key(0)
     inner = problem.init(START, key)
     rates = [float(schedule(t)["learning_rate"]) for t in (0, 5, 6, 35, 99)]
