@@ -137,12 +137,12 @@ def _shuffle(index: jax.Array, epoch: jax.Array, size: int, key: jax.Array) -> j
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), walk, start)[0].astype(jnp.int32)
 
 
-def mix_bits(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose every output bit depends on every input bit.
+def mix_bits(x: jax.Array, seed: jax.typing.ArrayLike = 0) -> jax.Array:
+    """A bijection of uint32 whose every output bit depends on every input bit; `seed` picks it.
 
     Wellons' `lowbias32`: two multiplications and three shifts, which XLA vectorises; threefry costs
     ten times as much. Good enough to order examples and to draw noise, never for secrets.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) ^ jnp.uint32(seed)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

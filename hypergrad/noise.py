@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from hypergrad.minibatches import mix_bits
+
 # Noise of variance v has a derivative of variance 1 / (4 v) per unit: without a floor, infinite
 # at rate 0. benchmarks/dropout.py shows what the floor costs in bias and buys in variance.
 VARIANCE_FLOOR = 0.02
@@ -188,16 +190,9 @@ def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     words = key if jnp.issubdtype(key.dtype, jnp.integer) else jax.random.key_data(key)
     first, second = jnp.uint32(0x9E3779B9), jnp.uint32(0x85EBCA6B)
     for i in range(words.shape[-1]):
-        first, second = _mix(first ^ words[i]), _mix(second + words[i])
+        first, second = mix_bits(first ^ words[i]), mix_bits(second + words[i])
     position = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(tuple(shape))
-    return _mix(position + first, second)
-
-
-def _mix(h: jax.Array, seed: ArrayLike = 0) -> jax.Array:
-    """lowbias32: every bit of the result depends on every bit of `h`; `seed` enters half-way."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D) ^ jnp.uint32(seed)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-    return h ^ (h >> 16)
+    return mix_bits(position + first, second)
 
 
 def _held(rate: jax.Array) -> jax.Array:
