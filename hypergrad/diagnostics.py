@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.estimators.base import Estimator, check_structure, strong
+from hypergrad.estimators.base import Estimator, strong
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done
 from hypergrad.problem import training_steps as steps_of
@@ -105,7 +105,7 @@ def check_hypergradient(
         is not finite (with the first step, the leaf, and the likely cause).
     """
     hyper = strong(hyper)
-    check_structure(estimator, problem, hyper, inner, train, valid, key)
+    estimator.check_structure(problem, hyper, inner, train, valid, key)
     validate_at: ValidateAt = getattr(estimator, "validate_at", "last")
     unit = hyper if space is None else space.to_unit(hyper)
     flat, unravel = ravel_pytree(unit)

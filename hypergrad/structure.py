@@ -75,14 +75,7 @@ def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
       ValueError: names each hyperparameter that never reaches the loss, is an integer, or reaches
         it only where derivatives are zero, with the remedy.
     """
-    _refuse_integers(hyper)
-    for reach in reaches(function, hyper, *args):
-        if not reach.used:
-            raise ValueError(
-                f"The hyperparameter {reach.name!r} never reaches the validation loss, so its "
-                "gradient would be a silent zero. Use it in train_loss, valid_loss or optimizer, "
-                "or take it out of hyper."
-            )
+    for reach in require_use(function, hyper, *args):
         if not reach.differentiable:
             why = "; ".join(_EXPLANATIONS.get(cut, cut) for cut in reach.cut_by)
             raise ValueError(
@@ -90,6 +83,26 @@ def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
                 f"{why}: its gradient would be a silent zero. Tune it by black-box search, by "
                 "hypergrad.Evolution, or give it a smooth path."
             )
+
+
+def require_use(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]:
+    """Raises unless every leaf of `hyper` is a float that `function(hyper, *args)` depends on.
+
+    Returns what `reaches` found, whose paths may still have no derivative.
+
+    Raises:
+      ValueError: names each hyperparameter that never reaches the loss, or is an integer.
+    """
+    _refuse_integers(hyper)
+    found = reaches(function, hyper, *args)
+    for reach in found:
+        if not reach.used:
+            raise ValueError(
+                f"The hyperparameter {reach.name!r} never reaches the validation loss, so its "
+                "gradient would be a silent zero. Use it in train_loss, valid_loss or optimizer, "
+                "or take it out of hyper."
+            )
+    return found
 
 
 def _refuse_integers(hyper: Any) -> None:

@@ -1,5 +1,6 @@
 """For tests of estimators: problems with closed-form hypergradients, and a contract to inherit."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -124,6 +125,8 @@ class EstimatorContract:
 
     Attributes:
       estimator: what is tested.
+      oracle: `num_steps -> Oracle`, the problem with a closed form; one whose hyperparameters this
+        estimator can see.
       float32_tolerance: relative error allowed against the closed form in float32. Loosen it for a
         biased or stochastic estimator and say why there; the closed form is never zero.
 
@@ -134,6 +137,7 @@ class EstimatorContract:
     """
 
     estimator: ClassVar[Estimator]
+    oracle: ClassVar[Callable[..., Oracle]] = staticmethod(momentum_quadratic)
     float32_tolerance: ClassVar[float] = 1e-4
 
     def _estimate(self, oracle: Oracle, hyper: Any = None, inner: Any = None) -> Any:
@@ -144,7 +148,7 @@ class EstimatorContract:
 
     def test_grad_has_the_structure_and_dtypes_of_hyper(self) -> None:
         """The gradient can be fed to optax beside `hyper`."""
-        oracle = momentum_quadratic(10)
+        oracle = self.oracle(10)
         estimate = self._estimate(oracle)
         assert jax.tree.structure(estimate.grad) == jax.tree.structure(oracle.hyper)
         for grad, leaf in zip(
@@ -157,15 +161,15 @@ class EstimatorContract:
         assert int(estimate.info["first_bad_step"]) == -1
 
     def test_agrees_with_the_closed_form(self) -> None:
-        """A quadratic under momentum SGD."""
-        oracle = momentum_quadratic()
+        """At the oracle's own number of steps."""
+        oracle = self.oracle()
         estimate = self._estimate(oracle)
         assert relative_error(estimate.grad, oracle.grad) <= self.float32_tolerance
         np.testing.assert_allclose(estimate.loss, oracle.loss, rtol=1e-4)
 
     def test_training_advances_as_rollout_does(self) -> None:
         """`estimate.inner` is where K plain steps lead."""
-        oracle = momentum_quadratic(7)
+        oracle = self.oracle(7)
         inner = oracle.problem.init(oracle.hyper, oracle.key)
         end = rollout(oracle.problem, oracle.hyper, inner, oracle.train, oracle.key)
         estimate = self._estimate(oracle, inner=inner)
@@ -174,7 +178,7 @@ class EstimatorContract:
 
     def test_jit_gives_the_same_and_compiles_once(self) -> None:
         """A second call with other values must not compile again."""
-        oracle = momentum_quadratic(10)
+        oracle = self.oracle(10)
         traces = []
 
         @jax.jit
@@ -190,7 +194,7 @@ class EstimatorContract:
 
     def test_vmap_over_a_population(self) -> None:
         """Members do not see one another."""
-        oracle = momentum_quadratic(10)
+        oracle = self.oracle(10)
         scales = jnp.array([0.8, 1.0])
         population = jax.tree.map(
             lambda x: scales.reshape(-1, *[1] * jnp.ndim(x)).astype(x.dtype) * x, oracle.hyper

@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+# Two thirds of a run is XLA compiling tiny programs once each. Without the expensive passes it
+# takes half the time; values agree to rounding, and benchmarks/ and the examples run with all.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:

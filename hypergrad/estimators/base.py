@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.problem import Problem
-from hypergrad.structure import require_reach
+from hypergrad.structure import require_reach, require_use
 from hypergrad.trees import all_finite, is_inexact, widen
 from hypergrad.window import objective
 
@@ -37,8 +37,10 @@ class Estimator(abc.ABC):
     the `state` that `init` makes and `estimate` returns; the object itself only configures.
     """
 
-    # Whether the estimate differentiates the problem; if not, hard masks and the like are fine.
-    differentiates: ClassVar[bool] = True
+    # Whether the estimate moves `hyper` by finite amounts instead of differentiating: hard masks
+    # and the like are fine then, and tuners hand over unit coordinates, in which one step size
+    # suits every hyperparameter.
+    perturbs: ClassVar[bool] = False
 
     def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
         """The state before the first estimate; `()` for an estimator without memory."""
@@ -60,6 +62,16 @@ class Estimator(abc.ABC):
         `inner` None means: start from `problem.init(hyper, key)` inside the gradient.
         """
 
+    def check_structure(
+        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
+    ) -> None:
+        """Raises where a gradient would be missing by structure; traces once, runs nothing."""
+
+        def loss(hyper: Any) -> jax.Array:
+            return objective(problem, hyper, inner, train, valid, key)[0]
+
+        (require_use if self.perturbs else require_reach)(loss, hyper)
+
 
 def checked_estimate(
     estimator: Estimator,
@@ -76,7 +88,7 @@ def checked_estimate(
     Raises:
       ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
     """
-    check_structure(estimator, problem, hyper, inner, train, valid, key)
+    estimator.check_structure(problem, hyper, inner, train, valid, key)
     try:
         return estimator.estimate(problem, hyper, inner, train, valid, key, state)
     except jax.errors.UnexpectedTracerError as error:
@@ -84,24 +96,6 @@ def checked_estimate(
             "A function of the problem closes over a traced value, whose derivative would be lost. "
             "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
         ) from error
-
-
-def check_structure(
-    estimator: Estimator,
-    problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
-) -> None:
-    """Raises where a gradient would be missing by structure; traces once, runs nothing."""
-
-    def loss(hyper: Any) -> jax.Array:
-        return objective(problem, hyper, inner, train, valid, key)[0]
-
-    if estimator.differentiates:
-        require_reach(loss, hyper)
 
 
 def strong(hyper: Any) -> Any:

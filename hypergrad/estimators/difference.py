@@ -29,7 +29,7 @@ class FiniteDifference(Estimator):
 
     step: float = 1e-5
     validate_at: ValidateAt = "last"
-    differentiates: ClassVar[bool] = False
+    perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.step > 0:
