@@ -9,8 +9,17 @@ from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
+from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
+from hypergrad.linear import (
+    GMRES,
+    ConjugateGradient,
+    Identity,
+    Neumann,
+    Nystrom,
+    Richardson,
+)
 from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
 from hypergrad.optim import norm_adam
@@ -23,16 +32,23 @@ from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.restarting import restarting
 
 __all__ = [
+    "GMRES",
     "Categorical",
+    "ConjugateGradient",
     "Estimate",
     "Estimator",
     "FiniteDifference",
     "Float",
     "Forward",
+    "Identity",
+    "Implicit",
     "Inner",
     "Int",
     "Minibatches",
+    "Neumann",
+    "Nystrom",
     "Problem",
+    "Richardson",
     "Schedule",
     "Space",
     "Trust",

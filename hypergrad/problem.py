@@ -192,6 +192,13 @@ def training_steps(
     return run
 
 
+def last_batch(train: Any, key: jax.Array, offset: jax.typing.ArrayLike) -> Any:
+    """The batch of the last of the K steps of `train`, which began after `offset` steps."""
+    if isinstance(train, Minibatches):
+        return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, _SHUFFLE))
+    return jax.tree.map(lambda x: x[-1], train)
+
+
 def step_inputs(train: Any) -> tuple[jax.Array, Any]:
     """What a scan over the K training steps runs along: (step index [K], batches [K, ...])."""
     if isinstance(train, Minibatches):

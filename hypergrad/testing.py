@@ -209,7 +209,9 @@ class EstimatorContract:
 
         def loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
             (w, [b]), _count = params
-            return jnp.mean((w * batch["x"] + b - hyper[0]) ** 2) + jnp.vdot(hyper[1][0], w**2)
+            fit = jnp.mean((w * batch["x"] + b - hyper[0]) ** 2)
+            # without b**2 a trained b would follow hyper[0], whose gradient would vanish
+            return fit + jnp.vdot(hyper[1][0], w**2) + b**2
 
         class Counting(NamedTuple):
             params: Any

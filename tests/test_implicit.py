@@ -1,0 +1,302 @@
+"""Implicit differentiation against closed forms, explicit matrices, and the contract."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
+
+
+class TestConjugateGradient(EstimatorContract):
+    estimator = hg.Implicit(hg.ConjugateGradient())
+    oracle = staticmethod(ridge)
+
+
+class TestGMRES(EstimatorContract):
+    estimator = hg.Implicit(hg.GMRES())
+    oracle = staticmethod(ridge)
+
+
+class TestNeumann(EstimatorContract):
+    estimator = hg.Implicit(hg.Neumann(200, 0.2))
+    oracle = staticmethod(ridge)
+
+
+class TestNystrom(EstimatorContract):
+    # biased by its damping
+    estimator = hg.Implicit(hg.Nystrom(5, 1e-4))
+    oracle = staticmethod(ridge)
+    float32_tolerance = 1e-3
+
+
+class TestRichardson(EstimatorContract):
+    estimator = hg.Implicit(hg.Richardson(200, 0.2))
+    oracle = staticmethod(ridge)
+
+
+class TestFixedPoint(EstimatorContract):
+    estimator = hg.Implicit(hg.GMRES(), of="fixed_point")
+    oracle = staticmethod(ridge)
+
+
+def estimate_of(oracle: Any, estimator: hg.Estimator, inner: Any = None) -> Any:
+    arguments = (oracle.hyper, inner, oracle.train, oracle.valid, oracle.key, estimator)
+    return jax.jit(lambda: hg.hypergradient(oracle.problem, *arguments))()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hg.Implicit(hg.ConjugateGradient(), batches="last"),
+        hg.Implicit(hg.GMRES(), batches="last"),
+        hg.Implicit(hg.GMRES(), of="fixed_point", batches="last"),
+        hg.Implicit(hg.Neumann(1000, 1.0), of="fixed_point", batches="last"),
+    ],
+)
+def test_ridge_in_closed_form(estimator: hg.Estimator) -> None:
+    oracle = ridge()
+    estimate = estimate_of(oracle, estimator)
+    assert relative_error(estimate.grad, oracle.grad) <= 1e-10
+    assert float(estimate.info["residual"]) < 1e-8
+    assert float(estimate.info["unconverged"]) < 1e-10
+
+
+def _dense_fixed_point(oracle: Any, w: np.ndarray, trace: np.ndarray) -> Any:
+    """NumPy: B^T (I - A^T)^-1 v of SGD with momentum on `momentum_quadratic`, per dimension."""
+    rate, momentum = (float(oracle.hyper[k]) for k in ("learning_rate", "momentum"))
+    target = np.asarray(oracle.hyper["target"])
+    grads = {"learning_rate": 0.0, "momentum": 0.0, "target": np.zeros(4)}
+    for i, c in enumerate((0.1, 0.5, 1.0, 2.0)):
+        new_trace = momentum * trace[i] + c * (w[i] - target[i])
+        a = np.array([[1 - rate * c, -rate * momentum], [c, momentum]])
+        x = np.linalg.solve(np.eye(2) - a.T, np.array([w[i] - 1, 0.0]))
+        grads["learning_rate"] += np.array([-new_trace, 0.0]) @ x
+        grads["momentum"] += np.array([-rate * trace[i], trace[i]]) @ x
+        grads["target"][i] = np.array([rate * c, -c]) @ x
+    return grads
+
+
+@pytest.mark.usefixtures("x64")
+def test_fixed_point_sees_learning_rate_and_momentum() -> None:
+    """Where training stands after 5 steps, against explicit matrices."""
+    oracle = momentum_quadratic(5)
+    estimate = estimate_of(oracle, hg.Implicit(hg.GMRES(20), of="fixed_point"))
+    trace = jax.tree.leaves(estimate.inner.opt_state)[0]
+    dense = _dense_fixed_point(oracle, np.asarray(estimate.inner.params), np.asarray(trace))
+    assert relative_error(estimate.grad, dense) < 1e-10
+    assert float(estimate.info["update_norm"]) > 1e-2
+
+
+@pytest.mark.usefixtures("x64")
+def test_fixed_point_neumann_is_clarkes_sum() -> None:
+    """B^T sum_{j < 4} A^T^j v, with A and B from jax.jacobian of the whole state."""
+    oracle = momentum_quadratic(5)
+    estimate = estimate_of(oracle, hg.Implicit(hg.Neumann(4, 1.0), of="fixed_point"))
+    inner = estimate.inner
+    floats, treedef = jax.tree.flatten((inner.params, inner.opt_state))
+    flat, unravel = jax.flatten_util.ravel_pytree(floats)
+
+    def step(flat: jax.Array, hyper: Any) -> jax.Array:
+        params, opt_state = treedef.unflatten(unravel(flat))
+        end = oracle.problem.step(
+            inner._replace(params=params, opt_state=opt_state), hyper, None, oracle.key
+        )
+        return jax.flatten_util.ravel_pytree((end.params, end.opt_state))[0]
+
+    def judged(flat: jax.Array) -> jax.Array:
+        params = treedef.unflatten(unravel(flat))[0]
+        return oracle.problem.valid_loss(params, oracle.hyper, None, None)
+
+    a, b = jax.jacobian(step, (0, 1))(flat, oracle.hyper)
+    term = jax.grad(judged)(flat)
+    total = term
+    for _ in range(3):
+        term = a.T @ term
+        total = total + term
+    expected = jax.tree.map(lambda b: jnp.tensordot(total, b, 1), b)
+    assert relative_error(estimate.grad, expected) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+def test_agrees_with_unrolling_on_a_network_that_has_converged() -> None:
+    """Penalties of a small tanh network: no closed form, two different ways."""
+    inputs = jax.random.normal(jax.random.key(0), (2, 20, 3))
+    labels = jnp.sin(inputs.sum(-1))
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ params["w"]) @ params["v"]
+
+    def squares(params: Any, batch: Any) -> jax.Array:
+        return jnp.mean((predict(params, batch[0]) - batch[1]) ** 2)
+
+    def train_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return squares(params, batch) + sum(
+            l2 * jnp.sum(p**2) for l2, p in zip(hyper["l2"], params.values(), strict=True)
+        )
+
+    problem = hg.bilevel(
+        lambda key: {"v": jnp.ones(2), "w": jax.random.normal(key, (3, 2))},
+        train_loss,
+        lambda params, hyper, batch, key: squares(params, batch),
+        lambda hyper: optax.sgd(0.3, momentum=0.9),
+    )
+    hyper = {"l2": [0.02, 0.03]}
+    train = hg.Minibatches((inputs[0], labels[0]), 20, 1500)
+    arguments = (problem, hyper, None, train, (inputs[1], labels[1]), jax.random.key(1))
+    unrolled = jax.jit(lambda: hg.hypergradient(*arguments, hg.Unrolled()))()
+    estimator = hg.Implicit(hg.ConjugateGradient(40))
+    implicit = jax.jit(lambda: hg.hypergradient(*arguments, estimator))()
+    assert float(implicit.info["inner_gradient_norm"]) < 1e-8
+    assert relative_error(implicit.grad, unrolled.grad) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("lr", lambda h: optax.sgd(h["lr"])),
+        ("m", lambda h: optax.sgd(0.1, momentum=h["m"])),
+        ("wd", lambda h: optax.adamw(0.1, weight_decay=h["wd"])),
+    ],
+)
+def test_optimiser_hyperparameters_are_refused(name: str, optimizer: Any) -> None:
+    """Exactly zero under the stationary point, for decoupled decay too."""
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum((w - batch) ** 2) + hyper["l2"] * jnp.sum(w**2)
+
+    problem = hg.bilevel(lambda key: jnp.ones(2), loss, loss, optimizer)
+    hyper = {"l2": 0.1, name: 0.1}
+    arguments = (problem, hyper, None, jnp.zeros((3, 2)), jnp.zeros(2), jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"'{name}' does not enter the gradient of train_loss"):
+        hg.hypergradient(*arguments, hg.Implicit())
+    fixed = hg.hypergradient(*arguments, hg.Implicit(hg.GMRES(), of="fixed_point"))
+    assert float(fixed.grad[name]) != 0
+
+
+def test_a_learned_start_is_refused() -> None:
+    """The stationary point has forgotten it."""
+    base = ridge(5)
+    problem = base.problem._replace(
+        init=lambda hyper, key: base.problem.init(hyper, key)._replace(
+            params=hyper["start"] * jnp.ones(5)
+        )
+    )
+    oracle = base._replace(problem=problem, hyper=dict(base.hyper, start=jnp.float32(1.0)))
+    with pytest.raises(ValueError, match=r"'start' does not enter"):
+        estimate_of(oracle, hg.Implicit())
+    unused = base._replace(hyper=dict(base.hyper, width=jnp.float32(1.0)))
+    with pytest.raises(ValueError, match=r"'width' never reaches the validation loss"):
+        estimate_of(unused, hg.Implicit())
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_point_that_is_not_stationary_is_said() -> None:
+    """`unconverged` is the change of the validation loss that convergence brings."""
+    oracle = ridge()
+    early = jax.tree.map(lambda x: x[:20], oracle.train)
+    estimate = estimate_of(oracle._replace(train=early), hg.Implicit(batches="last"))
+    assert float(estimate.info["inner_gradient_norm"]) > 1e-4
+    assert float(estimate.info["residual"]) < 1e-8
+    missing = float(estimate.info["unconverged"])
+    assert missing == pytest.approx(abs(oracle.loss - float(estimate.loss)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("solver", "low", "high"),
+    [
+        (hg.Neumann(30, 2.0), 1.5, np.inf),  # above 2 / lambda_max: diverges
+        (hg.ConjugateGradient(1), 1e-2, 1.5),
+        (hg.ConjugateGradient(10), 0, 1e-5),
+    ],
+)
+def test_a_system_that_is_not_solved_is_said(solver: Any, low: float, high: float) -> None:
+    estimate = estimate_of(ridge(), hg.Implicit(solver, batches="last"))
+    assert low <= float(estimate.info["residual"]) <= high
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_batches_are_their_mean() -> None:
+    """Two halves of the data as K = 2 batches make the Hessian of the whole, as all examples do."""
+    oracle = ridge(1)
+    losses = oracle.problem.train_loss, oracle.problem.valid_loss
+    # a learning rate of zero keeps the point, so that only the Hessian's batches differ
+    problem = hg.bilevel(lambda key: jnp.arange(1.0, 6.0), *losses, lambda hyper: optax.sgd(0.0))
+    data = jax.tree.map(lambda x: x[0], oracle.train)
+    halves = jax.tree.map(lambda x: x.reshape(2, 20, *x.shape[1:]), data)
+
+    def grad(train: Any, batches: str = "all") -> Any:
+        estimator = hg.Implicit(hg.ConjugateGradient(), batches=batches)
+        return estimate_of(oracle._replace(problem=problem, train=train), estimator).grad
+
+    whole = grad(oracle.train)
+    assert relative_error(grad(halves), whole) < 1e-12
+    assert relative_error(grad(halves, "last"), whole) > 1e-3
+    assert relative_error(grad(hg.Minibatches(data, 10, 2)), whole) < 1e-12
+    assert relative_error(grad(hg.Minibatches(data, 10, 2), "last"), whole) > 1e-3
+
+
+def test_what_training_does_not_touch_leaves_the_system_solvable() -> None:
+    """Batch statistics: judged, but not in the training loss, so their Hessian is zero."""
+    base = ridge(50)
+
+    def valid_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return base.problem.valid_loss(params["w"], hyper, batch, key) + jnp.sum(params["stats"])
+
+    def step(inner: Any, hyper: Any, batch: Any, key: Any) -> Any:
+        end = base.problem.step(inner._replace(params=inner.params["w"]), hyper, batch, key)
+        return end._replace(params={"w": end.params, "stats": inner.params["stats"]})
+
+    def init(hyper: Any, key: Any) -> Any:
+        start = base.problem.init(hyper, key)
+        return start._replace(params={"w": start.params, "stats": jnp.ones(3)})
+
+    problem = hg.Problem(
+        init, step, lambda p, *rest: base.problem.train_loss(p["w"], *rest), valid_loss
+    )
+    estimate = estimate_of(base._replace(problem=problem), hg.Implicit(batches="last"))
+    assert float(estimate.info["residual"]) < 1e-4
+    alone = estimate_of(base, hg.Implicit(batches="last"))
+    assert relative_error(estimate.grad, alone.grad) < 1e-5
+
+
+def test_warm_richardson_tracks_the_solution_while_training_moves() -> None:
+    """SOBA by `alternating`: one step, one product, one outer step."""
+    oracle = ridge(1)
+    estimator = hg.Implicit(hg.Richardson(1, 0.2), batches="last")
+    space = hg.Space({"l2": hg.Float(1e-3, 10.0, scale="log")})
+    tuner = hg.alternating(oracle.problem, space, estimator, optax.sgd(0.0))
+    state, update = tuner.init(oracle.hyper, oracle.key), jax.jit(tuner.update)
+    for _ in range(150):
+        state, info = update(state, oracle.train, oracle.valid)
+    assert int(info.refused) == 0
+    assert float(info.estimate["residual"]) < 1e-3
+    unit_slope = oracle.grad["l2"] * 0.3 * np.log(1e4)  # dh/du on a logarithmic scale
+    assert float(info.grad["l2"]) == pytest.approx(unit_slope, rel=1e-2)
+
+
+def test_bfloat16_parameters_have_float32_hypergradients() -> None:
+    oracle = ridge(60)
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    narrow = inner._replace(params=inner.params.astype(jnp.bfloat16))
+    estimate = estimate_of(oracle, hg.Implicit(batches="last"), narrow)
+    assert estimate.inner.params.dtype == jnp.bfloat16
+    assert estimate.grad["l2"].dtype == jnp.float32
+    assert relative_error(estimate.grad, oracle.grad) < 0.1
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"of='best' is unknown"):
+        hg.Implicit(of="best")
+    with pytest.raises(ValueError, match=r"batches='first' is unknown"):
+        hg.Implicit(batches="first")
+    for solver in (hg.ConjugateGradient(), hg.Nystrom()):
+        with pytest.raises(ValueError, match=r"needs a symmetric matrix"):
+            hg.Implicit(solver, of="fixed_point")
+    assert hash(hg.Implicit()) == hash(dataclasses.replace(hg.Implicit()))

@@ -1,0 +1,177 @@
+"""Solvers against dense linear algebra, and the laws by which their errors fall."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+
+KEY = jax.random.key(0)
+
+
+def system(dim: int = 12, low: float = 0.5, high: float = 4.0) -> tuple[Any, np.ndarray, Any]:
+    """A symmetric positive definite matrix with eigenvalues from `low` to `high`, b, and A."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    a = basis @ np.diag(np.linspace(low, high, dim)) @ basis.T
+    b = rng.normal(size=dim)
+    dtype = jnp.result_type(float)
+    matrix = jnp.asarray(a, dtype)
+
+    def matvec(tree: Any) -> Any:
+        flat = matrix @ jnp.concatenate([tree["p"], tree["q"].ravel()])
+        return as_tree(flat)
+
+    return matvec, b, a
+
+
+def as_tree(flat: Any) -> Any:
+    flat = jnp.asarray(flat, jnp.result_type(float))
+    return {"p": flat[:2], "q": flat[2:].reshape(2, -1)}
+
+
+def flatten(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(tree["p"]), np.asarray(tree["q"]).ravel()])
+
+
+def solve(solver: Any, matvec: Any, b: np.ndarray) -> np.ndarray:
+    tree = as_tree(b)
+    return flatten(jax.jit(lambda b: solver.solve(matvec, b, KEY, solver.init(b))[0])(tree))
+
+
+def error(x: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("solver", [hg.ConjugateGradient(12), hg.GMRES(12)])
+def test_krylov_solvers_are_exact_within_dim_products(solver: Any) -> None:
+    matvec, b, a = system()
+    assert error(solve(solver, matvec, b), np.linalg.solve(a, b)) <= 1e-8
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "solver", [hg.ConjugateGradient(12, damping=0.3), hg.GMRES(12, damping=0.3)]
+)
+def test_damping_is_added_to_the_diagonal(solver: Any) -> None:
+    matvec, b, a = system()
+    damped = np.linalg.solve(a + 0.3 * np.eye(12), b)
+    assert error(solve(solver, matvec, b), damped) <= 1e-8
+
+
+@pytest.mark.usefixtures("x64")
+def test_gmres_needs_no_symmetry() -> None:
+    rng = np.random.default_rng(1)
+    a = 3 * np.eye(8) + rng.normal(size=(8, 8))
+    b = rng.normal(size=8)
+    x, _ = hg.GMRES(8).solve(lambda x: jnp.asarray(a) @ x, jnp.asarray(b), KEY, ())
+    assert error(np.asarray(x), np.linalg.solve(a, b)) <= 1e-8
+
+
+@pytest.mark.usefixtures("x64")
+def test_neumann_error_falls_by_the_slowest_direction() -> None:
+    """(1 - a mu)^terms: the slope of the log error, over terms where that direction has won."""
+    matvec, b, a = system(low=0.5)
+    step, exact = 0.2, np.linalg.solve(a, b)
+    errors = [error(solve(hg.Neumann(n, step), matvec, b), exact) for n in (30, 60)]
+    slope = np.log(errors[1] / errors[0]) / 30
+    assert slope == pytest.approx(np.log(1 - step * 0.5), rel=0.05)
+
+
+@pytest.mark.usefixtures("x64")
+def test_nystrom_at_full_rank_is_exact_to_the_damping() -> None:
+    matvec, b, a = system()
+    x = solve(hg.Nystrom(rank=12, damping=0.1), matvec, b)
+    assert error(x, np.linalg.solve(a + 0.1 * np.eye(12), b)) <= 1e-10
+    assert error(x, np.linalg.solve(a, b)) > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_nystrom_is_exact_on_a_low_rank_matrix() -> None:
+    rng = np.random.default_rng(2)
+    factor, b = rng.normal(size=(3, 20)), rng.normal(size=20)
+    a = factor.T @ factor
+    solver = hg.Nystrom(rank=6, damping=0.1)
+    x, _ = solver.solve(lambda x: jnp.asarray(a) @ x, jnp.asarray(b), KEY, ())
+    assert error(np.asarray(x), np.linalg.solve(a + 0.1 * np.eye(20), b)) <= 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_nystrom_is_the_papers_woodbury_form() -> None:
+    """At partial rank on a full-rank matrix, where the approximation is no identity of anything."""
+    _, b, a = system()
+    columns: list[int] = []
+
+    def matvec(x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda i: columns.append(int(i)), jnp.argmax(x))
+        return jnp.asarray(a) @ x
+
+    x, _ = hg.Nystrom(rank=5, damping=0.1).solve(matvec, jnp.asarray(b), KEY, ())
+    jax.effects_barrier()
+    assert len(set(columns)) == 5
+    c = a[columns]
+    inner = c[:, columns] + c @ c.T / 0.1
+    woodbury = b / 0.1 - c.T @ np.linalg.solve(inner, c @ b) / 0.1**2
+    assert error(np.asarray(x), woodbury) <= 1e-8
+
+
+def test_nystrom_in_float32() -> None:
+    matvec, b, a = system()
+    x = solve(hg.Nystrom(rank=12, damping=1e-2), matvec, b)
+    # what rounding leaves outside the columns' span is divided by the damping
+    assert error(x, np.linalg.solve(a + 1e-2 * np.eye(12), b)) <= 1e-4
+
+
+@pytest.mark.usefixtures("x64")
+def test_cold_richardson_is_neumann_and_warm_goes_on() -> None:
+    matvec, b, a = system()
+    ten = solve(hg.Neumann(10, 0.2), matvec, b)
+    assert error(solve(hg.Richardson(10, 0.2, warm_start=False), matvec, b), ten) < 1e-12
+    warm, tree = hg.Richardson(5, 0.2), as_tree(b)
+    state = warm.init(tree)
+    for _ in range(2):
+        x, state = warm.solve(matvec, tree, KEY, state)
+    assert error(flatten(x), ten) < 1e-12
+    assert error(flatten(x), np.linalg.solve(a, b)) > 1e-3
+
+
+ALL = [
+    hg.Identity(),
+    hg.Neumann(5, 0.2),
+    hg.ConjugateGradient(5),
+    hg.GMRES(5),
+    hg.Nystrom(5, 0.1),
+    hg.Richardson(5, 0.2),
+]
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_vmap_keeps_members_apart(solver: Any) -> None:
+    matvec, b, _ = system()
+    many = jnp.stack([jnp.asarray(b, jnp.float32), 2 * jnp.asarray(b, jnp.float32) - 1])
+
+    def one(b: jax.Array) -> Any:
+        tree = as_tree(b)
+        return solver.solve(matvec, tree, KEY, solver.init(tree))[0]
+
+    together = jax.vmap(one)(many)
+    for i in range(2):
+        member = flatten(jax.tree.map(lambda x, i=i: x[i], together))
+        assert error(member, flatten(one(many[i]))) < 1e-5
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"terms=0 must be positive"):
+        hg.Neumann(0)
+    with pytest.raises(ValueError, match=r"step_size=-1 must be positive"):
+        hg.Richardson(1, -1)
+    with pytest.raises(ValueError, match=r"damping=0.0 must be positive"):
+        hg.Nystrom(5, 0.0)
+    with pytest.raises(ValueError, match=r"damping=-1 must not be negative"):
+        hg.ConjugateGradient(5, damping=-1)
+    with pytest.raises(ValueError, match=r"max_steps=0 must be positive"):
+        hg.GMRES(0)
