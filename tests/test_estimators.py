@@ -16,6 +16,7 @@ EXACT = {
     "step": hg.Unrolled(checkpoint="step"),
     "sqrt": hg.Unrolled(checkpoint="sqrt"),
     "forward": hg.Forward(),
+    "chunks": hg.Forward(chunk=4),
 }
 
 
@@ -33,6 +34,10 @@ class TestUnrolledSqrt(EstimatorContract):
 
 class TestForward(EstimatorContract):
     estimator = hg.Forward()
+
+
+class TestForwardChunks(EstimatorContract):
+    estimator = hg.Forward(chunk=4)  # of six hyperparameters: the second chunk is not full
 
 
 class TestFiniteDifference(EstimatorContract):
@@ -179,9 +184,10 @@ def test_truncation_keeps_the_last_terms_only() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_carried_tangents_make_two_windows_one() -> None:
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_carried_tangents_make_two_windows_one(chunk: int | None) -> None:
     oracle = momentum_quadratic(10)
-    estimator = hg.Forward(carry=True)
+    estimator = hg.Forward(carry=True, chunk=chunk)
     inner = oracle.problem.init(oracle.hyper, oracle.key)
     state = estimator.init(oracle.problem, oracle.hyper, inner, oracle.key)
     for half in (oracle.train[:5], oracle.train[5:]):
@@ -281,6 +287,8 @@ def test_wrong_arguments_are_named() -> None:
         ValueError, match=r"validate_at='first' is not possible in a window of 4 steps"
     ):
         hypergradient_of(oracle, hg.Unrolled(validate_at="first"))
+    with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):
+        hg.Forward(chunk=0)
     with pytest.raises(ValueError, match=r"step=0 must be positive"):
         hg.FiniteDifference(0)
     integer = oracle._replace(hyper=dict(oracle.hyper, learning_rate=1))

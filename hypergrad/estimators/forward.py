@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
 from hypergrad.trees import split_inexact
-from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
+from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, objective, one_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,27 @@ class Forward(Estimator):
         (RTHO), so that an online tuner sees effects older than the window; the state is Z.
       validate_at: as in `Unrolled`.
 
-    Cost in gradient evaluations per step: 1 + 1.7 |hyper|; memory (1 + |hyper|) |inner|, the same
-    at any K.
+      chunk: how many tangents are carried at once; None for all. The run is repeated for each
+        chunk, so that 100 hyperparameters fit where 10 do.
 
-    Source: Franceschi et al. 2017, eq. 13-15 (forward mode) and section 3.3 (RTHO).
+    Cost in gradient evaluations per step: 1 + 1.7 |hyper|, and with chunks one more for each;
+    memory (1 + |hyper|) |inner|, or (1 + chunk) |inner| (with `carry` the state keeps all of Z),
+    the same at any K.
+
+    Hyperparameters that share a window of W steps (FDS) are the entries of one array that
+    `hypergrad.schedules.piecewise_constant` spreads over the run.
+
+    Source: Franceschi et al. 2017, eq. 13-15 (forward mode) and section 3.3 (RTHO); Micaelli and
+    Storkey 2021 (sharing).
     """
 
     carry: bool = False
     validate_at: ValidateAt = "last"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk} must be at least 1, or None for all at once.")
 
     def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
         """Zero tangents with `carry`, else `()`."""
@@ -52,41 +65,49 @@ class Forward(Estimator):
     ) -> tuple[Estimate, Any]:
         """One value and gradient of the validation loss; see the class."""
         flat, unravel = ravel_pytree(hyper)
-        basis = jnp.eye(flat.size, dtype=flat.dtype)
         steps = num_steps(train)
         count = averaged(self.validate_at, steps)
-        start, zs = _pushforward(
-            lambda h, _: begin(problem, unravel(h), inner, key, count),
-            flat,
-            basis,
-            (),
-            [],
-        )
         carried = self.carry and inner is not None
-        if carried:
-            zs = _with_inner_tangents(zs, state)
-        offset = steps_done(start.inner)
 
-        # The step is counted in the carry: indices to scan along would grow with K.
-        def advance(carry: tuple[jax.Array, Progress, Any], batch: Any) -> tuple[Any, None]:
-            t, progress, zs = carry
+        def along(basis: jax.Array, carried_zs: Tangents) -> tuple[Any, Progress, jax.Array, Any]:
+            """Loss, end, and the gradient's entries and tangents along the rows of `basis`."""
+            start, zs = _pushforward(
+                lambda h, _: begin(problem, unravel(h), inner, key, count), flat, basis, (), []
+            )
+            zs = _with_inner_tangents(zs, carried_zs)
+            offset = steps_done(start.inner)
 
-            def step(h: jax.Array, p: Progress) -> Progress:
-                return one_step(problem, unravel(h), train, key, offset, count)(p, (t, batch))
+            # The step is counted in the carry: indices to scan along would grow with K.
+            def advance(carry: tuple[jax.Array, Progress, Any], batch: Any) -> tuple[Any, None]:
+                t, progress, zs = carry
 
-            return (t + 1, *_pushforward(step, flat, basis, progress, zs)), None
+                def step(h: jax.Array, p: Progress) -> Progress:
+                    return one_step(problem, unravel(h), train, key, offset, count)(p, (t, batch))
 
-        begun = (jnp.zeros((), jnp.int32), start, zs)
-        (_, end, zs), _ = jax.lax.scan(advance, begun, step_inputs(train)[1], length=steps)
+                return (t + 1, *_pushforward(step, flat, basis, progress, zs)), None
 
-        def loss_at(h: jax.Array, progress: Progress) -> jax.Array:
-            params = judged(progress, count)
-            return validation_loss(problem, params, unravel(h), valid, key, offset + steps)
+            begun = (jnp.zeros((), jnp.int32), start, zs)
+            (_, end, zs), _ = jax.lax.scan(advance, begun, step_inputs(train)[1], length=steps)
 
-        loss, [grads] = _pushforward(loss_at, flat, basis, end, zs)
-        grad = unravel(grads.astype(flat.dtype))
+            def loss_at(h: jax.Array, progress: Progress) -> jax.Array:
+                params = judged(progress, count)
+                return validation_loss(problem, params, unravel(h), valid, key, offset + steps)
+
+            loss, [entries] = _pushforward(loss_at, flat, basis, end, zs)
+            return loss, end, entries.astype(flat.dtype), zs[: len(carried_zs)]
+
+        basis = jnp.eye(flat.size, dtype=flat.dtype)
+        zs = list(state) if carried else []
+        if self.chunk is None or self.chunk >= flat.size:
+            loss, end, entries, zs = along(basis, zs)
+        else:
+            blocks = _in_blocks((basis, zs), self.chunk)
+            entries, zs = jax.lax.map(lambda block: along(*block)[2:], blocks)
+            entries, zs = _joined((entries, zs), flat.size)
+            loss, end = objective(problem, hyper, inner, train, valid, key, self.validate_at)
+        grad = unravel(entries)
         info = summary(loss, grad, end.first_bad_step)
-        return Estimate(loss, grad, end.inner, info), zs[: len(state)] if carried else ()
+        return Estimate(loss, grad, end.inner, info), zs if carried else ()
 
 
 Tangents = list[jax.Array]  # one [|hyper|, ...] per inexact leaf
@@ -118,3 +139,18 @@ def _no_tangents(hyper: Any, inner: Any) -> Tangents:
 def _with_inner_tangents(zs: Tangents, inner_zs: Tangents) -> Tangents:
     # A Progress flattens with its inner first.
     return [*inner_zs, *zs[len(inner_zs) :]]
+
+
+def _in_blocks(tree: Any, size: int) -> Any:
+    """Leaves `[n, ...]` as `[blocks, size, ...]`, the last block filled up with zeros."""
+
+    def block(x: jax.Array) -> jax.Array:
+        missing = -x.shape[0] % size
+        padded = jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)])
+        return padded.reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(block, tree)
+
+
+def _joined(tree: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tree)
