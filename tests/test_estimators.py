@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.memory import temporary_bytes
 from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
 
 EXACT = {
@@ -261,6 +262,33 @@ def test_growth_tells_chaos_from_calm() -> None:
     assert float(wild.info["growth"]) > 100
 
 
+@pytest.mark.parametrize(
+    ("share", "checkpoint"), [(1.0, "none"), (0.99, "step"), (0.3, "sqrt"), (1e-3, "")]
+)
+def test_auto_takes_the_cheapest_checkpoint_that_fits(share: float, checkpoint: str) -> None:
+    """Of 400 steps, in shares of what storing every step needs; asked inside a jit too."""
+    problem = _small_problem(OPTIMIZERS["momentum"][0])
+    hyper, key = jax.tree.map(jnp.float32, OPTIMIZERS["momentum"][1]), jax.random.key(3)
+    train = hg.Minibatches(_digits_like(jax.random.key(0)), 8, 400)
+    arguments = (hyper, problem.init(hyper, key), train, _digits_like(jax.random.key(5)), key)
+    whole = temporary_bytes(lambda *a: hg.Unrolled().estimate(problem, *a, ())[0], *arguments)
+    auto = hg.Unrolled(checkpoint="auto", memory_limit=int(share * whole))
+    if not checkpoint:
+        with pytest.raises(ValueError, match=r"memory_limit=\d+ bytes is too little"):
+            auto.resolve(problem, *arguments)
+        return
+    assert auto.resolve(problem, *arguments) == hg.Unrolled(checkpoint=checkpoint)
+    seen = []
+    jax.jit(lambda *a: seen.append(auto.resolve(problem, *a)))(*arguments)
+    assert seen == [hg.Unrolled(checkpoint=checkpoint)]
+
+
+def test_auto_gives_the_same_hypergradient() -> None:
+    oracle = momentum_quadratic()
+    estimate = hypergradient_of(oracle, hg.Unrolled(checkpoint="auto"))
+    assert relative_error(estimate.grad, oracle.grad) < 1e-5
+
+
 def test_nan_batch_is_reported_with_its_step() -> None:
     oracle = ridge(num_steps=6)
     inputs, targets = oracle.train
@@ -287,6 +315,8 @@ def test_wrong_arguments_are_named() -> None:
         ValueError, match=r"validate_at='first' is not possible in a window of 4 steps"
     ):
         hypergradient_of(oracle, hg.Unrolled(validate_at="first"))
+    with pytest.raises(ValueError, match=r"memory_limit=5 is read by checkpoint='auto' only"):
+        hg.Unrolled(memory_limit=5)
     with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):
         hg.Forward(chunk=0)
     with pytest.raises(ValueError, match=r"step=0 must be positive"):

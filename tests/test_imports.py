@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 # as long as they do not do it in a circle. `__init__` files only collect names and are exempt.
 ORDER = (
     "trees",
+    "memory",
     "minibatches",
     "inner_gradient",
     "problem",
@@ -33,6 +34,7 @@ ORDER = (
     "estimators.evolution",
     "estimators.difference",
     "estimators.hypergradient",
+    "choice",
     "trust",
     "tuners.base",
     "tuners.alternating",

@@ -62,6 +62,15 @@ class Estimator(abc.ABC):
         `inner` None means: start from `problem.init(hyper, key)` inside the gradient.
         """
 
+    def resolve(
+        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
+    ) -> "Estimator":
+        """The estimator that does the work on inputs of these shapes: itself, unless it chooses.
+
+        Reads shapes only, so that tuners can ask while they are traced.
+        """
+        return self
+
     def check_structure(
         self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
     ) -> None:
@@ -83,11 +92,12 @@ def checked_estimate(
     key: jax.Array,
     state: Any,
 ) -> tuple[Estimate, Any]:
-    """`estimator.estimate` behind the structure check, which traces once and runs nothing.
+    """`estimator.estimate`, resolved, behind the structure check, which traces and runs nothing.
 
     Raises:
       ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
     """
+    estimator = estimator.resolve(problem, hyper, inner, train, valid, key)
     estimator.check_structure(problem, hyper, inner, train, valid, key)
     try:
         return estimator.estimate(problem, hyper, inner, train, valid, key, state)

@@ -1,6 +1,7 @@
 """Reverse mode through the training steps: full or truncated, checkpointed, mixed-mode."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.estimators.base import Estimate, Estimator, summary
+from hypergrad.memory import device_bytes, shapes_of, temporary_bytes
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
 from hypergrad.trees import inner_product, path_name
 from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
@@ -26,7 +28,11 @@ class Unrolled(Estimator):
         what the window cannot see: greedy windows make learning rates far too small.
       checkpoint: what is stored of a step for the way back. "none": all it needs (the state and
         the batch, as the inner gradient is mixed-mode); "step": the state alone; "sqrt": about
-        2 sqrt(window) states, for one more training run of time.
+        2 sqrt(window) states, for one more training run of time; "auto": the first of these, in
+        order of cost, whose program fits `memory_limit` by XLA's own analysis. That compiles up to
+        three programs, once for each problem and shapes.
+      memory_limit: bytes for "auto", beside arguments and results; None for half of the device's
+        memory. Under `vmap`, and with several seeds, it counts one member.
       validate_at: "last" judges the last parameters; "mean" judges their mean over the window,
         which does not punish the noise of the steps themselves (training goes on from the last);
         an integer judges the mean of that many last ones, a float that of a share of the window.
@@ -42,16 +48,31 @@ class Unrolled(Estimator):
     """
 
     window: int | None = None
-    checkpoint: Literal["none", "step", "sqrt"] = "none"
+    checkpoint: Literal["none", "step", "sqrt", "auto"] = "none"
     validate_at: ValidateAt = "last"
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1, or None for all K steps.")
-        if self.checkpoint not in ("none", "step", "sqrt"):
+        if self.checkpoint not in (*_SCANS, "auto"):
             raise ValueError(
-                f"checkpoint={self.checkpoint!r} is unknown: choose 'none', 'step' or 'sqrt'."
+                f"checkpoint={self.checkpoint!r} is unknown: choose one of {[*_SCANS, 'auto']}."
             )
+        if self.memory_limit is not None and self.checkpoint != "auto":
+            raise ValueError(
+                f"memory_limit={self.memory_limit} is read by checkpoint='auto' only, and "
+                f"checkpoint is {self.checkpoint!r}."
+            )
+
+    def resolve(
+        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
+    ) -> Estimator:
+        """With "auto", the same estimator with the checkpoint that fits."""
+        if self.checkpoint != "auto":
+            return self
+        leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
+        return _cheapest_that_fits(self, problem, treedef, tuple(leaves))
 
     def estimate(
         self,
@@ -64,6 +85,9 @@ class Unrolled(Estimator):
         state: Any,
     ) -> tuple[Estimate, Any]:
         """One value and gradient of the validation loss; see the class."""
+        if self.checkpoint == "auto":
+            chosen = self.resolve(problem, hyper, inner, train, valid, key)
+            return chosen.estimate(problem, hyper, inner, train, valid, key, state)
         steps = num_steps(train)
         window = steps if self.window is None else self.window
         if window > steps:
@@ -132,7 +156,35 @@ def _scan_sqrt(step: Step, progress: Progress, xs: Any) -> Progress:
     return _scan_step(step, progress, rest) if whole < length else progress
 
 
-_SCANS = {"none": _scan, "step": _scan_step, "sqrt": _scan_sqrt}
+# In order of cost.
+_SCANS: dict[Literal["none", "step", "sqrt", "auto"], Callable[..., Progress]] = {
+    "none": _scan,
+    "step": _scan_step,
+    "sqrt": _scan_sqrt,
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _cheapest_that_fits(
+    estimator: Unrolled, problem: Problem, treedef: Any, leaves: tuple[Any, ...]
+) -> Unrolled:
+    limit = device_bytes() if estimator.memory_limit is None else estimator.memory_limit
+    needed: dict[str, int] = {}
+    for checkpoint in _SCANS:
+        chosen = dataclasses.replace(estimator, checkpoint=checkpoint, memory_limit=None)
+
+        def run(
+            hyper: Any, inner: Any, train: Any, valid: Any, key: Any, chosen: Unrolled = chosen
+        ) -> Estimate:
+            return chosen.estimate(problem, hyper, inner, train, valid, key, ())[0]
+
+        needed[checkpoint] = temporary_bytes(run, *treedef.unflatten(leaves))
+        if needed[checkpoint] <= limit:
+            return chosen
+    raise ValueError(
+        f"memory_limit={limit} bytes is too little for {estimator}: it needs {needed}. Take a "
+        "smaller window, fewer steps, or Forward(chunk=...), whose memory does not grow with K."
+    )
 
 
 @jax.custom_vjp

@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.estimators.base import Estimator, checked_estimate
+from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem, num_steps
 from hypergrad.space import Space
-from hypergrad.trees import norm, select, widen
-from hypergrad.trust import (
-    Trust,
-    TrustState,
-    gropes,
-    initial_trust,
-    judge,
-    remember,
-    shorten,
-    temper,
+from hypergrad.trees import norm, select
+from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
+from hypergrad.tuners.base import (
+    Average,
+    Info,
+    Tuner,
+    include,
+    outer_update,
+    report,
+    unit_estimate,
+    unit_state,
 )
-from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
 
 
 class Position(NamedTuple):
@@ -99,67 +99,54 @@ def alternating(
     >>> bool(tuner.update(state, jnp.ones((5, 3)), jnp.ones(3))[1].hyper["lr"] > 1e-3)
     True
     """
-    if outer_optimizer is None:
-        outer_optimizer = optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
+    optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
     def init(hyper: Any, key: jax.Array) -> AlternatingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         inner = problem.init(hyper, key)
-        estimator_state = estimator.init(problem, hyper, inner, key)
-        now = Position(unit, outer_optimizer.init(unit), inner, estimator_state)
+        estimator_state = unit_state(estimator, problem, space, unit, inner, key)
+        now = Position(unit, optimizer.init(unit), inner, estimator_state)
         dtype = jnp.result_type(*jax.tree.leaves(unit))
         average = Average(unit, jnp.zeros((), jnp.int32))
         updates = jnp.zeros((), jnp.int32)
         return AlternatingState(now, now, initial_trust(dtype), average, key, updates)
 
     def update(state: AlternatingState, train: Any, valid: Any) -> tuple[AlternatingState, Info]:
-        now = state.now
-        hyper = space.from_unit(now.unit)
+        now, steps = state.now, num_steps(train)
         key = _window_key(now.inner, state)
-        steps = num_steps(train)
         limited = shorten(problem, now.inner, state.trust, steps)
-        estimate, estimator_state = checked_estimate(
-            estimator, limited, hyper, now.inner, train, valid, key, now.estimator_state
+        estimate, estimator_state = unit_estimate(
+            estimator, limited, space, now.unit, now.inner, train, valid, key, now.estimator_state
         )
-        grad = unit_gradient(space, now.unit, estimate.grad)
-        size = norm(grad)
-        refused = judge(trust, state.trust, size, estimate.info)
-        history = remember(state.trust, size, refused, steps)
-        step_grad = temper(grad, size, state.trust, refused)
-        moved, outer_state, worth = outer_step(
-            outer_optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
+        refused = judge(trust, state.trust, norm(estimate.grad), estimate.info)
+        outer = outer_update(
+            optimizer,
+            space,
+            max_move,
+            state.trust,
+            now.unit,
+            now.outer_state,
+            estimate.grad,
+            refused,
+            steps,
         )
-        ahead = Position(moved, outer_state, estimate.inner, estimator_state)
+        ahead = Position(outer.unit, outer.outer_state, estimate.inner, estimator_state)
         # The steps were spent all the same: a restored state must not replay their noise.
         back = state.trusted._replace(inner=_with_step_of(state.trusted.inner, estimate.inner))
         # What was not trusted, or was cut short, may show where to move, but is no training.
-        again = back._replace(unit=moved, outer_state=outer_state)
-        whole = state.trust.shortened == 0
-        moves_on = ((refused == 0) & ~whole) | gropes(state.trust, refused)
-        back = select(moves_on, again, back)
-        accepted = (refused == 0) & whole
+        again = back._replace(unit=outer.unit, outer_state=outer.outer_state)
+        back = select(outer.moves_on, again, back)
         new = AlternatingState(
-            now=select(accepted, ahead, back),
-            trusted=select(accepted, now, back),
-            trust=history,
-            average=include(state.average, now.unit, accepted, power=3),
+            now=select(outer.accepted, ahead, back),
+            trusted=select(outer.accepted, now, back),
+            trust=outer.trust,
+            average=include(state.average, now.unit, outer.accepted, power=3),
             key=state.key,
             updates=state.updates + 1,
         )
-        info = Info(
-            loss=widen(estimate.loss),
-            hyper=hyper,
-            grad=grad,
-            norm=size,
-            worth=jnp.where(accepted, worth, 0.0),
-            refused=refused,
-            step_scale=history.scale,
-            finite=estimate.info["finite"],
-            first_bad_step=estimate.info["first_bad_step"],
-            estimate=estimate.info,
-        )
-        return new, info
+        hyper = space.from_unit(now.unit)
+        return new, report(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
     def best(state: AlternatingState) -> Any:
         return space.from_unit(space.project(state.average.unit))

@@ -1,4 +1,4 @@
-"""What both tuners share: a tuner's shape, and one outer step in unit coordinates."""
+"""What both tuners share: a tuner's shape, and one judged outer step in unit coordinates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.estimators.base import Estimate, Estimator, checked_estimate
+from hypergrad.problem import Problem
 from hypergrad.space import Space
-from hypergrad.trees import inner_product
+from hypergrad.trees import inner_product, norm, widen
+from hypergrad.trust import TrustState, gropes, remember, temper
 
 
 class Tuner(NamedTuple):
@@ -74,23 +77,117 @@ def include(average: Average, unit: Any, trusted: jax.Array, power: int = 0) -> 
     return Average(mean, seen)
 
 
-def unit_gradient(space: Space, unit: Any, grad: Any) -> Any:
-    """The gradient in unit coordinates, by the chain rule from the one in the user's units."""
-    return jax.vjp(space.from_unit, unit)[1](grad)[0]
+def in_unit_coordinates(problem: Problem, space: Space) -> Problem:
+    """`problem` as a function of unit coordinates, constant beyond the box."""
+
+    def hyper_of(unit: Any) -> Any:
+        return space.from_unit(space.project(unit))
+
+    return Problem(
+        lambda unit, key: problem.init(hyper_of(unit), key),
+        lambda inner, unit, batch, key: problem.step(inner, hyper_of(unit), batch, key),
+        lambda params, unit, batch, key: problem.train_loss(params, hyper_of(unit), batch, key),
+        lambda params, unit, batch, key: problem.valid_loss(params, hyper_of(unit), batch, key),
+    )
 
 
-def outer_step(
-    optimizer: optax.GradientTransformation,
+def unit_state(
+    estimator: Estimator, problem: Problem, space: Space, unit: Any, inner: Any, key: jax.Array
+) -> Any:
+    """The estimator's first state."""
+    if estimator.perturbs:
+        return estimator.init(in_unit_coordinates(problem, space), unit, inner, key)
+    return estimator.init(problem, space.from_unit(unit), inner, key)
+
+
+def unit_estimate(
+    estimator: Estimator,
+    problem: Problem,
     space: Space,
     unit: Any,
-    grad: Any,
-    outer_state: Any,
-    scale: jax.Array,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+    state: Any,
+) -> tuple[Estimate, Any]:
+    """The estimate with its gradient in unit coordinates.
+
+    By the chain rule from the one in the user's units; an estimator that perturbs is handed unit
+    coordinates to begin with, where one step size suits all hyperparameters.
+    """
+    if estimator.perturbs:
+        problem = in_unit_coordinates(problem, space)
+        return checked_estimate(estimator, problem, unit, inner, train, valid, key, state)
+    hyper, pull_back = jax.vjp(space.from_unit, unit)
+    estimate, state = checked_estimate(estimator, problem, hyper, inner, train, valid, key, state)
+    return estimate._replace(grad=pull_back(estimate.grad)[0]), state
+
+
+class Outer(NamedTuple):
+    """What one hypergradient leads to.
+
+    Attributes:
+      unit: the hyperparameters after the outer step.
+      outer_state: the outer optimiser's state after it.
+      trust: the history with this hypergradient in it.
+      accepted: go on from here: the hypergradient is trusted and the run was whole.
+      moves_on: go back to the trusted position, but with the new hyperparameters.
+      worth: the decrease of the validation loss that the step promises, to first order.
+    """
+
+    unit: Any
+    outer_state: Any
+    trust: TrustState
+    accepted: jax.Array
+    moves_on: jax.Array
+    worth: jax.Array
+
+
+def outer_update(
+    optimizer: optax.GradientTransformation,
+    space: Space,
     max_move: float,
-) -> tuple[Any, Any, jax.Array]:
-    """One projected step in unit coordinates: (unit, outer_state, promised decrease)."""
-    updates, outer_state = optimizer.update(grad, outer_state, unit)
-    moves = jax.tree.map(lambda u: jnp.clip(scale * u, -max_move, max_move), updates)
+    trust: TrustState,
+    unit: Any,
+    outer_state: Any,
+    grad: Any,
+    refused: jax.Array,
+    steps: int,
+) -> Outer:
+    """One projected step in unit coordinates along a hypergradient that has been judged."""
+    size = norm(grad)
+    history = remember(trust, size, refused, steps)
+    step_grad = temper(grad, size, trust, refused)
+    updates, outer_state = optimizer.update(step_grad, outer_state, unit)
+    moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
     moved = space.project(optax.apply_updates(unit, moves))
-    change = jax.tree.map(jnp.subtract, unit, moved)
-    return moved, outer_state, inner_product(grad, change)
+    whole = trust.shortened == 0
+    accepted = (refused == 0) & whole
+    moves_on = ((refused == 0) & ~whole) | gropes(trust, refused)
+    worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
+    worth = jnp.where(accepted, worth, 0.0)
+    return Outer(moved, outer_state, history, accepted, moves_on, worth)
+
+
+def report(
+    loss: jax.Array,
+    hyper: Any,
+    grad: Any,
+    refused: jax.Array,
+    outer: Outer,
+    about: dict[str, jax.Array],
+) -> Info:
+    """The `info` of an update; `about` is the estimator's own."""
+    return Info(
+        loss=widen(loss),
+        hyper=hyper,
+        grad=grad,
+        norm=norm(grad),
+        worth=outer.worth,
+        refused=refused,
+        step_scale=outer.trust.scale,
+        finite=about["finite"],
+        first_bad_step=about["first_bad_step"],
+        estimate=about,
+    )

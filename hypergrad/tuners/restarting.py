@@ -6,24 +6,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.estimators.base import Estimate, Estimator, checked_estimate
+from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim import norm_adam
 from hypergrad.problem import Problem, num_steps, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen
-from hypergrad.trust import (
-    NOT_LEARNED,
-    Trust,
-    TrustState,
-    gropes,
-    initial_trust,
-    judge,
-    remember,
-    shorten,
-    temper,
+from hypergrad.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten
+from hypergrad.tuners.base import (
+    Average,
+    Info,
+    Tuner,
+    include,
+    outer_update,
+    report,
+    unit_estimate,
+    unit_state,
 )
-from hypergrad.tuners.base import Average, Info, Tuner, include, outer_step, unit_gradient
 
 
 class Position(NamedTuple):
@@ -110,7 +109,7 @@ def restarting(
     def init(hyper: Any, key: jax.Array) -> RestartingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
-        state_of = lambda key: estimator.init(problem, hyper, None, key)  # noqa: E731
+        state_of = lambda key: unit_state(estimator, problem, space, unit, None, key)  # noqa: E731
         now = Position(unit, optimizer.init(unit), jax.vmap(state_of)(_seeds(key, num_seeds)))
         dtype = jnp.result_type(*jax.tree.leaves(unit))
         none = jnp.zeros((), jnp.int32)
@@ -125,52 +124,36 @@ def restarting(
             start = problem.init(hyper, key)
             untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
             limited = shorten(problem, start, state.trust, steps)
-            estimate, memory = checked_estimate(
-                estimator, limited, hyper, None, train, valid, key, memory
+            estimate, memory = unit_estimate(
+                estimator, limited, space, now.unit, None, train, valid, key, memory
             )
             return estimate._replace(inner=()), memory, untrained
 
         # One seed is no batch of one: vmap would run both sides of a shortened run's condition.
         many = jax.vmap(run) if num_seeds > 1 else _batch_of_one(run)
         estimates, memory, untrained = many(_seeds(key, num_seeds), now.estimator_state)
-        grads = jax.vmap(lambda grad: unit_gradient(space, now.unit, grad))(estimates.grad)
-        grad, size, agreement = combine(grads)
+        grad, agreement = combine(estimates.grad)
         loss = jnp.median(widen(estimates.loss))
         about = {name: _worst(name, value) for name, value in estimates.info.items()}
-        whole = state.trust.shortened == 0
-        refused = judge(trust, state.trust, size, about)
+        refused = judge(trust, state.trust, norm(grad), about)
         learned = loss <= 0.8 * jnp.median(untrained)
+        whole = state.trust.shortened == 0
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
-        history = remember(state.trust, size, refused, steps)
-        step_grad = temper(grad, size, state.trust, refused)
-        moved, outer_state, worth = outer_step(
-            optimizer, space, now.unit, step_grad, now.outer_state, history.scale, max_move
+        outer = outer_update(
+            optimizer, space, max_move, state.trust, now.unit, now.outer_state, grad, refused, steps
         )
-        accepted = (refused == 0) & whole
-        ahead = Position(moved, outer_state, memory)
-        moves_on = ((refused == 0) & ~whole) | gropes(state.trust, refused)
-        back = select(moves_on, ahead, state.trusted)
+        ahead = Position(outer.unit, outer.outer_state, memory)
+        back = select(outer.moves_on, ahead, state.trusted)
         new = RestartingState(
-            now=select(accepted, ahead, back),
-            trusted=select(accepted, now, back),
-            trust=history,
-            average=include(state.average, now.unit, accepted),
+            now=select(outer.accepted, ahead, back),
+            trusted=select(outer.accepted, now, back),
+            trust=outer.trust,
+            average=include(state.average, now.unit, outer.accepted),
             key=state.key,
             updates=state.updates + 1,
         )
-        info = Info(
-            loss=loss,
-            hyper=hyper,
-            grad=grad,
-            norm=size,
-            worth=jnp.where(accepted, worth, 0.0),
-            refused=refused,
-            step_scale=history.scale,
-            finite=about["finite"],
-            first_bad_step=about["first_bad_step"],
-            estimate=about | {"agreement": agreement, "shortened": state.trust.shortened},
-        )
-        return new, info
+        about |= {"agreement": agreement, "shortened": state.trust.shortened}
+        return new, report(loss, hyper, grad, refused, outer, about)
 
     def best(state: RestartingState) -> Any:
         # The position reached counts as one more iterate: nothing after it could distrust it.
@@ -180,8 +163,8 @@ def restarting(
     return Tuner(init, update, best)
 
 
-def combine(grads: Any) -> tuple[Any, jax.Array, jax.Array]:
-    """Seeds' gradients `[seeds, ...]` as one: (gradient, its norm, agreement in [0, 1]).
+def combine(grads: Any) -> tuple[Any, jax.Array]:
+    """Seeds' gradients `[seeds, ...]` as one, and their agreement in [0, 1].
 
     Each is scaled down to at most the median norm of the finite ones. Agreement is the norm of the
     mean over the mean of the norms: 1 for one seed, about seeds^-1/2 for pure noise. Where more
@@ -200,9 +183,8 @@ def combine(grads: Any) -> tuple[Any, jax.Array, jax.Array]:
         return jnp.sum(jnp.where(w == 0, 0, w * g), 0) + (0 * middle).astype(g.dtype)
 
     grad = jax.tree.map(mean, grads)
-    size = norm(grad)
     spread = jnp.sum(jnp.where(finite, scaled, 0)) / jnp.sum(finite)
-    return grad, size, size / jnp.where(spread == 0, 1, spread)
+    return grad, norm(grad) / jnp.where(spread == 0, 1, spread)
 
 
 def _seeds(key: jax.Array, num_seeds: int) -> jax.Array:
