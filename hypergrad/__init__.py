@@ -3,10 +3,12 @@
 import importlib
 from typing import Any
 
+from hypergrad.choice import choose_estimator
 from hypergrad.diagnostics import check_hypergradient
 from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.difference import FiniteDifference
+from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
@@ -37,6 +39,7 @@ __all__ = [
     "ConjugateGradient",
     "Estimate",
     "Estimator",
+    "Evolution",
     "FiniteDifference",
     "Float",
     "Forward",
@@ -57,6 +60,7 @@ __all__ = [
     "alternating",
     "bilevel",
     "check_hypergradient",
+    "choose_estimator",
     "dropout",
     "hypergradient",
     "inner_gradient",

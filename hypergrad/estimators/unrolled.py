@@ -15,6 +15,8 @@ from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, valid
 from hypergrad.trees import inner_product, path_name
 from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
 
+Checkpoint = Literal["none", "step", "sqrt", "auto"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Estimator):
@@ -48,7 +50,7 @@ class Unrolled(Estimator):
     """
 
     window: int | None = None
-    checkpoint: Literal["none", "step", "sqrt", "auto"] = "none"
+    checkpoint: Checkpoint = "none"
     validate_at: ValidateAt = "last"
     memory_limit: int | None = None
 
@@ -157,7 +159,7 @@ def _scan_sqrt(step: Step, progress: Progress, xs: Any) -> Progress:
 
 
 # In order of cost.
-_SCANS: dict[Literal["none", "step", "sqrt", "auto"], Callable[..., Progress]] = {
+_SCANS: dict[Checkpoint, Callable[..., Progress]] = {
     "none": _scan,
     "step": _scan_step,
     "sqrt": _scan_sqrt,

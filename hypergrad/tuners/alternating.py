@@ -1,11 +1,12 @@
 """Hyperparameters tuned while the one training run goes on (Luketina et al. 2016)."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.choice import as_estimator
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem, num_steps
@@ -61,7 +62,7 @@ class AlternatingState(NamedTuple):
 def alternating(
     problem: Problem,
     space: Space,
-    estimator: Estimator = Unrolled(validate_at=0.8),  # noqa: B008  frozen, so safe to share
+    estimator: Estimator | Literal["auto"] = Unrolled(validate_at=0.8),  # noqa: B008  frozen
     outer_optimizer: optax.GradientTransformation | None = None,
     *,
     max_move: float = 0.05,
@@ -78,7 +79,8 @@ def alternating(
       space: the ranges; only its continuous hyperparameters are tuned.
       estimator: the default validates at the mean of the window's last parameters (80%), which
         does not punish the noise of the steps: the last one's loss drives learning rates down
-        too early.
+        too early. "auto": the cheapest exact one that fits the device's memory, chosen by shapes
+        when the update is compiled, and printed (see `choose_estimator` for a probe of values).
       outer_optimizer: any optax optimiser over unit coordinates; None for
         `optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)` (unit gradients of a small penalty lie below
         1e-8, which a usual eps would drown).
@@ -99,6 +101,7 @@ def alternating(
     >>> bool(tuner.update(state, jnp.ones((5, 3)), jnp.ones(3))[1].hyper["lr"] > 1e-3)
     True
     """
+    estimator = as_estimator(estimator, validate_at=0.8)
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
     def init(hyper: Any, key: jax.Array) -> AlternatingState:
@@ -115,9 +118,11 @@ def alternating(
     def update(state: AlternatingState, train: Any, valid: Any) -> tuple[AlternatingState, Info]:
         now, steps = state.now, num_steps(train)
         key = _window_key(now.inner, state)
+        hyper = space.from_unit(now.unit)
+        chosen = estimator.resolve(problem, hyper, now.inner, train, valid, key)
         limited = shorten(problem, now.inner, state.trust, steps)
         estimate, estimator_state = unit_estimate(
-            estimator, limited, space, now.unit, now.inner, train, valid, key, now.estimator_state
+            chosen, limited, space, now.unit, now.inner, train, valid, key, now.estimator_state
         )
         refused = judge(trust, state.trust, norm(estimate.grad), estimate.info)
         outer = outer_update(
@@ -145,7 +150,6 @@ def alternating(
             key=state.key,
             updates=state.updates + 1,
         )
-        hyper = space.from_unit(now.unit)
         return new, report(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
     def best(state: AlternatingState) -> Any:

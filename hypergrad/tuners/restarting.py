@@ -1,11 +1,12 @@
 """Hyperparameters tuned over whole runs, each from fresh parameters."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.choice import as_estimator
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim import norm_adam
@@ -56,7 +57,7 @@ class RestartingState(NamedTuple):
 def restarting(
     problem: Problem,
     space: Space,
-    estimator: Estimator = Unrolled(),  # noqa: B008  frozen, so safe to share
+    estimator: Estimator | Literal["auto"] = Unrolled(),  # noqa: B008  frozen, so safe to share
     outer_optimizer: optax.GradientTransformation | None = None,
     num_seeds: int = 1,
     *,
@@ -73,7 +74,9 @@ def restarting(
     Args:
       problem: what is trained and judged.
       space: the ranges; only its continuous hyperparameters are tuned.
-      estimator: `Unrolled(checkpoint="sqrt")` for long runs.
+      estimator: `Unrolled(checkpoint="sqrt")` for long runs. "auto": the cheapest exact one that
+        fits the device's memory (for one seed), chosen by shapes when the update is compiled, and
+        printed.
       outer_optimizer: any optax optimiser over unit coordinates; None for `norm_adam(0.1)`.
       num_seeds: runs per update, in one program. Their hypergradients are averaged after each is
         scaled down to at most their median norm, so that one outlier does not own the mean; seeds
@@ -104,6 +107,7 @@ def restarting(
     """
     if num_seeds < 1:
         raise ValueError(f"num_seeds={num_seeds} must be at least 1.")
+    estimator = as_estimator(estimator)
     optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
 
     def init(hyper: Any, key: jax.Array) -> RestartingState:
@@ -119,13 +123,14 @@ def restarting(
         now, steps = state.now, num_steps(train)
         hyper = space.from_unit(now.unit)
         key = jax.random.fold_in(state.key, state.updates) if fresh_seeds else state.key
+        chosen = estimator.resolve(problem, hyper, None, train, valid, key)
 
         def run(key: jax.Array, memory: Any) -> tuple[Estimate, Any, jax.Array]:
             start = problem.init(hyper, key)
             untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
             limited = shorten(problem, start, state.trust, steps)
             estimate, memory = unit_estimate(
-                estimator, limited, space, now.unit, None, train, valid, key, memory
+                chosen, limited, space, now.unit, None, train, valid, key, memory
             )
             return estimate._replace(inner=()), memory, untrained
 

@@ -1,0 +1,301 @@
+"""Which estimator when: the field's rules of thumb as code, checked on the problem at hand."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad.estimators.base import Estimate, Estimator, strong
+from hypergrad.estimators.evolution import Evolution
+from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.implicit import Implicit
+from hypergrad.estimators.unrolled import Checkpoint, Unrolled
+from hypergrad.linear import ConjugateGradient
+from hypergrad.memory import device_bytes, temporary_bytes
+from hypergrad.problem import Problem, num_steps
+from hypergrad.space import Space
+from hypergrad.structure import require_use
+from hypergrad.trees import inner_product, norm
+from hypergrad.window import ValidateAt, objective
+
+# Gradient evaluations per training step, measured on digits (docs/benchmarks.md).
+_UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}
+_TANGENT = 1.7
+# Beyond, forward mode costs more than anything else, and its basis alone would fill memory.
+_MAX_TANGENTS = 100
+_PRODUCTS = 20
+_CG = Implicit(ConjugateGradient(_PRODUCTS, tolerance=1e-3))
+
+Arguments = tuple[Any, Any, Any, jax.Array]  # inner, train, valid, key
+
+
+class Choice(NamedTuple):
+    """An estimator and why it was chosen."""
+
+    estimator: Estimator
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Estimator):
+    """The estimator that `estimator="auto"` stands for in a tuner: chosen by shapes when traced.
+
+    Only structure and memory are looked at, as a traced program has no values to probe: see
+    `choose_estimator` for the whole examination. What it chose is printed at each compilation.
+
+    Args:
+      validate_at: as in `Unrolled`.
+      memory_limit: bytes; None for half of the device's memory.
+    """
+
+    validate_at: ValidateAt = "last"
+    memory_limit: int | None = None
+
+    def resolve(
+        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
+    ) -> Estimator:
+        """The cheapest exact estimator that fits."""
+        limit = device_bytes() if self.memory_limit is None else self.memory_limit
+        arguments = (inner, train, valid, key)
+        choice = _cheapest_exact(problem, strong(hyper), arguments, self.validate_at, limit)
+        print(f'estimator="auto": {choice.estimator}, as {choice.reason}')
+        return choice.estimator
+
+    def estimate(
+        self,
+        problem: Problem,
+        hyper: Any,
+        inner: Any,
+        train: Any,
+        valid: Any,
+        key: jax.Array,
+        state: Any,
+    ) -> tuple[Estimate, Any]:
+        """By the estimator that `resolve` names."""
+        arguments = (problem, hyper, inner, train, valid, key)
+        return self.resolve(*arguments).estimate(*arguments, state)
+
+
+def as_estimator(
+    estimator: Estimator | Literal["auto"], validate_at: ValidateAt = "last"
+) -> Estimator:
+    """A tuner's argument as an estimator: "auto" becomes `Auto`."""
+    if isinstance(estimator, Estimator):
+        return estimator
+    if estimator == "auto":
+        return Auto(validate_at)
+    raise ValueError(
+        f"estimator={estimator!r} is no estimator: give one such as hypergrad.Unrolled(), or "
+        "'auto'."
+    )
+
+
+def choose_estimator(
+    problem: Problem,
+    space: Space,
+    inner: Any,
+    hyper: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+    *,
+    memory_limit: int | None = None,
+    validate_at: ValidateAt = "last",
+) -> Estimator:
+    """The estimator that suits this problem at these values; prints it with the reason.
+
+    1. The cheapest exact one whose program fits `memory_limit`, by XLA's own analysis: `Unrolled`
+       with the least checkpointing, or `Forward` for very few hyperparameters. Where a
+       hyperparameter's path has no derivative (a hard mask, a sign), `Evolution`.
+    2. A probe runs it, and two runs half a percent of the range to either side along its own
+       gradient. A hypergradient that is not finite, or whose adjoint grows along the unroll while
+       it mispredicts that difference by more than half, is chaos: `Evolution`.
+    3. Where all hyperparameters act through the training loss, and the run is so long that
+       `Implicit` is cheaper, it is tried on the same point, and taken if the system was solved and
+       its gradient agrees to 5%, or, where nothing exact fits, if the point is stationary.
+
+    Args:
+      problem: as in `hypergradient`.
+      space: gives the unit coordinates that steps are taken in.
+      inner: the training state, or None for whole runs.
+      hyper: values in the user's units.
+      train: K batches.
+      valid: one batch.
+      key: randomness.
+      memory_limit: bytes beside arguments and results; None for half of the device's memory.
+      validate_at: as in `Unrolled`.
+
+    Cost: one to four compilations, one hypergradient of each kind tried and two runs. Not jit-able.
+
+    Raises:
+      ValueError: a hyperparameter never reaches the loss, or nothing fits.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> space = hg.Space({"lr": hg.Float(1e-3, 1.0, scale="log")})
+    >>> data = jnp.ones((5, 3)), jnp.ones(3)
+    >>> chosen = choose_estimator(problem, space, None, {"lr": 0.1}, *data, jax.random.key(0))
+    Forward(carry=False, validate_at='last', chunk=None): 1 hyperparameter ...
+    """
+    hyper = strong(space.validate(hyper))
+    arguments = (inner, train, valid, key)
+    limit = device_bytes() if memory_limit is None else memory_limit
+    chosen = _without_derivative(problem, hyper, arguments, validate_at)
+    chosen = chosen or _examined(problem, space, hyper, arguments, validate_at, limit)
+    print(f"{chosen.estimator}: {chosen.reason}")
+    return chosen.estimator
+
+
+def _examined(
+    problem: Problem,
+    space: Space,
+    hyper: Any,
+    arguments: Arguments,
+    validate_at: ValidateAt,
+    limit: int,
+) -> Choice:
+    try:
+        exact = _cheapest_exact(problem, hyper, arguments, validate_at, limit)
+    except _NothingFitsError:
+        implicit = _implicit(problem, space, hyper, arguments, limit, None)
+        if implicit is None:
+            raise
+        return implicit
+    unit = space.to_unit(hyper)
+    estimate = _estimate(problem, exact.estimator, hyper, arguments)
+    grad = jax.vjp(space.from_unit, unit)[1](estimate.grad)[0]
+    size = norm(grad)
+
+    @jax.jit
+    def loss(unit: Any) -> jax.Array:
+        inner, train, valid, key = arguments
+        hyper = space.from_unit(unit)
+        return objective(problem, hyper, inner, train, valid, key, validate_at)[0]
+
+    def moved(step: float) -> Any:
+        return space.project(jax.tree.map(lambda u, g: u + step * g / size, unit, grad))
+
+    up, down = moved(0.005), moved(-0.005)
+    promised = inner_product(grad, jax.tree.map(jnp.subtract, up, down))
+    ratio = float((loss(up) - loss(down)) / promised)
+    growth = float(estimate.info.get("growth", jnp.nan))
+    right = 0.5 <= ratio <= 1.5
+    if not bool(estimate.info["finite"]) or (not right and not growth <= 2):
+        why = (
+            f"training is chaotic here: the hypergradient's norm is {float(size):.2g} in unit "
+            f"coordinates, differences over 1% of the range are {ratio:.2g} of what it promises, "
+            f"and the adjoint grows {growth:.2g} times along the run"
+        )
+        return Choice(_evolution(arguments[0], validate_at), why)
+    if _evaluations(exact.estimator, hyper, arguments) > _evaluations(_CG, hyper, arguments):
+        implicit = _implicit(problem, space, hyper, arguments, limit, grad)
+        if implicit is not None:
+            return implicit
+    why = f"{exact.reason}; differences are {ratio:.2f} of what it promises"
+    return exact._replace(reason=why)
+
+
+class _NothingFitsError(ValueError):
+    pass
+
+
+def _without_derivative(
+    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt
+) -> Choice | None:
+    for reach in require_use(lambda hyper: objective(problem, hyper, *arguments)[0], hyper):
+        if not reach.differentiable:
+            why = f"the path of {reach.name!r} has no derivative ({', '.join(reach.cut_by)})"
+            return Choice(_evolution(arguments[0], validate_at), why)
+    return None
+
+
+def _evolution(inner: Any, validate_at: ValidateAt) -> Evolution:
+    # a whole run is an episode of one window, for which the plainest method is enough
+    if inner is None:
+        return Evolution(pairs=8, std=0.03, method="es", validate_at=validate_at)
+    return Evolution(pairs=8, std=0.03, method="pes", validate_at=validate_at)
+
+
+def _cheapest_exact(
+    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt, limit: int
+) -> Choice:
+    """From shapes alone: traced values will do."""
+    count, steps = _count(hyper), num_steps(arguments[1])
+    exact: list[Estimator] = [Unrolled(None, mode, validate_at) for mode in _UNROLLED]
+    if count <= _MAX_TANGENTS:
+        exact.append(Forward(validate_at=validate_at))
+    costs = {e: _evaluations(e, hyper, arguments) / steps for e in exact}
+    needed = {}
+    for estimator in sorted(costs, key=lambda e: costs[e]):
+        needed[estimator] = temporary_bytes(_runner(problem, estimator), hyper, *arguments)
+        if needed[estimator] <= limit:
+            what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
+            cost = f"{costs[estimator]:.1f} gradient evaluations a step"
+            memory = f"{needed[estimator] / 2**20:.1f} of {limit / 2**20:.0f} MiB"
+            return Choice(estimator, f"{what}; the cheapest exact one that fits: {cost}, {memory}")
+    sizes = ", ".join(f"{e}: {size}" for e, size in needed.items())
+    raise _NothingFitsError(
+        f"memory_limit={limit} bytes is too little for every exact estimator ({sizes}). Take fewer "
+        "steps, a window (Unrolled(window=...)), or Implicit for hyperparameters of the loss."
+    )
+
+
+def _implicit(
+    problem: Problem,
+    space: Space,
+    hyper: Any,
+    arguments: Arguments,
+    limit: int,
+    reference: Any | None,
+) -> Choice | None:
+    """`Implicit`, if it is right here; `reference` is an exact gradient in unit coordinates."""
+    inner, train, valid, key = arguments
+    try:
+        _CG.check_structure(problem, hyper, inner, train, valid, key)
+    except ValueError:
+        return None  # something acts through the optimiser or the start
+    if temporary_bytes(_runner(problem, _CG), hyper, *arguments) > limit:
+        return None
+    estimate = _estimate(problem, _CG, hyper, arguments)
+    residual, unconverged = (float(estimate.info[k]) for k in ("residual", "unconverged"))
+    what = f"all {_count(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
+    if not residual <= 1e-2:
+        return None
+    if reference is None:
+        stationary = unconverged <= 0.01 * abs(float(estimate.loss))
+        why = f"nothing exact fits; {what}; converging would change the loss by {unconverged:.1g}"
+        return Choice(_CG, why) if stationary else None
+    grad = jax.vjp(space.from_unit, space.to_unit(hyper))[1](estimate.grad)[0]
+    gap = float(norm(jax.tree.map(jnp.subtract, grad, reference)) / norm(reference))
+    why = f"{what}; the run is long, and it is within {gap:.1%} of the exact gradient"
+    return Choice(_CG, why) if gap <= 0.05 else None
+
+
+def _evaluations(estimator: Estimator, hyper: Any, arguments: Arguments) -> float:
+    """Gradient evaluations of one estimate, by what was measured on digits."""
+    steps = num_steps(arguments[1])
+    if isinstance(estimator, Unrolled):
+        return _UNROLLED[estimator.checkpoint] * steps
+    if isinstance(estimator, Implicit):
+        return steps + 2 * _PRODUCTS + 6
+    return (1 + _TANGENT * _count(hyper)) * steps
+
+
+def _count(hyper: Any) -> int:
+    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(hyper))
+
+
+def _runner(problem: Problem, estimator: Estimator) -> Callable[..., Estimate]:
+    def run(hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array) -> Estimate:
+        state = estimator.init(problem, hyper, inner, key)
+        return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
+
+    return run
+
+
+def _estimate(problem: Problem, estimator: Estimator, hyper: Any, arguments: Arguments) -> Estimate:
+    return jax.jit(_runner(problem, estimator))(hyper, *arguments)
