@@ -1,12 +1,14 @@
-"""Outer optimisers that optax lacks."""
+"""Optimisers and transformations that optax lacks: outer ones, and ones for the user's own loop."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from hypergrad.trees import inner_product
+from hypergrad.trees import inner_product, leaf_names, widen
 
 
 class NormAdamState(NamedTuple):
@@ -52,3 +54,230 @@ def norm_adam(learning_rate: float, b1: float = 0.7, b2: float = 0.9) -> Any:
         return updates, NormAdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)
+
+
+class HypergradientDescentState(NamedTuple):
+    """State of `hypergradient_descent`.
+
+    Attributes:
+      learning_rate: a scalar, float32 or wider: the rate of the last update.
+      tangent: d(last update)/d(its learning rate), like the parameters.
+      optimizer_state: the state of the optimiser whose rate is adapted.
+    """
+
+    learning_rate: jax.Array
+    tangent: Any
+    optimizer_state: Any
+
+
+def hypergradient_descent(
+    optimizer_factory: Callable[[Any], optax.GradientTransformation],
+    learning_rate: Any,
+    hyper_learning_rate: Any,
+    rule: Literal["additive", "multiplicative"] = "additive",
+    min_learning_rate: Any = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Any optax optimiser, its learning rate adapted by the training loss's own gradient in it.
+
+    Before each update the rate a moves against dL_t/da = <grad_t, d update_{t-1}/da>: what another
+    rate in the last step would have done to the loss now. No validation data is used, so this tunes
+    how fast training goes and nothing else. It sees one step ahead: rates end up smaller than those
+    that are best for a whole run (Wu 2018).
+
+    Args:
+      optimizer_factory: `learning_rate -> optax transformation`, for instance `optax.adamw` or
+        `lambda lr: optax.sgd(lr, momentum=0.9)`. It is called with a traced scalar and may use it
+        anywhere: the derivative is taken by `jax.jvp` through its `update`, exact where the update
+        is not linear in the rate (decoupled decay, `momo`).
+      learning_rate: the first step's rate, positive.
+      hyper_learning_rate: beta below, positive.
+      rule: "additive": a <- a - beta dL/da (Baydin eq. 6). beta has the units of rate squared over
+        loss, and good values span many orders of magnitude. "multiplicative":
+        a <- a exp(-beta cos), cos the cosine between grad_t and d update_{t-1}/da. Nothing depends
+        on the scale of the loss, a step changes the rate by at most the factor exp(beta), and the
+        rate stays positive: take beta = 0.02 to 0.1 first. To first order in beta it is Baydin's
+        eq. 8, whose 1 - beta cos turns negative for beta > 1.
+      min_learning_rate: the rate stops there. Under the additive rule one large dL/da would make
+        it negative, and training would climb. From 0 it gets up again as soon as two gradients in a
+        row agree; a positive value also keeps optimisers moving that have no tangent there.
+
+    The state shows `learning_rate` (`optax.tree.get(state, "learning_rate")` finds it in a chain).
+    The gradient is the one that arrives here: put clipping before or into the factory, and whatever
+    scales the update into the factory, or its effect on the loss is not seen. Extra arguments
+    (`value=`, `grad=`, `value_fn=`) reach the optimiser. A rate per layer: one of these per group
+    of `optax.partition`. A gradient that is not finite makes the rate so for good, and is not
+    hidden: wrap the whole in `optax.apply_if_finite` to skip such steps.
+
+    Cost: no gradient more; one forward derivative of the optimiser's update per step, and one
+    vector like the parameters in the state.
+
+    Source: Baydin et al. 2018, eq. 5-8; exact derivatives of the update as in Clarke et al. 2022.
+
+    Raises:
+      ValueError: an unknown rule; a rate that is a schedule or not positive; an optimiser whose
+        update does not depend on its argument (rates kept in the state, as `optax.rprop` and
+        `optax.inject_hyperparams` do), which would never be adapted.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> loss = lambda w: jnp.sum((w - 1) ** 2)
+    >>> optimizer = hypergradient_descent(optax.adam, 1e-6, 0.1, rule="multiplicative")
+    >>> @jax.jit
+    ... def step(w, state):
+    ...     updates, state = optimizer.update(jax.grad(loss)(w), state, w)
+    ...     return optax.apply_updates(w, updates), state
+    >>> w = jnp.zeros(3)
+    >>> state = optimizer.init(w)
+    >>> for _ in range(200):
+    ...     w, state = step(w, state)
+    >>> bool(loss(w) < 1e-3), bool(state.learning_rate > 1e-3)
+    (True, True)
+    """
+    if rule not in ("additive", "multiplicative"):
+        raise ValueError(f"rule={rule!r} is unknown: choose 'additive' or 'multiplicative'.")
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("hyper_learning_rate", hyper_learning_rate),
+    ):
+        if callable(value):
+            raise ValueError(
+                f"{name}={value!r} is a schedule: give its first value. To scale an adapted rate "
+                "over time, put optax.scale_by_schedule into optimizer_factory."
+            )
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+            raise ValueError(f"{name}={value} must be positive, for instance 0.01.")
+
+    def init(params: Any) -> HypergradientDescentState:
+        rate = widen(learning_rate)
+        still = jax.tree.map(jnp.zeros_like, params)
+        return HypergradientDescentState(rate, still, optimizer_factory(rate).init(params))
+
+    def adapted(rate: jax.Array, grads: Any, tangent: Any) -> jax.Array:
+        slope = inner_product(grads, tangent)
+        if rule == "additive":
+            rate = rate - hyper_learning_rate * slope
+        else:
+            # before the first step both are zero; a floor inside the root keeps derivatives finite
+            tiny = jnp.finfo(slope.dtype).tiny
+            sizes = [jnp.maximum(inner_product(x, x), tiny) for x in (grads, tangent)]
+            cosine = slope / (jnp.sqrt(sizes[0]) * jnp.sqrt(sizes[1]))
+            rate = rate * jnp.exp(-hyper_learning_rate * cosine)
+        return jnp.maximum(rate, min_learning_rate)
+
+    def update(
+        grads: Any, state: HypergradientDescentState, params: Any = None, **extra: Any
+    ) -> tuple[Any, HypergradientDescentState]:
+        rate = adapted(state.learning_rate, grads, state.tangent).astype(state.learning_rate.dtype)
+
+        def move(rate: jax.Array) -> tuple[Any, Any]:
+            optimizer = optax.with_extra_args_support(optimizer_factory(rate))
+            return optimizer.update(grads, state.optimizer_state, params, **extra)
+
+        _refuse_unused_rate(move, rate)
+        one = jnp.ones_like(rate)
+        updates, tangent, optimizer_state = jax.jvp(move, (rate,), (one,), has_aux=True)
+        # A float32 rate promotes bfloat16 updates and moments; a scan needs the dtypes kept.
+        updates, tangent = (_cast_like(tree, grads) for tree in (updates, tangent))
+        optimizer_state = _cast_like(optimizer_state, state.optimizer_state)
+        return updates, HypergradientDescentState(rate, tangent, optimizer_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refuse_unused_rate(move: Callable[[jax.Array], Any], rate: jax.Array) -> None:
+    jaxpr = jax.make_jaxpr(lambda rate: move(rate)[0])(rate).jaxpr
+    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    if not any(v is jaxpr.invars[0] for v in read):
+        raise ValueError(
+            "optimizer_factory's update does not depend on the learning rate it was given, so the "
+            "rate would never be adapted. Rates kept in the optimiser's state (optax.rprop, "
+            "optax.inject_hyperparams) are read from there: give a factory that builds the plain "
+            "optimiser, as in hypergradient_descent(optax.adam, ...)."
+        )
+
+
+def _cast_like(tree: Any, like: Any) -> Any:
+    cast = lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype)  # noqa: E731
+    return jax.tree.map(lambda x, y: cast(jnp.asarray(x), jnp.asarray(y)), tree, like)
+
+
+def scale_by_tree(rates: Any) -> optax.GradientTransformation:
+    """Multiplies updates by a tree of rates: per layer, per group or per weight.
+
+    optax scales by one number; here each rate is traced and has its own gradient.
+
+    Args:
+      rates: a prefix of the parameters' tree: a leaf stands for the whole subtree below it, and
+        broadcasts to each of its arrays (`[]` per layer, the weight's own shape per weight). The
+        sign is kept, as in `optax.scale`.
+
+    `optax.chain(optax.adamw(1.0, weight_decay=1e-2), scale_by_tree(rates))` has one learning rate
+    per layer; `optax.partition` gives whole groups optimisers of their own.
+
+    Raises:
+      ValueError: `rates` is no prefix of the updates, or a leaf does not broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> updates = {"body": {"w": jnp.ones(2), "b": jnp.ones(1)}, "head": jnp.ones(2)}
+    >>> scale = scale_by_tree({"body": 0.5, "head": jnp.array([2.0, 3.0])})
+    >>> scaled, _ = scale.update(updates, scale.init(updates))
+    >>> [x.tolist() for x in (scaled["body"]["w"], scaled["body"]["b"], scaled["head"])]
+    [[0.5, 0.5], [0.5], [2.0, 3.0]]
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        return _with_prefix(lambda rate, u: rate * u, "rates", rates, updates)
+
+    return optax.stateless(update)
+
+
+def decay_by_tree(weight_decay: Any) -> optax.GradientTransformation:
+    """Adds weight decay from a tree of coefficients: per layer, per group or per weight.
+
+    `optax.add_decayed_weights` with a tree in place of its one number; `weight_decay` is a prefix
+    of the parameters' tree, as in `scale_by_tree`. Coupled (L2) in front of an optimiser; decoupled
+    between its scaling and its learning rate.
+
+    Raises:
+      ValueError: `weight_decay` is no prefix of the updates, or a leaf does not broadcast; `update`
+        was called without `params`.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+    >>> decay = decay_by_tree({"body": 0.1, "head": jnp.array([0.0, 0.2])})
+    >>> updates, _ = decay.update({"body": jnp.zeros(2), "head": jnp.zeros(2)}, (), params)
+    >>> [[round(float(u), 3) for u in updates[name]] for name in ("body", "head")]
+    [[0.1, 0.1], [0.0, 0.2]]
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError("params=None: decay needs them. Call update(grads, state, params).")
+        return _with_prefix(
+            lambda decay, u, p: u + decay * p, "weight_decay", weight_decay, updates, params
+        )
+
+    return optax.stateless(update)
+
+
+def _with_prefix(f: Callable[..., Any], name: str, prefix: Any, tree: Any, *rest: Any) -> Any:
+    def on_leaf(value: Any, leaf: Any, *others: Any) -> Any:
+        ours, shape = jnp.shape(value), jnp.shape(leaf)
+        pairs = zip(ours[::-1], shape[::-1], strict=False)
+        if len(ours) > len(shape) or any(size not in (1, whole) for size, whole in pairs):
+            raise ValueError(f"shape {ours} does not broadcast to {shape}")
+        return f(value, leaf, *others).astype(leaf.dtype)
+
+    try:
+        return jax.tree.map(
+            lambda value, *subtrees: jax.tree.map(lambda *x: on_leaf(value, *x), *subtrees),
+            prefix,
+            tree,
+            *rest,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name} with leaves {leaf_names(prefix)} does not fit updates with leaves "
+            f"{leaf_names(tree)}: {error}. Give a prefix of the parameters' tree, each leaf a "
+            "scalar or of a shape that broadcasts to the arrays below it."
+        ) from error

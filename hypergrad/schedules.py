@@ -1,13 +1,15 @@
-"""What a run learned, as a schedule to keep: replayed by the library or by plain optax."""
+"""Schedules: with a gradient in every number, and what a run learned as a schedule to keep."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hypergrad.problem import Problem, step_inputs, steps_done, training_steps
 from hypergrad.space import Space
+from hypergrad.trees import widen
 
 
 class Schedule(NamedTuple):
@@ -87,3 +89,189 @@ def replay(problem: Problem, schedule: Schedule, inner: Any, train: Any, key: ja
         return training_steps(problem, hyper, train, key, start)(inner, *x), None
 
     return jax.lax.scan(body, inner, step_inputs(train))[0]
+
+
+def piecewise_linear(
+    values: Any, num_steps: Any = None, *, positions: Any = None
+) -> Callable[[Any], jax.Array]:
+    """Straight lines between knots; the first value before the first knot, the last after the last.
+
+    Args:
+      values: the knots' values, `[knots]` or `[knots, ...]`; traced or not, as all numbers here.
+      num_steps: spreads the knots evenly, the first at step 0, the last at step `num_steps`.
+      positions: instead, each knot's step, `[knots]`, not decreasing. Two at one step make a jump.
+        Traced ones are not checked: a knot that has overtaken the one before waits for it, which
+        keeps the value within the range of `values`, but its position has no gradient there.
+
+    The derivative in `num_steps` or `positions` at a step that lies exactly on a knot is the mean
+    of both sides', as a central difference has it. To interpolate rates geometrically, pass logs
+    and take `lambda step: jnp.exp(schedule(step))`.
+
+    Raises:
+      ValueError: not exactly one of `num_steps` and `positions`; fewer than 2 knots; positions that
+        are not one per knot, or decrease; a `num_steps` that is not positive.
+
+    >>> schedule = piecewise_linear([0.0, 1.0, 0.5], num_steps=10)
+    >>> [float(schedule(step)) for step in (0, 4, 5, 8, 99)]
+    [0.0, 0.800000011920929, 1.0, 0.699999988079071, 0.5]
+    """
+    if (num_steps is None) == (positions is None):
+        raise ValueError(
+            f"num_steps={num_steps} and positions={positions}: give one of the two, the length of "
+            "evenly spread knots or each knot's step."
+        )
+    values = jnp.asarray(values)
+    knots = values.shape[0] if values.ndim else 0
+    if knots < 2:
+        raise ValueError(f"values of shape {values.shape} need a leading axis of at least 2 knots.")
+    if positions is None:
+        _require_positive("num_steps", num_steps)
+        positions = jnp.linspace(0.0, 1.0, knots) * num_steps
+    elif jnp.shape(positions := widen(1.0 * jnp.asarray(positions))) != (knots,):
+        raise ValueError(
+            f"positions of shape {jnp.shape(positions)} for {knots} knots: give one step per knot."
+        )
+    elif _concrete(positions) and np.any(np.diff(positions) < 0):
+        raise ValueError(f"positions={positions} decrease: sort them together with values.")
+
+    def schedule(step: Any) -> jax.Array:
+        passed = _ramp(step, positions[:-1], positions[1:] - positions[:-1])
+        in_order = jax.lax.stop_gradient(jax.lax.cummin(passed))
+        return _through(values, jnp.where(passed > in_order, in_order, passed))
+
+    return schedule
+
+
+def piecewise_constant(values: Any, steps_each: int) -> Schedule:
+    """One value per window of `steps_each` steps; the last one after the end.
+
+    Sharing a rate over windows averages its noisy hypergradient and keeps forward mode cheap: FDS
+    (Micaelli and Storkey 2021) tunes a whole schedule so, over whole runs, with steps of the sign
+    alone that halve when the sign flips. Here, `hyper["rates"]` being `[windows]`:
+
+        optimizer=lambda hyper: optax.sgd(hg.piecewise_constant(hyper["rates"], 100))
+        tuner = hg.restarting(problem, space, hg.Forward(), fds, fresh_seeds=True)
+
+    with `fds = optax.rprop(0.1, eta_minus=0.5, eta_plus=1.0)`: each rate moves by 0.1 of its range
+    against its gradient's sign; once the sign flips its step is halved, and steps never grow. In
+    optax 0.2.8 a rate rests in the first update and in two at each flip, because `rprop` hands out
+    a move only when the next gradient has confirmed its sign.
+
+    Args:
+      values: `[windows]` or `[windows, ...]`, traced or not.
+      steps_each: a Python integer. A window's length has no gradient, since steps are whole; to
+        tune where a schedule turns, use the positions of `piecewise_linear`.
+
+    Raises:
+      ValueError: `steps_each` is no positive integer, or is traced; `values` has no axis.
+
+    >>> schedule = piecewise_constant([1.0, 0.5, 0.25], steps_each=10)
+    >>> [float(schedule(step)) for step in (0, 9, 10, 99)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+    if not isinstance(steps_each, (int, np.integer)) or steps_each < 1:
+        raise ValueError(
+            f"steps_each={steps_each} must be a Python integer of at least 1: a window's length "
+            "has no gradient. For turning points that have one, use piecewise_linear(positions=)."
+        )
+    values = jnp.asarray(values)
+    if not values.ndim:
+        raise ValueError(f"values={values} needs a leading axis of windows: give [{values}].")
+    return Schedule(values, int(steps_each))
+
+
+def warmup_cosine(
+    peak: Any, warmup_steps: Any, decay_steps: Any, floor: Any = 0.0, start: Any = 0.0
+) -> Callable[[Any], jax.Array]:
+    """Linear warm-up from `start` to `peak`, then half a cosine down to `floor`.
+
+    `optax.warmup_cosine_decay_schedule` with all five numbers traced or not, lengths included.
+
+    Args:
+      peak: the value at step `warmup_steps`.
+      warmup_steps: at least 0; with 0, step 0 has the peak already.
+      decay_steps: the step from which on the value is `floor`: as in optax, it counts from step 0,
+        warm-up included. Traced lengths are not checked; with `decay_steps <= warmup_steps` the
+        value drops to `floor` where the warm-up ends, and the lengths have no gradient there.
+      floor: the last value.
+      start: the first value, at step 0.
+
+    Derivatives in a length at a step that lies exactly on it are the mean of both sides'.
+
+    Raises:
+      ValueError: a negative `warmup_steps`, or a `decay_steps` that does not exceed it.
+
+    >>> schedule = warmup_cosine(0.1, warmup_steps=10, decay_steps=110)
+    >>> [round(float(schedule(step)), 4) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    if _concrete(warmup_steps) and warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more.")
+    if _concrete(warmup_steps, decay_steps) and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"decay_steps={decay_steps} must exceed warmup_steps={warmup_steps}: it counts from "
+            "step 0, warm-up included."
+        )
+
+    def schedule(step: Any) -> jax.Array:
+        up = _ramp(step, 0.0, warmup_steps)
+        # negative only where a traced decay ends before the warm-up does
+        down = _ramp(step, warmup_steps, decay_steps - warmup_steps)
+        down = (1 - jnp.cos(jnp.pi * down)) / 2
+        return _through(jnp.stack([widen(x) for x in (start, peak, floor)]), jnp.stack([up, down]))
+
+    return schedule
+
+
+def exponential_decay(initial: Any, rate: Any, transition_steps: Any) -> Callable[[Any], jax.Array]:
+    """`initial * rate ** (step / transition_steps)`, as `optax.exponential_decay`.
+
+    All three numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones
+    are not checked: at rate 0 the derivative in it is infinite, as it truly is, and transitions
+    shorter than 1e-6 steps count as 1e-6.
+
+    Raises:
+      ValueError: a `rate` or `transition_steps` that is not positive.
+
+    >>> schedule = exponential_decay(1.0, 0.5, transition_steps=10)
+    >>> [float(schedule(step)) for step in (0, 10, 20)]
+    [1.0, 0.5, 0.25]
+    """
+    _require_positive("rate", rate)
+    _require_positive("transition_steps", transition_steps)
+
+    def schedule(step: Any) -> jax.Array:
+        power = step / jnp.maximum(widen(transition_steps), 1e-6)
+        return initial * jnp.power(rate, power)
+
+    return schedule
+
+
+def _through(values: jax.Array, passed: jax.Array) -> jax.Array:
+    """The point of a path through `values`, leg i passed to the share `passed[i]` in [0, 1].
+
+    A sum of weighted values: exact at the knots, where adding up differences would leave rounding
+    of the largest value in the smallest.
+    """
+    one, zero = jnp.ones_like(passed[:1]), jnp.zeros_like(passed[:1])
+    weights = jnp.concatenate([one, passed]) - jnp.concatenate([passed, zero])
+    return jnp.tensordot(weights.astype(jnp.result_type(values, weights)), values, 1)
+
+
+def _ramp(step: Any, start: Any, length: Any) -> jax.Array:
+    """From 0 at `start` to 1 at `start + length`; a jump, without derivative, if it has no length.
+
+    At both ends `jnp.clip` has half the inner derivative: the mean of both sides.
+    """
+    length = widen(1.0 * jnp.asarray(length))  # an integer would make all of it float32
+    safe = jnp.where(length > 0, length, 1)
+    return jnp.where(length > 0, jnp.clip((step - start) / safe, 0, 1), step >= start)
+
+
+def _concrete(*values: Any) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in values)
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if _concrete(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name}={value} must be positive.")
