@@ -14,6 +14,7 @@ from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
+from hypergrad.learned import Schedule, learned_schedule, replay, settled_schedule
 from hypergrad.linear import (
     GMRES,
     ConjugateGradient,
@@ -24,9 +25,14 @@ from hypergrad.linear import (
 )
 from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
-from hypergrad.optim import norm_adam
+from hypergrad.optim import decay_by_tree, hypergradient_descent, norm_adam, scale_by_tree
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-from hypergrad.schedules import Schedule, learned_schedule, replay, settled_schedule
+from hypergrad.schedules import (
+    exponential_decay,
+    piecewise_constant,
+    piecewise_linear,
+    warmup_cosine,
+)
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
@@ -61,16 +67,23 @@ __all__ = [
     "bilevel",
     "check_hypergradient",
     "choose_estimator",
+    "decay_by_tree",
     "dropout",
+    "exponential_decay",
     "hypergradient",
+    "hypergradient_descent",
     "inner_gradient",
     "learned_schedule",
     "nonzero_gradient",
     "norm_adam",
+    "piecewise_constant",
+    "piecewise_linear",
     "replay",
     "restarting",
     "rollout",
+    "scale_by_tree",
     "settled_schedule",
+    "warmup_cosine",
 ]
 
 

@@ -24,8 +24,9 @@ def norm_adam(learning_rate: float, b1: float = 0.7, b2: float = 0.9) -> Any:
 
     Adam divides every entry by its own magnitude, so a hyperparameter whose gradient is mostly
     noise (a small L2 coefficient) walks as far as one whose gradient is signal. Here directions
-    keep their proportions and the step's length is about `learning_rate`. Gradients of norm above 1
-    are first scaled to 1: hypergradients have heavy tails.
+    keep their proportions and the step's length over all hyperparameters together is about
+    `learning_rate`: for n that matter alike (data weights) take sqrt(n) times as much. Gradients of
+    norm above 1 are first scaled to 1: hypergradients have heavy tails.
 
     Source: Adam (Kingma and Ba 2015) with the norm's second moment; compare ND-Adam (Zhang 2018).
 

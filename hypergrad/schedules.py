@@ -1,94 +1,14 @@
-"""Schedules: with a gradient in every number, and what a run learned as a schedule to keep."""
+"""Schedules with a gradient in every number, lengths and rates included."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.problem import Problem, step_inputs, steps_done, training_steps
-from hypergrad.space import Space
+from hypergrad.learned import Schedule
 from hypergrad.trees import widen
-
-
-class Schedule(NamedTuple):
-    """Hyperparameters that change every `steps_per_update` training steps.
-
-    Attributes:
-      values: the hyperparameters in the user's units, leaves `[updates, ...]`.
-      steps_per_update: training steps for which each entry stands.
-    """
-
-    values: Any
-    steps_per_update: int
-
-    def __call__(self, step: jax.typing.ArrayLike) -> Any:
-        """The hyperparameters of training step `step`, traced or not; after the end, the last."""
-        last = jax.tree.leaves(self.values)[0].shape[0] - 1
-        index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
-        return jax.tree.map(lambda x: x[index], self.values)
-
-    def of(self, name: str) -> Callable[[Any], Any]:
-        """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
-        if name not in self.values:
-            raise ValueError(
-                f"name={name!r} is no hyperparameter: choose from {list(self.values)}."
-            )
-        return lambda step: self(step)[name]
-
-
-def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
-    """The schedule of an `alternating` run, from the `info.hyper` of its updates in order.
-
-    >>> schedule = learned_schedule([{"lr": jnp.float32(0.1)}] * 8, steps_per_update=10)
-    >>> round(float(schedule(25)["lr"]), 3)
-    0.1
-    """
-    values = jax.tree.map(lambda *x: jnp.stack(x), *history)
-    return Schedule(values, steps_per_update)
-
-
-def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int) -> Schedule:
-    """The schedule of an `alternating` run without its way from the start.
-
-    While the first half is trained, the values are still travelling from wherever they started: a
-    transient that a new run need not repeat. Here they stand, for that half, at the mean (in unit
-    coordinates) of the third quarter, where they had settled; then the schedule goes on as learned.
-    Better than `learned_schedule` from a bad start and under label noise, slightly worse where the
-    start was good (docs/benchmarks.md).
-
-    Args:
-      space: the tuner's space.
-      history: the `info.hyper` of the run's updates, in order.
-      steps_per_update: K, the training steps of one update.
-
-    Raises:
-      ValueError: fewer than 4 updates.
-    """
-    if len(history) < 4:
-        raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
-    half, last = len(history) // 2, 3 * len(history) // 4
-    unit = space.to_unit(learned_schedule(history, steps_per_update).values)
-
-    def settle(u: jax.Array) -> jax.Array:
-        return u.at[:half].set(u[half:last].mean(0))
-
-    return Schedule(space.from_unit(space.project(jax.tree.map(settle, unit))), steps_per_update)
-
-
-def replay(problem: Problem, schedule: Schedule, inner: Any, train: Any, key: jax.Array) -> Any:
-    """The training state after the K steps of `train` under a schedule, from `inner`.
-
-    As `rollout`, with step t of the run under `schedule(t)`.
-    """
-    start = steps_done(inner)
-
-    def body(inner: Any, x: Any) -> tuple[Any, None]:
-        hyper = schedule(x[0] + start)
-        return training_steps(problem, hyper, train, key, start)(inner, *x), None
-
-    return jax.lax.scan(body, inner, step_inputs(train))[0]
 
 
 def piecewise_linear(

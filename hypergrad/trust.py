@@ -20,7 +20,7 @@ REASONS = (
     "the validation loss or the hypergradient is not finite",
     "the hypergradient's norm is far above its running median",
     "the adjoint grew along the unroll: training is chaotic here",
-    "training did not get below the untrained validation loss",
+    "training did not get far enough below the untrained validation loss (Trust.max_loss)",
 )
 
 
@@ -40,6 +40,9 @@ class Trust:
         `Unrolled`; other estimators do not report it). Healthy runs on digits stay below 1,
         diverging ones start at 2 to 100.
       warm_up: estimates before the running median is believed.
+      max_loss: `restarting` refuses a run whose validation loss does not end below this share of
+        the untrained one (a diverged network can look calm: it is dead). Raise it, up to
+        `float("inf")`, where the best that training can gain is little.
 
     A loss that rises is no reason: undoing such steps did harm wherever it was tried, while a jump
     of the norm comes before the damage.
@@ -48,6 +51,7 @@ class Trust:
     max_spike: float = 10.0
     max_growth: float = 2.0
     warm_up: int = 3
+    max_loss: float = 0.8
 
 
 class TrustState(NamedTuple):

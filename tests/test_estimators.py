@@ -185,6 +185,27 @@ def test_truncation_keeps_the_last_terms_only() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_truncation_bias_falls_by_the_slowest_direction() -> None:
+    """(1 - lr mu)^K on a quadratic: of dw/dtarget = 1 - (1 - lr c)^T the window sees K terms."""
+    curvature = jnp.array([0.3, 1.0, 2.0])
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(3),
+        lambda w, h, batch, key: 0.5 * jnp.sum(curvature * (w - h["target"]) ** 2),
+        lambda w, h, batch, key: 0.5 * jnp.sum((w - 1) ** 2),
+        lambda h: optax.sgd(0.1),
+    )
+    hyper, train = {"target": jnp.array([2.0, 3.0, -1.0])}, jnp.zeros((1200, 1))
+    oracle = ridge(1)._replace(problem=problem, hyper=hyper, train=train)
+    full = hypergradient_of(oracle, hg.Unrolled()).grad
+    errors = [
+        relative_error(hypergradient_of(oracle, hg.Unrolled(window=window)).grad, full)
+        for window in (60, 160)
+    ]
+    slope = np.log(errors[1] / errors[0]) / 100
+    assert slope == pytest.approx(np.log(1 - 0.1 * 0.3), rel=0.05)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_carried_tangents_make_two_windows_one(chunk: int | None) -> None:
     oracle = momentum_quadratic(10)

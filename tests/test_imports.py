@@ -24,6 +24,7 @@ ORDER = (
     "noise",
     "optim",
     "structure",
+    "learned",
     "schedules",
     "linear",
     "window",

@@ -84,8 +84,7 @@ def restarting(
       fresh_seeds: draw new seeds in every update. False keeps them (common random numbers): the
         loss falls smoothly, on these seeds; True follows the expected loss, noisily.
       max_move: the most a unit coordinate moves in one update.
-      trust: when a hypergradient is refused; a run that does not end below 0.8 of the untrained
-        validation loss is refused too (a diverged network can look calm: it is dead). A refused
+      trust: when a hypergradient is refused, a run that learned too little included. A refused
         update returns to the last trusted hyperparameters and halves the outer steps.
 
     Cost per update: that of the estimator, times `num_seeds`; 3 K gradient evaluations with the
@@ -141,7 +140,7 @@ def restarting(
         loss = jnp.median(widen(estimates.loss))
         about = {name: _worst(name, value) for name, value in estimates.info.items()}
         refused = judge(trust, state.trust, norm(grad), about)
-        learned = loss <= 0.8 * jnp.median(untrained)
+        learned = loss <= trust.max_loss * jnp.median(untrained)
         whole = state.trust.shortened == 0
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
         outer = outer_update(
