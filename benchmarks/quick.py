@@ -11,7 +11,20 @@ import time
 
 import jax
 
-NAMES = ("closed_forms", "speed", "memory", "compile_time", "dropout", "arena")
+NAMES = (
+    "closed_forms",
+    "speed",
+    "memory",
+    "compile_time",
+    "dropout",
+    "horizon",
+    "implicit",
+    "evolution",
+    "choice",
+    "optimizers",
+    "data_cleaning",
+    "arena",
+)
 
 
 def main(quick: bool = True) -> dict[str, float]:
