@@ -139,12 +139,14 @@ class GMRES(LinearSolver):
     update, whose matrix is not symmetric.
 
     Args:
-      max_steps: products at most.
+      max_steps: products at most, per cycle.
       damping: added to the diagonal.
       tolerance: stop at a residual of this times |b|; one float32 cannot reach costs products, no
         more.
+      cycles: a second one starts from the first one's solution and mends what rounding cost it, as
+        an ill-conditioned system needs (condition 1e6 in float64: residual 6e-4, then 1e-7).
 
-    Cost: up to max_steps products; memory max_steps |b|.
+    Cost: up to cycles max_steps products; memory max_steps |b|.
 
     Source: Saad and Schultz 1986; Blondel et al. 2022 for hypergradients.
 
@@ -156,9 +158,11 @@ class GMRES(LinearSolver):
     max_steps: int = 20
     damping: float = 0.0
     tolerance: float = 1e-10
+    cycles: int = 1
 
     def __post_init__(self) -> None:
         _require_positive("max_steps", self.max_steps)
+        _require_positive("cycles", self.cycles)
         _require_not_negative("damping", self.damping)
 
     def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
@@ -176,7 +180,12 @@ class GMRES(LinearSolver):
 
         restart = min(self.max_steps, sum(x.size for x in jax.tree.leaves(b)))
         x, _ = gmres(
-            opaque, b, tol=self.tolerance, restart=restart, maxiter=1, solve_method="incremental"
+            opaque,
+            b,
+            tol=self.tolerance,
+            restart=restart,
+            maxiter=self.cycles,
+            solve_method="incremental",
         )
         return x, state
 

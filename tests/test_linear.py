@@ -73,6 +73,14 @@ def test_gmres_needs_no_symmetry() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_more_cycles_of_gmres_go_on() -> None:
+    matvec, b, a = system()
+    exact = np.linalg.solve(a, b)
+    one, three = (error(solve(hg.GMRES(4, cycles=n), matvec, b), exact) for n in (1, 3))
+    assert three < 0.1 * one
+
+
+@pytest.mark.usefixtures("x64")
 def test_neumann_error_falls_by_the_slowest_direction() -> None:
     """(1 - a mu)^terms: the slope of the log error, over terms where that direction has won."""
     matvec, b, a = system(low=0.5)
