@@ -47,7 +47,7 @@ def piecewise_linear(
     if positions is None:
         _require_positive("num_steps", num_steps)
         positions = jnp.linspace(0.0, 1.0, knots) * num_steps
-    elif jnp.shape(positions := widen(1.0 * jnp.asarray(positions))) != (knots,):
+    elif jnp.shape(positions := widen(jnp.asarray(positions))) != (knots,):
         raise ValueError(
             f"positions of shape {jnp.shape(positions)} for {knots} knots: give one step per knot."
         )
@@ -183,7 +183,7 @@ def _ramp(step: Any, start: Any, length: Any) -> jax.Array:
 
     At both ends `jnp.clip` has half the inner derivative: the mean of both sides.
     """
-    length = widen(1.0 * jnp.asarray(length))  # an integer would make all of it float32
+    length = widen(length)
     safe = jnp.where(length > 0, length, 1)
     return jnp.where(length > 0, jnp.clip((step - start) / safe, 0, 1), step >= start)
 

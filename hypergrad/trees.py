@@ -52,8 +52,9 @@ def norm(tree: Tree) -> jax.Array:
 
 
 def widen(leaf: Any) -> jax.Array:
-    """The leaf in at least float32."""
-    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+    """The leaf in at least float32; an integer in the widest float that is enabled."""
+    dtype = jnp.result_type(leaf if is_inexact(leaf) else float)
+    return jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32))
 
 
 def all_finite(tree: Tree) -> jax.Array:
