@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hypergrad.estimators.base import Estimate, Estimator, strong
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
-from hypergrad.estimators.implicit import Implicit
+from hypergrad.estimators.implicit import Implicit, num_batches
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
 from hypergrad.linear import ConjugateGradient
 from hypergrad.memory import device_bytes, temporary_bytes
@@ -160,7 +160,7 @@ def _examined(
 ) -> Choice:
     try:
         exact = _cheapest_exact(problem, hyper, arguments, validate_at, limit)
-    except _NothingFitsError:
+    except NothingFitsError:
         implicit = _implicit(problem, space, hyper, arguments, limit, None)
         if implicit is None:
             raise
@@ -169,6 +169,9 @@ def _examined(
     estimate = _estimate(problem, exact.estimator, hyper, arguments)
     grad = jax.vjp(space.from_unit, unit)[1](estimate.grad)[0]
     size = norm(grad)
+
+    if float(size) == 0:
+        return exact._replace(reason=f"{exact.reason}; the gradient is 0 here: nothing to probe")
 
     @jax.jit
     def loss(unit: Any) -> jax.Array:
@@ -183,8 +186,9 @@ def _examined(
     promised = inner_product(grad, jax.tree.map(jnp.subtract, up, down))
     ratio = float((loss(up) - loss(down)) / promised)
     growth = float(estimate.info.get("growth", jnp.nan))
-    right = 0.5 <= ratio <= 1.5
-    if not bool(estimate.info["finite"]) or (not right and not growth <= 2):
+    # without a growth, differences alone must tell, and they may be coarse
+    calm = 0.5 <= ratio <= 1.5 or (growth <= 2 if growth == growth else 0.1 <= ratio <= 10)
+    if not bool(estimate.info["finite"]) or not calm:
         why = (
             f"training is chaotic here: the hypergradient's norm is {float(size):.2g} in unit "
             f"coordinates, {ratio:.2g} of what it promises happens over 1% of the range, and the "
@@ -199,8 +203,8 @@ def _examined(
     return exact._replace(reason=why)
 
 
-class _NothingFitsError(ValueError):
-    pass
+class NothingFitsError(ValueError):
+    """No exact estimator fits the memory."""
 
 
 def _without_derivative(
@@ -238,9 +242,10 @@ def _cheapest_exact(
             memory = f"{needed[estimator] / 2**20:.1f} of {limit / 2**20:.0f} MiB"
             return Choice(estimator, f"{what}; the cheapest exact one that fits: {cost}, {memory}")
     sizes = ", ".join(f"{e}: {size}" for e, size in needed.items())
-    raise _NothingFitsError(
+    raise NothingFitsError(
         f"memory_limit={limit} bytes is too little for every exact estimator ({sizes}). Take fewer "
-        "steps, a window (Unrolled(window=...)), or Implicit for hyperparameters of the loss."
+        "steps or smaller batches, a window (Unrolled(window=...)), Forward(chunk=...), or "
+        "Implicit for hyperparameters of the loss."
     )
 
 
@@ -281,7 +286,7 @@ def _evaluations(estimator: Estimator, hyper: Any, arguments: Arguments) -> floa
     if isinstance(estimator, Unrolled):
         return _UNROLLED[estimator.checkpoint] * steps
     if isinstance(estimator, Implicit):
-        return steps + 2 * _PRODUCTS + 6
+        return steps + (2 * _PRODUCTS + 10) * num_batches(arguments[1])
     return (_FORWARD + _TANGENT * _count(hyper)) * steps
 
 

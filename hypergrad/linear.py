@@ -127,8 +127,9 @@ class ConjugateGradient(LinearSolver):
     def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
         """See the class."""
         damped = lambda x: _axpy(self.damping, x, matvec(x))  # noqa: E731
-        x, _ = cg(damped, b, tol=self.tolerance, maxiter=self.max_steps)
-        return x, state
+        size = _size_or_one(b)
+        x, _ = cg(damped, _scaled(1 / size, b), tol=self.tolerance, maxiter=self.max_steps)
+        return _scaled(size, x), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +142,12 @@ class GMRES(LinearSolver):
     Args:
       max_steps: products at most, per cycle.
       damping: added to the diagonal.
-      tolerance: stop at a residual of this times |b|; one float32 cannot reach costs products, no
-        more.
-      cycles: a second one starts from the first one's solution and mends what rounding cost it, as
-        an ill-conditioned system needs (condition 1e6 in float64: residual 6e-4, then 1e-7).
+      tolerance: stop at a residual of this times |b|.
+      cycles: a second one starts from the first one's solution and, in float64, mends what rounding
+        cost it (condition 1e6: residual 6e-4, then 1e-7). In float32 such a system stays unsolved
+        at any number of cycles, which the residual says.
 
-    Cost: up to cycles max_steps products; memory max_steps |b|.
+    Cost: up to cycles (min(max_steps, |b|) + 2) products; memory max_steps |b|.
 
     Source: Saad and Schultz 1986; Blondel et al. 2022 for hypergradients.
 
@@ -179,15 +180,17 @@ class GMRES(LinearSolver):
             return jax.lax.custom_linear_solve(lambda x: x, x, solve, no_transpose)
 
         restart = min(self.max_steps, sum(x.size for x in jax.tree.leaves(b)))
+        # its thresholds are absolute: a small b, as a small loss makes it, would give x = 0
+        size = _size_or_one(b)
         x, _ = gmres(
             opaque,
-            b,
+            _scaled(1 / size, b),
             tol=self.tolerance,
             restart=restart,
             maxiter=self.cycles,
             solve_method="incremental",
         )
-        return x, state
+        return _scaled(size, x), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +199,12 @@ class Nystrom(LinearSolver):
 
     With C = A[K, :] and M = C[:, K], A_k = C^T M^+ C. The paper's Woodbury form,
     x = b / rho - C^T (M + C C^T / rho)^-1 C b / rho^2, loses digits by cancellation in float32, so
-    the same x is computed in an orthonormal basis of the columns, C^T = Q R:
+    (for a positive semidefinite A) the same x is computed in an orthonormal basis, C^T = Q R:
     x = Q (R M^+ R^T + rho I)^-1 Q^T b + (b - Q Q^T b) / rho.
     At full rank it is (A + rho I)^-1 b.
 
-    Not iterative, so it cannot diverge. Good where A is near low rank, as Hessians of networks are.
+    Not iterative, so it cannot diverge where A is positive semidefinite; an eigenvalue near -rho
+    makes it large. Good where A is near low rank, as Hessians of networks are.
 
     Args:
       rank: columns, one drawn from each of `rank` equal stretches of the flattened b.
@@ -286,7 +290,17 @@ class Richardson(LinearSolver):
 
 def relative_residual(matvec: MatVec, x: Tree, b: Tree) -> jax.Array:
     """|matvec(x) - b| / |b|: 0 for a solution, 1 for x = 0, above 1 for worse than none."""
-    return norm(_axpy(-1, b, matvec(x))) / norm(b)
+    # 0 / 0 for b = 0, which x = 0 solves; a NaN stays
+    return norm(_axpy(-1, b, matvec(x))) / _size_or_one(b)
+
+
+def _size_or_one(b: Tree) -> jax.Array:
+    size = norm(b)
+    return jnp.where(size == 0, 1, size)
+
+
+def _scaled(factor: jax.Array, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
 
 
 def _axpy(a: float, x: Tree, y: Tree) -> Tree:

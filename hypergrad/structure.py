@@ -68,6 +68,20 @@ def reaches(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]
     ]
 
 
+def keeps(function: Callable[..., Any], tree: Any, *args: Any) -> list[bool]:
+    """Which leaves of `function(tree, *args)` depend on the same leaf of `tree` and nothing else.
+
+    The result has the structure of `tree`. A training step keeps frozen parameters in this sense.
+
+    >>> keeps(lambda x, y: (x[0], x[1] + y), (1.0, 1.0), 1.0)
+    [True, False]
+    """
+    closed = jax.make_jaxpr(function)(tree, *args)
+    taints = [_Taint(1 << i, 0, frozenset()) for i in range(len(closed.jaxpr.invars))]
+    outputs = _propagate(closed.jaxpr, taints)
+    return [out.used == 1 << i for i, out in enumerate(outputs)]
+
+
 def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
     """Raises unless every leaf of `hyper` has a gradient in the scalar `function(hyper, *args)`.
 

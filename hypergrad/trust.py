@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hypergrad.problem import Problem, steps_done
 
 # Why a step was refused; `info.refused` holds one of them.
-TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED = range(5)
+TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED, NOT_SOLVED = range(6)
 
 REASONS = (
     "trusted",
@@ -21,6 +21,7 @@ REASONS = (
     "the hypergradient's norm is far above its running median",
     "the adjoint grew along the unroll: training is chaotic here",
     "training did not get far enough below the untrained validation loss (Trust.max_loss)",
+    "the linear system of an implicit estimator is not solved",
 )
 
 
@@ -39,6 +40,9 @@ class Trust:
       max_growth: refuse an adjoint that grew more than this along the unroll (`info["growth"]` of
         `Unrolled`; other estimators do not report it). Healthy runs on digits stay below 1,
         diverging ones start at 2 to 100.
+        Whole runs under Adam with a warm-up have been seen at 2.3: raise it there.
+      max_residual: refuse a linear system whose residual is above this (`info["residual"]` of
+        `Implicit`): 1 is no solution at all, a diverged Neumann series is far above.
       warm_up: estimates before the running median is believed.
       max_loss: `restarting` refuses a run whose validation loss does not end below this share of
         the untrained one (a diverged network can look calm: it is dead). Raise it, up to
@@ -52,6 +56,7 @@ class Trust:
     max_growth: float = 2.0
     warm_up: int = 3
     max_loss: float = 0.8
+    max_residual: float = 10.0
 
 
 class TrustState(NamedTuple):
@@ -83,10 +88,14 @@ def judge(
 ) -> jax.Array:
     """Why the hypergradient is refused, as an int32 index into `REASONS`; 0 if it is trusted."""
     spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.median)
+    # gradients that were 0 so far are no measure of the next one
+    spike &= state.median > 0
     # negated, so that a growth of NaN is refused
     chaotic = ~(info.get("growth", jnp.zeros(())) <= trust.max_growth)
+    unsolved = ~(info.get("residual", jnp.zeros(())) <= trust.max_residual)
     finite = info["finite"] & jnp.isfinite(norm)
-    reason = jnp.where(spike, NORM_SPIKE, jnp.where(chaotic, ADJOINT_GROWTH, TRUSTED))
+    reason = jnp.where(unsolved, NOT_SOLVED, TRUSTED)
+    reason = jnp.where(spike, NORM_SPIKE, jnp.where(chaotic, ADJOINT_GROWTH, reason))
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
 
 

@@ -29,10 +29,10 @@ class TestNeumann(EstimatorContract):
 
 
 class TestNystrom(EstimatorContract):
-    # biased by its damping
-    estimator = hg.Implicit(hg.Nystrom(5, 1e-4))
+    # biased by its damping; with a smaller one rounding, divided by it, would show
+    estimator = hg.Implicit(hg.Nystrom(5, 1e-2))
     oracle = staticmethod(ridge)
-    float32_tolerance = 1e-3
+    float32_tolerance = 3e-2
 
 
 class TestRichardson(EstimatorContract):
@@ -226,8 +226,8 @@ def test_all_batches_are_their_mean() -> None:
     """Two halves of the data as K = 2 batches make the Hessian of the whole, as all examples do."""
     oracle = ridge(1)
     losses = oracle.problem.train_loss, oracle.problem.valid_loss
-    # a learning rate of zero keeps the point, so that only the Hessian's batches differ
-    problem = hg.bilevel(lambda key: jnp.arange(1.0, 6.0), *losses, lambda hyper: optax.sgd(0.0))
+    # a tiny learning rate keeps the point, so that only the Hessian's batches differ
+    problem = hg.bilevel(lambda key: jnp.arange(1.0, 6.0), *losses, lambda hyper: optax.sgd(1e-14))
     data = jax.tree.map(lambda x: x[0], oracle.train)
     halves = jax.tree.map(lambda x: x.reshape(2, 20, *x.shape[1:]), data)
 
@@ -266,6 +266,131 @@ def test_what_training_does_not_touch_leaves_the_system_solvable() -> None:
     assert relative_error(estimate.grad, alone.grad) < 1e-5
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("solver", "of"),
+    [
+        (hg.ConjugateGradient(), "stationary"),
+        (hg.GMRES(), "stationary"),
+        (hg.GMRES(), "fixed_point"),
+        (hg.Neumann(2000, 1.0), "fixed_point"),
+    ],
+)
+def test_frozen_parameters_are_not_solved_for(solver: Any, of: str) -> None:
+    """The training loss depends on them, so the Hessian has a block for what does not move."""
+    base = ridge(400)
+
+    def train_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        scaled = (batch[0] * params["scales"], batch[1])
+        return base.problem.train_loss(params["w"], hyper, scaled, key)
+
+    def valid_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        scaled = (batch[0] * params["scales"], batch[1])
+        return base.problem.valid_loss(params["w"], hyper, scaled, key)
+
+    problem = hg.bilevel(
+        lambda key: {"w": jnp.zeros(5), "scales": jnp.linspace(0.8, 1.3, 5)},
+        train_loss,
+        valid_loss,
+        lambda hyper: optax.sgd(0.2),
+        trainable="w",
+    )
+    oracle = base._replace(problem=problem)
+    exact = estimate_of(oracle, hg.Unrolled()).grad
+    estimate = estimate_of(oracle, hg.Implicit(solver, of=of, batches="last"))
+    assert relative_error(estimate.grad, exact) < 1e-6
+    # its rate, 0.2 times the smallest curvature, is that of gradient descent
+    assert float(estimate.info["residual"]) < 1e-6
+
+
+@pytest.mark.parametrize("solver", [hg.ConjugateGradient(), hg.GMRES()])
+def test_rows_that_no_batch_holds_leave_the_system_solvable(solver: Any) -> None:
+    """An embedding's unseen row is judged, and its Hessian is 0: CG used to give 1e96, finite."""
+    ids, targets = jnp.array([0, 1, 2, 3, 0, 1]), jnp.array([1.0, -1.0, 0.5, 2.0, 0.8, -1.2])
+
+    def train_loss(table: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        rows = table[ids]
+        return jnp.mean((rows.sum(1) - targets) ** 2) + hyper["l2"] * jnp.mean(rows**2)
+
+    def valid_loss(table: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((table.sum(1) - 1) ** 2)
+
+    problem = hg.bilevel(
+        lambda key: jax.random.normal(key, (5, 2)),
+        train_loss,
+        valid_loss,
+        lambda hyper: optax.sgd(0.3),
+    )
+    arguments = (problem, {"l2": 0.3}, None, jnp.zeros((600, 1)), jnp.zeros(1), jax.random.key(0))
+    exact = jax.jit(lambda: hg.hypergradient(*arguments))()
+    estimator = hg.Implicit(solver, batches="last")
+    estimate = jax.jit(lambda: hg.hypergradient(*arguments, estimator))()
+    assert relative_error(estimate.grad, exact.grad) < 1e-3
+    assert float(estimate.info["residual"]) < 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_batches_of_a_loss_that_sums() -> None:
+    """A sum over 8 examples beside a penalty is not an eighth of a sum over 40."""
+    base = ridge(1)
+    data = jax.tree.map(lambda x: x[0], base.train)
+
+    def train_loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum((batch[0] @ w - batch[1]) ** 2) / 8 + hyper["l2"] * jnp.sum(w**2)
+
+    problem = hg.bilevel(
+        lambda key: jnp.ones(5), train_loss, base.problem.valid_loss, lambda h: optax.sgd(1e-14)
+    )
+    oracle = base._replace(problem=problem)
+    stacked = jax.tree.map(lambda x: x.reshape(5, 8, *x.shape[1:]), data)
+    grads = [
+        estimate_of(oracle._replace(train=train), hg.Implicit()).grad
+        for train in (stacked, hg.Minibatches(data, 8, 3))
+    ]
+    assert relative_error(grads[1], grads[0]) < 1e-10
+
+
+def test_a_rate_that_also_stands_in_the_validation_loss_is_refused() -> None:
+    """Its main part, through training, would be missing."""
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum((w - batch) ** 2)
+
+    def judged(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return loss(w, hyper, batch, key) + 1e-3 * hyper["lr"] + hyper["only"] ** 2
+
+    problem = hg.bilevel(lambda key: jnp.ones(2), loss, judged, lambda h: optax.sgd(h["lr"]))
+    arguments = (None, jnp.zeros((3, 2)), jnp.zeros(2), jax.random.key(0), hg.Implicit())
+    with pytest.raises(ValueError, match=r"'lr' does not enter the gradient of train_loss"):
+        hg.hypergradient(problem, {"lr": 0.1, "only": 2.0}, *arguments)
+    fixed = problem._replace(
+        step=lambda inner, hyper, batch, key: problem.step(inner, {"lr": 0.1}, batch, key),
+        init=lambda hyper, key: problem.init({"lr": 0.1}, key),
+    )
+    grads = hg.hypergradient(fixed, {"lr": 0.1, "only": 2.0}, *arguments).grad
+    np.testing.assert_allclose(grads["only"], 4.0)
+
+
+@pytest.mark.parametrize("make", [hg.alternating, hg.restarting])
+def test_the_fixed_point_tunes_a_learning_rate_in_a_tuner(make: Any) -> None:
+    """Tuners let training stand still at the end of a shortened run; the step must not."""
+    oracle = ridge(6)
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(5),
+        lambda w, hyper, batch, key: oracle.problem.train_loss(w, {"l2": 0.1}, batch, key),
+        oracle.problem.valid_loss,
+        lambda hyper: optax.sgd(hyper["lr"]),
+    )
+    space = hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")})
+    tuner = make(problem, space, hg.Implicit(hg.GMRES(), of="fixed_point", batches="last"))
+    state, update = tuner.init({"lr": 1e-2}, oracle.key), jax.jit(tuner.update)
+    for _ in range(3):
+        state, info = update(state, oracle.train, oracle.valid)
+        assert float(info.grad["lr"]) < 0
+        assert float(info.estimate["residual"]) < 1e-2
+    assert float(info.hyper["lr"]) > 1e-2
+
+
 def test_warm_richardson_tracks_the_solution_while_training_moves() -> None:
     """SOBA by `alternating`: one step, one product, one outer step."""
     oracle = ridge(1)
@@ -292,6 +417,8 @@ def test_bfloat16_parameters_have_float32_hypergradients() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"solver='cg' is no solver"):
+        hg.Implicit("cg")
     with pytest.raises(ValueError, match=r"of='best' is unknown"):
         hg.Implicit(of="best")
     with pytest.raises(ValueError, match=r"batches='first' is unknown"):

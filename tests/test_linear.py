@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
+from hypergrad.linear import relative_residual
 
 KEY = jax.random.key(0)
 
@@ -145,6 +146,21 @@ def test_cold_richardson_is_neumann_and_warm_goes_on() -> None:
         x, state = warm.solve(matvec, tree, KEY, state)
     assert error(flatten(x), ten) < 1e-12
     assert error(flatten(x), np.linalg.solve(a, b)) > 1e-3
+
+
+@pytest.mark.parametrize("solver", [hg.ConjugateGradient(12), hg.GMRES(12)])
+def test_small_right_hand_sides_are_solved(solver: Any) -> None:
+    """Thresholds inside are absolute: float32 GMRES gave 0 for |b| below 1e-7."""
+    matvec, b, _ = system()
+    assert error(1e12 * solve(solver, matvec, 1e-12 * b), solve(solver, matvec, b)) < 1e-4
+
+
+@pytest.mark.parametrize("solver", [hg.ConjugateGradient(3), hg.GMRES(3), hg.Nystrom(3)])
+def test_zero_has_the_solution_zero(solver: Any) -> None:
+    matvec, b, _ = system()
+    x = solver.solve(matvec, as_tree(0 * b), KEY, ())[0]
+    np.testing.assert_array_equal(flatten(x), 0)
+    assert float(relative_residual(matvec, x, as_tree(0 * b))) == 0
 
 
 ALL = [

@@ -15,6 +15,7 @@ from hypergrad.trust import (
     NORM_SPIKE,
     NOT_FINITE,
     NOT_LEARNED,
+    NOT_SOLVED,
     Trust,
     initial_trust,
     judge,
@@ -158,6 +159,23 @@ def test_restarting_keeps_its_seeds_unless_told_otherwise() -> None:
         tuner = hg.restarting(_problem(), SPACE, outer_optimizer=still, fresh_seeds=fresh)
         _, infos = _run(tuner, START, 2)
         assert (float(infos[0].loss) != float(infos[1].loss)) == fresh
+
+
+def test_gradients_of_zero_are_no_measure_of_the_next_one() -> None:
+    """A median of 0 made every later norm a spike, for good."""
+    state, info = initial_trust(jnp.float32), {"finite": jnp.bool_(True)}
+    for size in (0.0,) * 4 + (1.0,) * 4:
+        refused = judge(Trust(), state, jnp.float32(size), info)
+        assert int(refused) == 0
+        state = remember(state, jnp.float32(size), refused, 10)
+    assert 0.5 < float(state.median) < 2
+
+
+def test_an_unsolved_linear_system_is_refused() -> None:
+    info = {"finite": jnp.bool_(True), "residual": jnp.float32(50.0)}
+    state = initial_trust(jnp.float32)
+    assert int(judge(Trust(), state, jnp.float32(1.0), info)) == NOT_SOLVED
+    assert int(judge(Trust(max_residual=100), state, jnp.float32(1.0), info)) == 0
 
 
 def test_several_seeds_are_one_estimate() -> None:

@@ -1,6 +1,7 @@
 """What an estimator is: advance training K steps, return the gradient of the validation loss."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -98,7 +99,16 @@ def checked_estimate(
       ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
     """
     estimator = estimator.resolve(problem, hyper, inner, train, valid, key)
-    estimator.check_structure(problem, hyper, inner, train, valid, key)
+    try:
+        estimator.check_structure(problem, hyper, inner, train, valid, key)
+    except KeyError as error:
+        missing = error.args[0]
+        if not isinstance(hyper, Mapping) or missing in hyper:
+            raise
+        raise ValueError(
+            f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
+            f"{list(hyper)}. Give it a value, or take it out of the problem."
+        ) from error
     try:
         return estimator.estimate(problem, hyper, inner, train, valid, key, state)
     except jax.errors.UnexpectedTracerError as error:

@@ -1,9 +1,10 @@
 """One hypergradient, in plain JAX."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
+from hypergrad.choice import as_estimator
 from hypergrad.estimators.base import Estimate, Estimator, checked_estimate, strong
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem
@@ -16,7 +17,7 @@ def hypergradient(
     train: Any,
     valid: Any,
     key: jax.Array,
-    estimator: Estimator = Unrolled(),  # noqa: B008  frozen, so safe to share
+    estimator: Estimator | Literal["auto"] = Unrolled(),  # noqa: B008  frozen, so safe to share
 ) -> Estimate:
     """The gradient of the validation loss after K training steps, with respect to `hyper`.
 
@@ -28,7 +29,8 @@ def hypergradient(
       train: K batches, a pytree with leaves `[K, batch, ...]`, or a `Minibatches`.
       valid: one validation batch (no K axis), or a `Minibatches`.
       key: randomness of the steps; step t of the run uses `jax.random.fold_in(key, t)`.
-      estimator: the default is exact reverse mode through all K steps.
+      estimator: the default is exact reverse mode through all K steps; "auto" is the cheapest exact
+        one that fits the device's memory.
 
     An estimator with memory between calls starts afresh here; call its `init` and `estimate` to
     keep it. Pure and jit-able; the cost is the estimator's.
@@ -48,5 +50,6 @@ def hypergradient(
     Array(-2., dtype=float32)
     """
     hyper = strong(hyper)
+    estimator = as_estimator(estimator)
     state = estimator.init(problem, hyper, inner, key)
     return checked_estimate(estimator, problem, hyper, inner, train, valid, key, state)[0]

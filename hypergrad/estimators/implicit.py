@@ -1,11 +1,13 @@
 """Implicit differentiation: of the stationary point of training, or of its update's fixed point."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.linear import ConjugateGradient, LinearSolver, relative_residual
@@ -18,9 +20,9 @@ from hypergrad.problem import (
     steps_done,
     validation_loss,
 )
-from hypergrad.structure import reaches
-from hypergrad.trees import inner_product, norm, split_inexact, widen
-from hypergrad.window import begin, one_step
+from hypergrad.structure import keeps, reaches
+from hypergrad.trees import inner_product, is_inexact, norm, path_name
+from hypergrad.window import begin, objective, one_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +40,24 @@ class Implicit(Estimator):
         optimiser's update, z the parameters and the optimiser's state, at whatever point training
         stands: for learning rates, momenta and decoupled decays too. Its matrix is not symmetric,
         so `ConjugateGradient` and `Nystrom` are refused; `Neumann(terms, 1.0)` is the paper's.
-      batches: where F is taken: "all": the mean over the K batches of `train` (over all its
-        examples for a `Minibatches`); "last": the last batch alone, as an unbiased guess of it
-        (SOBA: `Richardson(1, step_size)` with "last").
+      batches: where F is taken: "all": the mean over the K batches of `train`, or over the batches
+        of one epoch of a `Minibatches` (where the batch size does not divide the examples, the
+        first ones fill up the last batch); "last": the last batch alone, a noisy guess of it (SOBA:
+        `Richardson(1, step_size)` with "last").
 
     `info["residual"]` is |(dF/dz)^T x - v| / |v|: small if the system is solved, above 1 if x is
-    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F|: 0 at a
-    point where the formula holds. `info["unconverged"]` is |x . F|, the change of the validation
-    loss, to first order, if training went on until F = 0: set it against `loss`. At a point that is
-    not stationary different solvers give different, plausible numbers.
+    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over
+    the parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the
+    change of the validation loss, to first order, if training went on until F = 0: set it against
+    `loss`. At a point that is not stationary different solvers give different, plausible numbers.
 
-    Cost in gradient evaluations: K, 2 per product of the solver, and 6. Memory: the solver's, and
-    what the backward pass of `train_loss` on those batches stores; independent of |hyper| and,
-    under `Minibatches`, of K.
+    Entries that training does not move (frozen parameters, batch statistics, the rows of an
+    embedding that no batch holds) are found by one derivative along a random direction and left
+    out of the system.
+
+    Cost in gradient evaluations: K, and for each batch of `batches` 2 per product of the solver and
+    10. Memory: the solver's, and what the backward pass of `train_loss` on those batches stores;
+    independent of |hyper| and, under `Minibatches`, of K.
 
     Raises:
       ValueError: under "stationary", a hyperparameter that the training loss's gradient does not
@@ -75,6 +82,11 @@ class Implicit(Estimator):
     batches: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.solver, LinearSolver):
+            raise ValueError(
+                f"solver={self.solver!r} is no solver: give one such as ConjugateGradient(), an "
+                "object and not its class or name."
+            )
         if self.of not in ("stationary", "fixed_point"):
             raise ValueError(f"of={self.of!r} is unknown: choose 'stationary' or 'fixed_point'.")
         if self.batches not in ("all", "last"):
@@ -88,7 +100,7 @@ class Implicit(Estimator):
     def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
         """What the solver remembers."""
         inner = problem.init(hyper, key) if inner is None else inner
-        z, _ = _point(inner, self.of)
+        z, _ = _point(inner, self.of, 0)
         return self.solver.init(z)
 
     def estimate(
@@ -107,7 +119,7 @@ class Implicit(Estimator):
         offset = steps_done(end.inner)
         advance = one_step(problem, hyper, train, key, offset)
         end = jax.lax.scan(lambda p, x: (advance(p, x), None), end, step_inputs(train))[0]
-        z, inner_at = _point(end.inner, self.of)
+        z, inner_at = _point(end.inner, self.of, offset)
         examples = _examples(train, key, offset, self.batches)
 
         def judged(z: list[jax.Array], hyper: Any) -> jax.Array:
@@ -115,22 +127,34 @@ class Implicit(Estimator):
             return validation_loss(problem, params, hyper, valid, key, offset + steps)
 
         def residual(z: list[jax.Array], hyper: Any) -> list[jax.Array]:
-            return _residual(problem, self.of, inner_at, z, hyper, examples)
+            return _RESIDUALS[self.of](problem, inner_at, z, hyper, examples)
 
         loss, (v, direct) = jax.value_and_grad(judged, (0, 1))(z, hyper)
         if self.of == "stationary":
-            v = _trained_part(problem, inner_at, hyper, examples, v)
             # a Hessian is its own transpose, and forward over reverse is the cheaper product
             value, product = jax.linearize(lambda z: residual(z, hyper), z)
         else:
             value, pull_back = jax.vjp(lambda z: residual(z, hyper), z)
             product = lambda x: pull_back(x)[0]  # noqa: E731
-        x, state = self.solver.solve(product, v, jax.random.fold_in(key, offset), state)
+        solver_key = jax.random.fold_in(jax.random.fold_in(key, _SOLVER), offset)
+        trained = _trained(problem, inner_at, z, hyper, examples, self.of, solver_key)
+        only = lambda x: jax.tree.map(lambda m, x: jnp.where(m, x, 0), trained, x)  # noqa: E731
+
+        def product_of_trained(x: list[jax.Array]) -> list[jax.Array]:
+            # the identity elsewhere, so that the matrix stays regular
+            inside = product(only(x))
+            return jax.tree.map(lambda m, y, x: jnp.where(m, y, x), trained, inside, x)
+
+        v = only(v)
+        x, state = self.solver.solve(product_of_trained, v, solver_key, state)
+        x = only(x)
         (indirect,) = jax.vjp(lambda hyper: residual(z, hyper), hyper)[1](x)
         grad = jax.tree.map(jnp.subtract, direct, indirect)
         info = summary(loss, grad, end.first_bad_step)
-        info["residual"] = relative_residual(product, x, v)
-        info["inner_gradient_norm" if self.of == "stationary" else "update_norm"] = norm(value)
+        info["residual"] = relative_residual(product_of_trained, x, v)
+        name = "inner_gradient_norm" if self.of == "stationary" else "update_norm"
+        # of the parameters alone: the state also holds the last loss, which is never at rest
+        info[name] = norm(inner_at(only(value)).params)
         info["unconverged"] = jnp.abs(inner_product(x, value))
         return Estimate(loss, grad, end.inner, info), state
 
@@ -142,56 +166,81 @@ class Implicit(Estimator):
         if self.of == "fixed_point":
             return
         start = problem.init(hyper, key) if inner is None else inner
-        z, inner_at = _point(start, self.of)
-        examples = _examples(train, key, steps_done(start), self.batches)
+        offset = steps_done(start)
+        z, inner_at = _point(start, self.of, offset)
+        examples = _examples(train, key, offset, self.batches)
 
-        def seen(hyper: Any) -> jax.Array:
-            value = _residual(problem, self.of, inner_at, z, hyper, examples)
-            direct = validation_loss(problem, start.params, hyper, valid, key, 0)
-            return sum((jnp.sum(x) for x in value), start=direct)
+        def stationarity(hyper: Any) -> jax.Array:
+            return _total(_gradient(problem, inner_at, z, hyper, examples))
 
-        for reach in reaches(seen, hyper):
-            if not reach.differentiable:
+        def trained(hyper: Any) -> jax.Array:
+            return _total(objective(problem, hyper, inner, train, valid, key)[1].inner.params)
+
+        for direct, through in zip(
+            reaches(stationarity, hyper), reaches(trained, hyper), strict=True
+        ):
+            if through.differentiable and not direct.differentiable:
                 raise ValueError(
-                    f"The hyperparameter {reach.name!r} does not enter the gradient of train_loss, "
-                    "so the stationary point does not move with it and its hypergradient would be "
-                    "a silent zero. What acts through the optimiser or the start (a learning rate, "
-                    "a momentum, a decoupled decay) needs Implicit(solver, of='fixed_point'), "
+                    f"The hyperparameter {direct.name!r} does not enter the gradient of "
+                    "train_loss, so the stationary point does not move with it and its "
+                    "hypergradient would be a silent zero. What acts through the optimiser or the "
+                    "start (a learning rate, a momentum, a decoupled decay) needs Implicit(solver, of='fixed_point'), "
                     "Unrolled or Forward."
                 )
 
 
-# z, at least float32, and the function that makes of it a training state, or what has its params
+# A stream of randomness beside the training steps' own, which are fold_in(key, t).
+_SOLVER = 0xFFFFFFFC
+
+# z, in one dtype of at least float32, and the function that puts it back into the training state
 Point = tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]
 # batches with a leading axis [n], and the keys of their steps [n]
 Examples = tuple[Any, jax.Array]
 
 
-class _Judged(NamedTuple):
-    params: Any
-
-
-def _point(inner: Any, of: str) -> Point:
-    inner = _Judged(inner.params) if of == "stationary" else inner
-    floats, join = split_inexact(inner)
+def _point(inner: Any, of: str, offset: jax.typing.ArrayLike) -> Point:
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(inner)
+    chosen = [
+        is_inexact(leaf) and (of == "fixed_point" or path_name(path[:1]) == "params")
+        for path, leaf in paths_and_leaves
+    ]
+    # At the count of the window's start: a tuner may let training stand still after it.
+    leaves = [
+        jnp.asarray(offset) if path_name(path[:1]) == "step" else leaf
+        for path, leaf in paths_and_leaves
+    ]
+    floats = [leaf for flag, leaf in zip(chosen, leaves, strict=True) if flag]
+    dtype = jnp.result_type(jnp.float32, *floats)
 
     def inner_at(z: list[jax.Array]) -> Any:
-        return join([x.astype(jnp.result_type(f)) for x, f in zip(z, floats, strict=True)])
+        supply = iter(z)
+        return treedef.unflatten(
+            next(supply).astype(jnp.result_type(leaf)) if flag else leaf
+            for flag, leaf in zip(chosen, leaves, strict=True)
+        )
 
-    return [widen(f) for f in floats], inner_at
+    return [jnp.asarray(f, dtype) for f in floats], inner_at
 
 
 def _examples(train: Any, key: jax.Array, offset: jax.typing.ArrayLike, batches: str) -> Examples:
     steps = num_steps(train)
     if batches == "last":
-        data = last_batch(train, key, offset)
-    elif isinstance(train, Minibatches):
-        data = train.arrays
-    else:
-        keys = jax.vmap(lambda t: jax.random.fold_in(key, offset + t))(jnp.arange(steps))
-        return train, keys
-    one = jax.random.fold_in(key, offset + steps - 1)
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], data), one[None]
+        data = jax.tree.map(lambda x: jnp.asarray(x)[None], last_batch(train, key, offset))
+        return data, jax.random.fold_in(key, offset + steps - 1)[None]
+    count = num_batches(train)
+    data = train
+    if isinstance(train, Minibatches):
+        size = jax.tree.leaves(train.arrays)[0].shape[0]
+        rows = (np.arange(count * train.batch_size) % size).reshape(count, -1)
+        data = jax.tree.map(lambda x: jnp.asarray(x)[rows], train.arrays)
+    return data, jax.vmap(lambda t: jax.random.fold_in(key, offset + t))(jnp.arange(count))
+
+
+def num_batches(train: Any) -> int:
+    """How many batches "all" of `train` are: K, or those of an epoch of a `Minibatches`."""
+    if isinstance(train, Minibatches):
+        return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
+    return num_steps(train)
 
 
 def _mean_over(examples: Examples, f: Callable[[Any, jax.Array], list[jax.Array]]) -> Any:
@@ -200,32 +249,71 @@ def _mean_over(examples: Examples, f: Callable[[Any, jax.Array], list[jax.Array]
     return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(lambda x: f(*x), examples))
 
 
-def _residual(
-    problem: Problem, of: str, inner_at: Any, z: list[jax.Array], hyper: Any, examples: Examples
+def _gradient(
+    problem: Problem, inner_at: Any, z: list[jax.Array], hyper: Any, examples: Examples
 ) -> list[jax.Array]:
-    """F(z, hyper): the gradient of the training loss, or minus the update."""
-    if of == "stationary":
+    """F of the stationary point: the gradient of the training loss."""
 
-        def gradient(batch: Any, key: jax.Array) -> list[jax.Array]:
-            loss = lambda z: problem.train_loss(inner_at(z).params, hyper, batch, key)  # noqa: E731
-            return jax.grad(loss)(z)
+    def gradient(batch: Any, key: jax.Array) -> list[jax.Array]:
+        loss = lambda z: problem.train_loss(inner_at(z).params, hyper, batch, key)  # noqa: E731
+        return jax.grad(loss)(z)
 
-        return _mean_over(examples, gradient)
+    return _mean_over(examples, gradient)
 
+
+def _minus_update(
+    problem: Problem, inner_at: Any, z: list[jax.Array], hyper: Any, examples: Examples, of: str
+) -> list[jax.Array]:
     def stepped(batch: Any, key: jax.Array) -> list[jax.Array]:
-        return split_inexact(problem.step(inner_at(z), hyper, batch, key))[0]
+        return _point(problem.step(inner_at(z), hyper, batch, key), of, 0)[0]
 
-    return [x - widen(y) for x, y in zip(z, _mean_over(examples, stepped), strict=True)]
+    return jax.tree.map(jnp.subtract, z, _mean_over(examples, stepped))
 
 
-def _trained_part(
-    problem: Problem, inner_at: Any, hyper: Any, examples: Examples, v: list[jax.Array]
+# F(z, hyper), by what it is the residual of
+_RESIDUALS: dict[str, Callable[..., list[jax.Array]]] = {
+    "stationary": _gradient,
+    "fixed_point": functools.partial(_minus_update, of="fixed_point"),
+}
+
+
+def _trained(
+    problem: Problem,
+    inner_at: Any,
+    z: list[jax.Array],
+    hyper: Any,
+    examples: Examples,
+    of: str,
+    key: jax.Array,
 ) -> list[jax.Array]:
-    """`v` with zeros where the training loss does not depend on z (batch statistics).
+    """Which entries of z training moves, and for "stationary" the training loss depends on.
 
-    The Hessian is 0 there, so that no x solves the system, and none is needed.
+    Frozen parameters, batch statistics, the rows of an embedding that no batch holds: they do not
+    answer to `hyper`, and with them the matrix is singular, or that of another problem.
     """
-    batch, key = jax.tree.map(lambda x: x[0], examples)
-    loss = lambda z: problem.train_loss(inner_at(z).params, hyper, batch, key)  # noqa: E731
-    flags = [reach.differentiable for reach in reaches(loss, v)]
-    return [x if flag else jnp.zeros_like(x) for x, flag in zip(v, flags, strict=True)]
+    data, step_keys = jax.tree.map(lambda x: x[0], examples)
+
+    def step(z: list[jax.Array], hyper: Any, batch: Any, key: jax.Array) -> list[jax.Array]:
+        return _point(problem.step(inner_at(z), hyper, batch, key), of, 0)[0]
+
+    def gradient(z: list[jax.Array]) -> list[jax.Array]:
+        return _gradient(problem, inner_at, z, hyper, examples)
+
+    def update(z: list[jax.Array]) -> list[jax.Array]:
+        return _minus_update(problem, inner_at, z, hyper, examples, of)
+
+    trained = [not kept for kept in keeps(step, z, hyper, data, step_keys)]
+    # Along a random direction the derivative of what no batch touches is exactly 0. That of the
+    # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
+    keys = jax.random.split(key, len(z))
+    t = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, z, strict=True)]
+    used = [d != 0 for d in jax.jvp(gradient, (z,), (t,))[1]]
+    if of == "fixed_point":
+        moved = [d != 0 for d in jax.jvp(update, (z,), (t,))[1]]
+        used = [a | b for a, b in zip(used, moved, strict=True)]
+    return [flag & mask for flag, mask in zip(trained, used, strict=True)]
+
+
+def _total(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return sum((jnp.sum(x) for x in floats), start=jnp.zeros(()))

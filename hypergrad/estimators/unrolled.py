@@ -74,7 +74,12 @@ class Unrolled(Estimator):
         if self.checkpoint != "auto":
             return self
         leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
-        return _cheapest_that_fits(self, problem, treedef, tuple(leaves))
+        # Programs also depend on what new arrays become.
+        around = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_device"))
+        try:
+            return _cheapest_that_fits(self, problem, treedef, tuple(leaves), around)
+        except TypeError:  # a function of the problem that cannot be hashed
+            return _cheapest_that_fits.__wrapped__(self, problem, treedef, tuple(leaves), around)
 
     def estimate(
         self,
@@ -168,7 +173,7 @@ _SCANS: dict[Checkpoint, Callable[..., Progress]] = {
 
 @functools.lru_cache(maxsize=256)
 def _cheapest_that_fits(
-    estimator: Unrolled, problem: Problem, treedef: Any, leaves: tuple[Any, ...]
+    estimator: Unrolled, problem: Problem, treedef: Any, leaves: tuple[Any, ...], around: Any
 ) -> Unrolled:
     limit = device_bytes() if estimator.memory_limit is None else estimator.memory_limit
     needed: dict[str, int] = {}
