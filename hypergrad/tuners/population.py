@@ -1,0 +1,785 @@
+"""Members of one program trained together: hyperparameters and seeds traced, compiled once.
+
+Longer than 400 lines: the programs share one state, one placement on devices and one choice of how
+members are run, which would have to be passed around between files.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.minibatches import Minibatches
+from hypergrad.problem import Problem, rollout, validation_loss
+from hypergrad.space import Space
+from hypergrad.trees import all_finite, path_name
+from hypergrad.trust import REASONS, Trust
+from hypergrad.tuners.alternating import AlternatingState, alternating
+from hypergrad.tuners.base import Tuner
+
+_AXIS = "members"
+Mode = Literal["vmap", "map"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refine:
+    """How the members of a population follow hypergradients while they train: a recipe.
+
+    A tuner needs a problem, and a sweep has many; `tuner` makes the `alternating` of each.
+
+    Args:
+      estimator: as of `alternating`, "auto" included, which fits one member into the memory: under
+        "vmap" give `hypergrad.choice.Auto(memory_limit=...)` a member's share.
+      outer_optimizer: any optax optimiser over unit coordinates; None for `alternating`'s.
+      steps_per_update: K, the training steps between two outer steps.
+      max_move: the most a unit coordinate moves in one update.
+      trust: when a hypergradient is refused.
+
+    Raises:
+      ValueError: steps_per_update that is no positive integer, max_move that is not positive.
+
+    >>> Refine(Unrolled(), optax.adam(0.03), steps_per_update=5).steps_per_update
+    5
+    """
+
+    estimator: Estimator | Literal["auto"] = Unrolled(validate_at=0.8)  # noqa: RUF009  frozen
+    outer_optimizer: optax.GradientTransformation | None = None
+    steps_per_update: int = 10
+    max_move: float = 0.05
+    trust: Trust = Trust()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        _check_steps("Refine", self.steps_per_update)
+        if not self.max_move > 0:
+            raise ValueError(
+                f"Refine(max_move={self.max_move!r}) lets no hyperparameter move: give a positive "
+                "share of the range, or refine=None for plain training."
+            )
+
+    def tuner(self, problem: Problem, space: Space) -> Tuner:
+        """The tuner of one problem."""
+        return alternating(
+            problem,
+            space,
+            self.estimator,
+            self.outer_optimizer,
+            max_move=self.max_move,
+            trust=self.trust,
+        )
+
+
+class Plain(NamedTuple):
+    """A member that trains under hyperparameters that stand still; cf. `AlternatingState`.
+
+    Attributes:
+      hyper: in the user's units.
+      inner: the training state.
+      key: the run's key.
+      updates: int32, blocks of K training steps done.
+    """
+
+    hyper: Any
+    inner: Any
+    key: jax.Array
+    updates: jax.Array
+
+
+class Trail(NamedTuple):
+    """Where a member's hyperparameters have been, in a fixed number C of equal blocks of updates.
+
+    When all blocks are full they are merged by twos, so that any run fits.
+
+    Attributes:
+      sums: of the unit coordinates after each update of a block, leaves `[C, ...]`.
+      width: int32, updates per block.
+      seen: int32, updates recorded.
+    """
+
+    sums: Any
+    width: jax.Array
+    seen: jax.Array
+
+
+class PopulationState(NamedTuple):
+    """The members of a population, one per slot; all leaves have a leading axis `[n]`.
+
+    Attributes:
+      run: `AlternatingState` under a `Refine`, else `Plain`; `state.run.inner` is the training
+        state either way.
+      start: where each member began, in unit coordinates.
+      trail: where it has been since.
+      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`; the first are trusted.
+      active: bool, False for a slot that only fills up the width: it is not trained.
+    """
+
+    run: Any
+    start: Any
+    trail: Trail
+    reasons: jax.Array
+    active: jax.Array
+
+
+class Report(NamedTuple):
+    """What there is to know about each slot; leaves `[n]` or `[n, ...]`, values in user's units.
+
+    Attributes:
+      score: the whole validation set's loss at the member's present parameters; NaN where not
+        `active`.
+      finite: whether score and parameters are.
+      active: False for slots that only fill up the width.
+      steps: int32, training steps done.
+      hyper: the hyperparameters now.
+      start: where they began.
+      best: `tuner.best`, the weighted mean of the trusted iterates; `hyper` without `Refine`.
+      mean: the mean (in unit coordinates) over the second half of the run, up to one block of
+        `trail` at its beginning.
+      trail: means of the unit coordinates over C equal blocks of updates, as values, `[n, C, ...]`.
+      trail_steps: int32 `[n, C]`, training steps done at the end of each block; 0 for one to come.
+      refused: int32, updates whose hypergradient was refused.
+      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`.
+      metrics: `problem.metrics` on the validation set; empty without.
+      test_score: the loss on `test`; None without.
+      test_metrics: `problem.metrics` on `test`; empty without.
+    """
+
+    score: jax.Array
+    finite: jax.Array
+    active: jax.Array
+    steps: jax.Array
+    hyper: Any
+    start: Any
+    best: Any
+    mean: Any
+    trail: Any
+    trail_steps: jax.Array
+    refused: jax.Array
+    reasons: jax.Array
+    metrics: Any
+    test_score: jax.Array | None
+    test_metrics: Any
+
+
+@dataclasses.dataclass
+class Execution:
+    """How a population's members are run, as decided by argument or at the first `advance`.
+
+    Attributes:
+      mode: "vmap", "map", or None while undecided.
+      seconds: what one update of all members took in either mode, where it was measured.
+    """
+
+    mode: Mode | None
+    seconds: dict[str, float]
+
+
+class Population(NamedTuple):
+    """A program for many members as functions of a `PopulationState`, each compiled per width.
+
+    They compile themselves and are called from outside of `jax.jit`. None changes its arguments.
+
+    Attributes:
+      init: `(hypers, keys, width=None) -> state` from starting values `[n, ...]` and keys `[n]`;
+        a larger `width` leaves slots empty.
+      advance: `(state, num_updates) -> state`, that many updates of `steps_per_update` training
+        steps; an int or one per slot `[n]`, traced, so that all lengths are one program.
+      report: `state -> Report`.
+      select: `(state, indices, width=None) -> state`, the members in those slots, in that order;
+        a larger `width` is filled with inactive copies.
+      put: `(state, slots, hypers, keys) -> state` with new members in those slots.
+      exploit: `(state, key, fraction=0.25, perturb=0.05, resample=0.0, scores=None) -> (state,
+        parents [n])`, one round of population based training, see `population`.
+      steps_per_update: K.
+      execution: how members are run.
+    """
+
+    init: Callable[..., PopulationState]
+    advance: Callable[..., PopulationState]
+    report: Callable[[PopulationState], Report]
+    select: Callable[..., PopulationState]
+    put: Callable[..., PopulationState]
+    exploit: Callable[..., tuple[PopulationState, jax.Array]]
+    steps_per_update: int
+    execution: Execution
+
+
+def width_for(n: int, available: Sequence[int] | None = None) -> int:
+    """The smallest width that holds `n` members: a few fixed widths mean a few compilations.
+
+    Args:
+      n: members, at least 1.
+      available: the widths to choose from; None for the powers of four.
+
+    Raises:
+      ValueError: n below 1, or above the largest width.
+
+    >>> [width_for(n) for n in (1, 3, 27, 64)], width_for(27, [8, 32])
+    ([1, 4, 64, 64], 32)
+    """
+    if n < 1:
+        raise ValueError(f"n={n} members need no width: give at least one.")
+    if available is None:
+        return 4 ** (((n - 1).bit_length() + 1) // 2)
+    fitting = [width for width in available if width >= n]
+    if not fitting:
+        raise ValueError(
+            f"n={n} members exceed the largest of available={list(available)}: add a width, or "
+            "split the members."
+        )
+    return min(fitting)
+
+
+class _Data(NamedTuple):
+    train: Minibatches
+    guide: Any
+    valid: Any
+    test: Any
+
+
+def population(
+    problem: Problem,
+    space: Space,
+    refine: Refine | None,
+    train: Any,
+    valid: Any,
+    batch_size: int,
+    *,
+    steps_per_update: int | None = None,
+    test: Any = None,
+    valid_batch_size: int | None = None,
+    mode: Literal["auto", "vmap", "map"] = "auto",
+    trail: int = 32,
+    devices: Sequence[jax.Device] | None = None,
+) -> Population:
+    """Members that differ in continuous hyperparameters and seeds, trained by one program.
+
+    Each member does what it would do alone, under its own key: `alternating`'s updates on
+    `Minibatches(train, batch_size, steps_per_update)`, or without `refine` the steps of `rollout`.
+    One that diverges leaves the others alone. Training advances by whole updates: a caller that
+    counts in steps rounds them to multiples of `steps_per_update`.
+
+    Args:
+      problem: what is trained and judged, equal for all members.
+      space: the ranges. `hypers` holds exactly the continuous hyperparameters to be used; leave
+        conditional ones that are not active out of it.
+      refine: how hypergradients are followed; None for plain training.
+      train: arrays `[examples, ...]`, drawn from in the program.
+      valid: arrays, one batch for `valid_loss`.
+      batch_size: examples per training step.
+      steps_per_update: K of plain training; None for 10. A `Refine` has its own.
+      test: arrays of a held-out split for the report, or None.
+      valid_batch_size: examples per hypergradient's validation; None for all. Scores use all.
+      mode: "vmap" runs members side by side, "map" one after another (memory of one member at
+        work; slots that are not active cost no time, so that one large width serves all). "auto"
+        compiles both at the first `advance` with more than one member, times one update each and
+        keeps the faster; members alone are mapped. The two agree to rounding only: name a mode
+        where runs must repeat bit by bit.
+      trail: C, the even number of blocks in which hyperparameters are recorded. Memory: that many
+        copies of each member's hyperparameters; lower it where they are many.
+      devices: where members live; None for all of this process. A width that they divide is
+        sharded over them, any other stays on the first.
+
+    Population based training (`exploit`): the worst `fraction` of the active members, and those not
+    finite, take over all of a random member of the best fraction but its key; each copied
+    hyperparameter then moves by `perturb` up or down in unit coordinates, or is drawn anew with
+    probability `resample`. Ranked by validation loss, or by `scores` `[n]`, where lower is better
+    and NaN loses. `parents` says from which slot each member came. (Jaderberg 2017, section 3.)
+
+    Cost: one compilation per width of each function used (two of `advance` at the first width under
+    "auto"); memory of `advance` under "vmap": all members at work.
+
+    Raises:
+      ValueError: a batch larger than the data; both `refine` and `steps_per_update`; a mode or
+        trail out of range. `init` and `put`: no members, a leaf of `hypers` without the axis [n],
+        other names than the space's, slots out of range or doubled.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> space = hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")})
+    >>> members = population(problem, space, None, jnp.ones(8), jnp.ones(4), 4, mode="vmap")
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> state = members.init({"lr": jnp.array([1e-3, 1e-1, 1e-2])}, keys)
+    >>> state = members.advance(state, 2)
+    >>> int(jnp.argmin(members.report(state).score)), members.report(state).steps.tolist()
+    (1, [20, 20, 20])
+    """
+    if refine is not None and steps_per_update is not None:
+        raise ValueError(
+            f"steps_per_update={steps_per_update} is given beside a Refine, which has its own "
+            f"({refine.steps_per_update}): leave it out."
+        )
+    if refine is None:
+        steps = 10 if steps_per_update is None else steps_per_update
+        _check_steps("population", steps)
+        tuner = _plain(problem, space)
+    else:
+        steps = refine.steps_per_update
+        tuner = refine.tuner(problem, space)
+    if mode not in ("auto", "vmap", "map"):
+        raise ValueError(f"mode={mode!r} is unknown: choose 'auto', 'vmap' or 'map'.")
+    if trail < 2 or trail % 2:
+        raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
+    guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
+    place = _Placement(jax.local_devices() if devices is None else devices, devices is None)
+    execution = Execution(None if mode == "auto" else mode, {})
+    data_at: Callable[[int], _Data] = place.replicated(
+        _Data(Minibatches(train, batch_size, steps), guide, valid, test)
+    )
+
+    def start(hyper: Any, key: jax.Array, active: jax.Array) -> PopulationState:
+        run = tuner.init(hyper, key)
+        unit = _unit(space, run)
+        reasons = jnp.zeros(len(REASONS), jnp.int32)
+        return PopulationState(run, unit, _new_trail(unit, trail), reasons, active)
+
+    def move_on(member: PopulationState, num_updates: jax.Array, data: _Data) -> PopulationState:
+        def update(_: Any, member: PopulationState) -> PopulationState:
+            run, refused = tuner.update(member.run, data.train, data.guide)
+            refused = getattr(refused, "refused", refused)
+            return member._replace(
+                run=run,
+                trail=_record(member.trail, _unit(space, run)),
+                reasons=member.reasons.at[refused].add(1),
+            )
+
+        num_updates = jnp.where(member.active, num_updates, 0)
+        return jax.lax.fori_loop(0, num_updates, update, member)
+
+    def score(member: PopulationState, batch: Any) -> jax.Array:
+        run = member.run
+        params, hyper = run.inner.params, _hyper(space, run)
+        loss = validation_loss(problem, params, hyper, batch, run.key, 0)
+        return jnp.where(member.active, loss, jnp.nan)
+
+    def metrics(member: PopulationState, batch: Any) -> Any:
+        if problem.metrics is None or batch is None:
+            return {}
+        run = member.run
+        return problem.metrics(run.inner.params, _hyper(space, run), batch, run.key)
+
+    def describe(member: PopulationState, data: _Data) -> Report:
+        values = lambda unit: space.from_unit(space.project(unit))  # noqa: E731
+        blocks, ends, mean = _read(member.trail, member.start)
+        loss = score(member, data.valid)
+        return Report(
+            score=loss,
+            finite=jnp.isfinite(loss) & all_finite(member.run.inner.params),
+            active=member.active,
+            steps=steps * member.trail.seen,
+            hyper=_hyper(space, member.run),
+            start=values(member.start),
+            best=tuner.best(member.run),
+            mean=values(mean),
+            trail=values(blocks),
+            trail_steps=steps * ends,
+            refused=member.reasons[1:].sum(),
+            reasons=member.reasons,
+            metrics=metrics(member, data.valid),
+            test_score=None if data.test is None else score(member, data.test),
+            test_metrics=metrics(member, data.test),
+        )
+
+    def evolve(
+        state: PopulationState,
+        key: jax.Array,
+        numbers: tuple[Any, Any, Any],
+        scores: jax.Array | None,
+        data: _Data,
+        mode: Mode,
+    ) -> tuple[PopulationState, jax.Array]:
+        fraction, perturb, resample = numbers
+        if scores is None:
+            members = place.each(lambda m, _, d: score(m, d.valid), mode)
+            scores = members(state, jnp.zeros(state.active.shape, jnp.int32), data)
+        draw, explore = jax.random.split(key)
+        parents = _parents(scores, state.active, draw, fraction)
+        moved = parents != jnp.arange(parents.size)
+        copied = jax.tree.map(lambda x: x[parents], state)
+        run = copied.run._replace(key=state.run.key)
+        unit = _explore(space, _unit(space, run), explore, perturb, resample)
+        copied = copied._replace(run=_moved_to(space, run, unit))
+        return _where(moved, copied, state), parents
+
+    start_all = jax.jit(jax.vmap(start))
+    advance_all = jax.jit(
+        lambda state, counts, data, mode: place.each(move_on, mode)(state, counts, data),
+        static_argnames="mode",
+    )
+    report_all = jax.jit(
+        lambda state, data, mode: place.each(lambda m, _, d: describe(m, d), mode)(
+            state, jnp.zeros(state.active.shape, jnp.int32), data
+        ),
+        static_argnames="mode",
+    )
+    take = jax.jit(
+        lambda state, indices, active: (lambda new: new._replace(active=new.active & active))(
+            jax.tree.map(lambda x: x[indices], state)
+        )
+    )
+    renew = jax.jit(
+        lambda state, hypers, keys, new: _where(new, jax.vmap(start)(hypers, keys, new), state)
+    )
+    evolve_all = jax.jit(evolve, static_argnames="mode")
+
+    def init(hypers: Any, keys: jax.Array, width: int | None = None) -> PopulationState:
+        n = _count_members(space, hypers, keys, refine)
+        width = _checked_width(n, width)
+        source = np.minimum(np.arange(width), n - 1)
+        arguments = (_rows(hypers, source), _rows(keys, source), np.arange(width) < n)
+        return place(start_all(*place(arguments, width)), width)
+
+    def advance(state: PopulationState, num_updates: Any) -> PopulationState:
+        width = _width(state)
+        counts = place(jnp.broadcast_to(jnp.asarray(num_updates, jnp.int32), (width,)), width)
+        state, data = place(state, width), data_at(width)
+        return advance_all(state, counts, data, mode=decide(state, data))
+
+    def decide(state: PopulationState, data: _Data) -> Mode:
+        width = _width(state)
+        if execution.mode is None and place.local(width) > 1:
+            counts = [place(jnp.full(width, n, jnp.int32), width) for n in (0, 1)]
+            for candidate in ("map", "vmap"):
+                program = lambda n, m=candidate: advance_all(state, n, data, mode=m)  # noqa: E731
+                execution.seconds[candidate] = _seconds(program, *counts)
+            faster = execution.seconds["vmap"] < execution.seconds["map"]
+            execution.mode = "vmap" if faster else "map"
+        return execution.mode or "map"
+
+    def report(state: PopulationState) -> Report:
+        width = _width(state)
+        return report_all(place(state, width), data_at(width), mode=execution.mode or "map")
+
+    def select(
+        state: PopulationState, indices: Sequence[int], width: int | None = None
+    ) -> PopulationState:
+        kept = _checked_slots("indices", indices, _width(state))
+        width = _checked_width(kept.size, width)
+        source = kept[np.minimum(np.arange(width), kept.size - 1)]
+        return place(take(state, source, np.arange(width) < kept.size), width)
+
+    def put(
+        state: PopulationState, slots: Sequence[int], hypers: Any, keys: jax.Array
+    ) -> PopulationState:
+        width, n = _width(state), _count_members(space, hypers, keys, refine)
+        filled = _checked_slots("slots", slots, width)
+        if len(set(filled.tolist())) != n or filled.size != n:
+            raise ValueError(
+                f"slots={filled.tolist()} do not take {n} new members: name {n} different ones."
+            )
+        source, new = np.zeros(width, int), np.zeros(width, bool)
+        source[filled], new[filled] = np.arange(n), True
+        arguments = (_rows(hypers, source), _rows(keys, source), new)
+        return place(renew(place(state, width), *place(arguments, width)), width)
+
+    def exploit(
+        state: PopulationState,
+        key: jax.Array,
+        fraction: float = 0.25,
+        perturb: float = 0.05,
+        resample: float = 0.0,
+        scores: jax.Array | None = None,
+    ) -> tuple[PopulationState, jax.Array]:
+        if not 0 < fraction <= 0.5:
+            raise ValueError(
+                f"fraction={fraction} must lie in (0, 0.5]: the worst copy the best, and nobody is "
+                "both."
+            )
+        width = _width(state)
+        numbers = tuple(np.float32(x) for x in (fraction, perturb, resample))
+        state, parents = evolve_all(
+            place(state, width),
+            place.everywhere(key, width),
+            place.everywhere(numbers, width),
+            None if scores is None else place(jnp.asarray(scores, jnp.float32), width),
+            data_at(width),
+            mode=execution.mode or "map",
+        )
+        return place(state, width), parents
+
+    return Population(init, advance, report, select, put, exploit, steps, execution)
+
+
+def _plain(problem: Problem, space: Space) -> Tuner:
+    """Training under hyperparameters that stand still, in the shape of a tuner.
+
+    Its update's second value is 0: the index of `trusted` among the reasons.
+    """
+
+    def init(hyper: Any, key: jax.Array) -> Plain:
+        hyper = space.validate(hyper)
+        return Plain(hyper, problem.init(hyper, key), key, jnp.zeros((), jnp.int32))
+
+    def update(run: Plain, train: Any, valid: Any) -> tuple[Plain, int]:
+        # A state that counts its steps goes on in one stream; one that does not gets a new stream.
+        counts = hasattr(run.inner, "step")
+        key = run.key if counts else jax.random.fold_in(run.key, run.updates)
+        inner = rollout(problem, run.hyper, run.inner, train, key)
+        return run._replace(inner=inner, updates=run.updates + 1), 0
+
+    return Tuner(init, update, lambda run: run.hyper)
+
+
+def _unit(space: Space, run: Any) -> Any:
+    return run.now.unit if isinstance(run, AlternatingState) else space.to_unit(run.hyper)
+
+
+def _hyper(space: Space, run: Any) -> Any:
+    return space.from_unit(run.now.unit) if isinstance(run, AlternatingState) else run.hyper
+
+
+def _moved_to(space: Space, run: Any, unit: Any) -> Any:
+    if isinstance(run, AlternatingState):
+        return run._replace(now=run.now._replace(unit=unit))
+    return run._replace(hyper=space.from_unit(unit))
+
+
+def _new_trail(unit: Any, blocks: int) -> Trail:
+    sums = jax.tree.map(lambda u: jnp.zeros((blocks, *u.shape), u.dtype), unit)
+    return Trail(sums, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _record(trail: Trail, unit: Any) -> Trail:
+    def merged(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x[0::2] + x[1::2], jnp.zeros_like(x[0::2])])
+
+    blocks = _blocks(trail)
+    full = trail.seen == blocks * trail.width
+    width = jnp.where(full, 2 * trail.width, trail.width)
+    sums = jax.tree.map(
+        lambda x, u: jnp.where(full, merged(x), x).at[trail.seen // width].add(u), trail.sums, unit
+    )
+    return Trail(sums, width, trail.seen + 1)
+
+
+def _read(trail: Trail, start: Any) -> tuple[Any, jax.Array, Any]:
+    """(Means of the blocks, updates done at the end of each or 0, mean of the second half)."""
+    first = jnp.arange(_blocks(trail)) * trail.width
+    last = jnp.minimum(first + trail.width, trail.seen)
+    inside = jnp.maximum(last - first, 0)
+    late = jnp.maximum(last - jnp.maximum(first, trail.seen // 2), 0)
+
+    def means(x: jax.Array) -> jax.Array:
+        return x / jnp.maximum(inside, 1).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    def second_half(x: jax.Array, u: jax.Array) -> jax.Array:
+        weight = (late / jnp.maximum(late.sum(), 1)).astype(x.dtype)
+        return jnp.where(trail.seen == 0, u, jnp.tensordot(weight, means(x), 1))
+
+    blocks = jax.tree.map(means, trail.sums)
+    mean = jax.tree.map(second_half, trail.sums, start)
+    return blocks, jnp.where(inside > 0, last, 0), mean
+
+
+def _blocks(trail: Trail) -> int:
+    leaves = jax.tree.leaves(trail.sums)
+    # Without hyperparameters nothing is recorded, and any even number does.
+    return leaves[0].shape[0] if leaves else 2
+
+
+def _parents(
+    scores: jax.Array, active: jax.Array, key: jax.Array, fraction: jax.Array
+) -> jax.Array:
+    """The slot from which each member goes on, int32 `[n]`: its own, or one of the best."""
+    finite = active & jnp.isfinite(scores)
+    order = jnp.lexsort((jnp.where(finite, scores, 0), ~finite, ~active))
+    rank = jnp.argsort(order)
+    count = active.sum()
+    worst = jnp.where(count > 1, jnp.maximum((fraction * count).astype(jnp.int32), 1), 0)
+    best = jnp.minimum(worst, finite.sum())
+    replaced = active & ((rank >= count - worst) | ~finite) & (rank >= best) & (best > 0)
+    drawn = order[jax.random.randint(key, scores.shape, 0, jnp.maximum(best, 1))]
+    return jnp.where(replaced, drawn, jnp.arange(scores.size)).astype(jnp.int32)
+
+
+def _explore(
+    space: Space, unit: Any, key: jax.Array, perturb: jax.Array, resample: jax.Array
+) -> Any:
+    leaves, treedef = jax.tree.flatten(unit)
+    keys = treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+
+    def moved(u: jax.Array, key: jax.Array) -> jax.Array:
+        return u + jax.random.rademacher(key, u.shape, u.dtype) * perturb.astype(u.dtype)
+
+    def moved_or_drawn(u: jax.Array, key: jax.Array) -> jax.Array:
+        choose, draw = jax.random.split(jax.random.fold_in(key, 1))
+        anew = jax.random.bernoulli(choose, resample, u.shape)
+        return jnp.where(anew, jax.random.uniform(draw, u.shape, u.dtype), moved(u, key))
+
+    def is_bounded(name: str) -> bool:
+        return getattr(space[name], "low", None) is not None
+
+    return space.project(
+        {
+            name: jax.tree.map(moved_or_drawn if is_bounded(name) else moved, tree, keys[name])
+            for name, tree in unit.items()
+        }
+    )
+
+
+def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
+    """Leafwise `where` by slot, `[n]` against `[n, ...]`."""
+    wide = lambda x: condition.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+    return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), if_true, if_false)
+
+
+class _Placement:
+    """Where slots live: sharded over the devices, or on the first, or wherever JAX puts them."""
+
+    def __init__(self, devices: Sequence[jax.Device], default: bool) -> None:
+        self.devices = list(devices)
+        # One device that nobody chose: committing arrays to it could only get in the user's way.
+        self.free = default and len(self.devices) == 1
+        self.mesh = jax.sharding.Mesh(np.array(self.devices), (_AXIS,))
+
+    def is_sharded(self, width: int) -> bool:
+        return len(self.devices) > 1 and width % len(self.devices) == 0
+
+    def local(self, width: int) -> int:
+        """Slots per device."""
+        return width // len(self.devices) if self.is_sharded(width) else width
+
+    def __call__(self, tree: Any, width: int) -> Any:
+        """`tree`, leaves `[width, ...]`, where slots of this width live."""
+        return self._put(tree, width, PartitionSpec(_AXIS))
+
+    def everywhere(self, tree: Any, width: int) -> Any:
+        """`tree` on every device that slots of this width live on."""
+        return self._put(tree, width, PartitionSpec())
+
+    def _put(self, tree: Any, width: int, spec: PartitionSpec) -> Any:
+        if self.free:
+            return tree
+        if self.is_sharded(width):
+            return jax.device_put(tree, NamedSharding(self.mesh, spec))
+        return jax.device_put(tree, SingleDeviceSharding(self.devices[0]))
+
+    def replicated(self, tree: Any) -> Callable[[int], Any]:
+        """`tree` for slots of a width, copied once."""
+        copies: dict[bool, Any] = {}
+
+        def at(width: int) -> Any:
+            sharded = self.is_sharded(width)
+            if sharded not in copies:
+                # Also without placement: numpy arrays would be sent to the device at every call.
+                on_device = jax.tree.map(jnp.asarray, tree)
+                copies[sharded] = self.everywhere(on_device, width)
+            return copies[sharded]
+
+        return at
+
+    def each(self, function: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
+        """`function(member, number, data)` for all members and numbers."""
+
+        def run(members: Any, numbers: jax.Array, data: Any) -> Any:
+            if mode == "vmap":
+                return jax.vmap(function, (0, 0, None))(members, numbers, data)
+            return jax.lax.map(lambda x: function(*x, data), (members, numbers))
+
+        def placed(members: Any, numbers: jax.Array, data: Any) -> Any:
+            if not self.is_sharded(numbers.size):
+                return run(members, numbers, data)
+            slots, whole = PartitionSpec(_AXIS), PartitionSpec()
+            # Members never talk to one another: each device runs its own, with no agreement needed
+            # on when a loop ends.
+            return jax.shard_map(
+                run,
+                mesh=self.mesh,
+                in_specs=(slots, slots, whole),
+                out_specs=slots,
+                check_vma=False,
+            )(members, numbers, data)
+
+        return placed
+
+
+def _seconds(program: Callable[[Any], Any], nothing: Any, one: Any) -> float:
+    """What one update takes once compiled; infinite where it does not fit the memory."""
+    try:
+        jax.block_until_ready(program(nothing))
+        best, begin = float("inf"), time.perf_counter()
+        # A second look where it costs next to nothing: the first may be a hiccup.
+        while best == float("inf") or time.perf_counter() - begin < 0.02:
+            called = time.perf_counter()
+            jax.block_until_ready(program(one))
+            best = min(best, time.perf_counter() - called)
+        return best
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return float("inf")
+
+
+def _width(state: PopulationState) -> int:
+    return int(state.active.shape[0])
+
+
+def _rows(tree: Any, source: np.ndarray) -> Any:
+    """Rows `source` of every leaf, on the host: on the device each number of rows would compile."""
+
+    def rows(x: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x))[source]
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return np.asarray(x)[source]
+
+    return jax.tree.map(rows, tree)
+
+
+def _count_members(space: Space, hypers: Any, keys: jax.Array, refine: Refine | None) -> int:
+    if not isinstance(hypers, Mapping):
+        raise TypeError(f"hypers is {hypers!r}: give a dict from names to values [n, ...].")
+    if refine is not None and not jax.tree.leaves(hypers):
+        raise ValueError(
+            "hypers holds no continuous hyperparameter, so there is nothing to refine: use "
+            "refine=None, or add a Float to the space."
+        )
+    shapes = {
+        f"hypers[{path_name(path)!r}]": np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(hypers))
+    } | {"keys": np.shape(keys)}
+    if any(shape == () for shape in shapes.values()):
+        raise ValueError(
+            f"hypers and keys have shapes {shapes}: every one needs a leading axis of members, "
+            "[n, ...]. Make lists arrays (a list is a subtree); add the axis with x[None] for a "
+            "single member."
+        )
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            f"hypers and keys disagree on the number of members: {shapes}. Give one row per member."
+        )
+    n = int(shapes["keys"][0])
+    if n == 0:
+        raise ValueError(f"The population is empty: {shapes}. Give at least one member.")
+    return n
+
+
+def _checked_width(n: int, width: int | None) -> int:
+    if width is not None and width < n:
+        raise ValueError(f"width={width} does not hold {n} members: leave it out, or widen it.")
+    return n if width is None else width
+
+
+def _checked_slots(name: str, slots: Sequence[int], width: int) -> np.ndarray:
+    indices = np.asarray(slots, int).reshape(-1)
+    if indices.size == 0 or indices.min() < 0 or indices.max() >= width:
+        raise ValueError(
+            f"{name}={indices.tolist()} must name at least one of the slots 0 to {width - 1}."
+        )
+    return indices
+
+
+def _check_steps(owner: str, steps: Any) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"{owner}(steps_per_update={steps!r}) must be a positive Python integer: it fixes a "
+            "length in the compiled program."
+        )
