@@ -37,6 +37,7 @@ from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.population import Refine
 from hypergrad.tuners.restarting import restarting
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "Problem",
+    "Refine",
     "Richardson",
     "Schedule",
     "Space",
@@ -87,8 +89,19 @@ __all__ = [
 ]
 
 
+# Loaded on use: flax and Optuna take a while, and many programs that tune use neither.
+_MODULES = ("nn", "testing")
+_SEARCH = {
+    "sweep": "sweep",
+    "Splits": "splits",
+    "Hyperband": "rungs",
+    "SuccessiveHalving": "rungs",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # flax takes a while to load, and many programs that tune do not use it.
-    if name in ("nn", "testing"):
+    if name in _MODULES:
         return importlib.import_module(f"hypergrad.{name}")
+    if name in _SEARCH:
+        return getattr(importlib.import_module(f"hypergrad.search.{_SEARCH[name]}"), name)
     raise AttributeError(f"module 'hypergrad' has no attribute {name!r}")

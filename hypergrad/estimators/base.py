@@ -99,6 +99,31 @@ def checked_estimate(
       ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
     """
     estimator = estimator.resolve(problem, hyper, inner, train, valid, key)
+    require_structure(estimator, problem, hyper, inner, train, valid, key)
+    try:
+        return estimator.estimate(problem, hyper, inner, train, valid, key, state)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "A function of the problem closes over a traced value, whose derivative would be lost. "
+            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
+        ) from error
+
+
+def require_structure(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+) -> None:
+    """`estimator.check_structure`; a name that `hyper` lacks becomes an error that says so.
+
+    Raises:
+      ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
+        missing by structure.
+    """
     try:
         estimator.check_structure(problem, hyper, inner, train, valid, key)
     except KeyError as error:
@@ -108,13 +133,6 @@ def checked_estimate(
         raise ValueError(
             f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
             f"{list(hyper)}. Give it a value, or take it out of the problem."
-        ) from error
-    try:
-        return estimator.estimate(problem, hyper, inner, train, valid, key, state)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "A function of the problem closes over a traced value, whose derivative would be lost. "
-            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
         ) from error
 
 

@@ -184,8 +184,8 @@ class Implicit(Estimator):
                     f"The hyperparameter {direct.name!r} does not enter the gradient of "
                     "train_loss, so the stationary point does not move with it and its "
                     "hypergradient would be a silent zero. What acts through the optimiser or the "
-                    "start (a learning rate, a momentum, a decoupled decay) needs Implicit(solver, of='fixed_point'), "
-                    "Unrolled or Forward."
+                    "start (a learning rate, a momentum, a decoupled decay) needs "
+                    "Implicit(solver, of='fixed_point'), Unrolled or Forward."
                 )
 
 

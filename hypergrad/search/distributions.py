@@ -1,0 +1,215 @@
+"""What Optuna sees of a space: one distribution per hyperparameter, and how values map to it.
+
+Everything is a parameter of the study under its own name, in the user's own units and on its own
+scale, except a `reverse_log` Float: Optuna has no such scale, so the study holds one minus its
+value, on a log scale, under the name `"1 - momentum"`. On each of these scales the prior is
+uniform in the Float's unit coordinate, which is what a sampler models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from hypergrad.dimensions import Categorical, Dimension, Float, Int
+from hypergrad.space import Space
+
+__all__ = ["Coordinates"]
+
+# A grid is listed in full; beyond this it is a mistake.
+_LARGEST_GRID = 100_000
+
+
+class Coordinates:
+    """The parameters of a study for each hyperparameter of `space`.
+
+    Raises ValueError for an unbounded Float, from which nothing can be proposed, and for a name
+    that is taken by the parameter of a `reverse_log` Float.
+
+    >>> space = Space({"momentum": Float(0.5, 0.99, scale="reverse_log")})
+    >>> print({name: round(value, 3) for name, value in
+    ...        Coordinates(space).to_study({"momentum": 0.9}).items()})
+    {'1 - momentum': 0.1}
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.names = {name: _study_name(name, space[name]) for name in space}
+        self.distributions = {name: _distribution(name, space[name]) for name in space}
+        for name, study_name in self.names.items():
+            if study_name != name and study_name in space:
+                raise ValueError(
+                    f"Space holds {study_name!r}, under which the study keeps {name!r} "
+                    "(reverse_log): rename it."
+                )
+        # Parents first, otherwise as the user wrote them.
+        self.order: tuple[str, ...] = tuple(
+            dict.fromkeys(n for name in space for n in self._up(name))
+        )
+
+    def to_study(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return parameters of the study for `values` in the user's units, clipped to the bounds.
+
+        Clipping only undoes rounding (float32 to float64, one minus the value).
+        """
+        result = {}
+        for name, value in values.items():
+            distribution = self.distributions[name]
+            if isinstance(distribution, FloatDistribution):
+                value = 1 - float(value) if self.names[name] != name else float(value)
+                value = min(max(value, distribution.low), distribution.high)
+            elif isinstance(distribution, IntDistribution):
+                value = int(value)
+            elif isinstance(value, np.generic):
+                value = value.item()
+            result[self.names[name]] = value
+        return result
+
+    def from_study(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values in the user's units, in the space's order, of the parameters we know."""
+        return {
+            name: self.value(name, params[study_name])
+            for name, study_name in self.names.items()
+            if study_name in params
+        }
+
+    def value(self, name: str, parameter: Any) -> Any:
+        """Return the value of `name` in the user's units for one parameter of the study."""
+        dimension = self.space[name]
+        if self.names[name] == name or not isinstance(dimension, Float):
+            return parameter
+        assert dimension.low is not None and dimension.high is not None
+        return min(max(1 - parameter, dimension.low), dimension.high)
+
+    def check(self, values: Mapping[str, Any], label: str, complete: bool) -> None:
+        """Refuse values that are not of this space; `complete` asks for every active one.
+
+        Raises ValueError naming the hyperparameter: unknown, inadmissible, outside its bounds,
+        inactive under the other values, or missing.
+        """
+        for name, value in values.items():
+            if name not in self.space:
+                raise ValueError(f"{label} holds {name!r}: this space holds {list(self.space)}.")
+            dimension = self.space[name]
+            if not isinstance(dimension, Float):
+                if not dimension.admits(value):
+                    raise ValueError(
+                        f"{label}[{name!r}] is {value!r}: give one of the values of {dimension!r}."
+                    )
+                continue
+            number = np.asarray(value)
+            if (
+                number.shape
+                or not np.issubdtype(number.dtype, np.number)
+                or not np.isfinite(number)
+            ):
+                raise ValueError(f"{label}[{name!r}] is {value!r}: give one finite number.")
+            assert dimension.low is not None and dimension.high is not None
+            # A float32 of a bound lies outside it by rounding; `to_study` clips it back.
+            slack = 1e-6 * max(abs(dimension.low), abs(dimension.high))
+            if not dimension.low - slack <= number <= dimension.high + slack:
+                raise ValueError(
+                    f"{label}[{name!r}] is {value!r}, outside [{dimension.low!r}, "
+                    f"{dimension.high!r}]: give a value inside, or widen the space."
+                )
+        choices = {name: values[name] for name in self.space.discrete if name in values}
+        for name in self.order:
+            parents_known = all(p in choices for p in self._up(name)[:-1])
+            if not complete and not parents_known:
+                continue
+            active = self.space.is_active(name, choices)
+            if name in values and not active:
+                raise ValueError(
+                    f"{label} holds {name!r}, which is inactive under {choices!r}: leave it out."
+                )
+            if complete and active and name not in values:
+                raise ValueError(f"{label} has no {name!r}: give a value of {self.space[name]!r}.")
+
+    def grid(self, points: int, seed: int | None) -> list[dict[str, Any]]:
+        """Return the points of a grid as parameters of the study, without inactive ones.
+
+        A Float, and an Int with more values than that, has `points` points spaced evenly on its
+        scale, both bounds included; everything else has all its values. Points with equal choices
+        follow one another, so that they can train together; else the order is shuffled by `seed`.
+        Raises ValueError for `points < 2` and for more than 100,000 points.
+        """
+        if points < 2:
+            raise ValueError(f"grid_points={points!r} is too few: give at least 2.")
+        axes = {name: _grid_axis(self.distributions[name], points) for name in self.order}
+        groups: list[dict[str, Any]] = [{}]
+        for name in self.space.discrete:
+            groups = [
+                {**group, name: value}
+                for group in groups
+                for value in (axes[name] if self.space.is_active(name, group) else [None])
+            ]
+        groups = [
+            {n: v for n, v in group.items() if self.space.is_active(n, group)} for group in groups
+        ]
+        floats = [
+            [n for n in self.space.continuous if self.space.is_active(n, group)] for group in groups
+        ]
+        size = sum(points ** len(names) for names in floats)
+        if size > _LARGEST_GRID:
+            raise ValueError(
+                f"sampler='grid' has {size} points in this space: use sampler='random' or 'tpe', "
+                f"or fewer than grid_points={points!r}."
+            )
+        rng = np.random.default_rng(0 if seed is None else seed)
+        result = []
+        for i in rng.permutation(len(groups)):
+            product = list(itertools.product(*(axes[name] for name in floats[i])))
+            for j in rng.permutation(len(product)):
+                values = dict(zip(floats[i], product[j], strict=True))
+                result.append({self.names[n]: v for n, v in {**groups[i], **values}.items()})
+        return result
+
+    def _up(self, name: str) -> list[str]:
+        parents = self.space[name].when or {}
+        return [*itertools.chain.from_iterable(self._up(p) for p in parents), name]
+
+
+def _study_name(name: str, dimension: Dimension) -> str:
+    reverse = isinstance(dimension, Float) and dimension.scale == "reverse_log"
+    return f"1 - {name}" if reverse else name
+
+
+def _distribution(name: str, dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Categorical):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, Int):
+        return IntDistribution(dimension.low, dimension.high, log=dimension.scale == "log")
+    if dimension.low is None or dimension.high is None:
+        raise ValueError(
+            f"Space[{name!r}] is {dimension!r} without bounds, from which no study can propose: "
+            "give low and high, or keep it out of the sweep's space."
+        )
+    if dimension.scale == "reverse_log":
+        return FloatDistribution(1 - dimension.high, 1 - dimension.low, log=True)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.scale == "log")
+
+
+def _grid_axis(distribution: BaseDistribution, points: int) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high = distribution.low, distribution.high
+    if isinstance(distribution, IntDistribution) and high - low < points:
+        return list(range(int(low), int(high) + 1))
+    if distribution.log:
+        values = np.exp(np.linspace(math.log(low), math.log(high), points))
+    else:
+        values = np.linspace(low, high, points)
+    if isinstance(distribution, IntDistribution):
+        return sorted({min(max(round(v), low), high) for v in values.tolist()})
+    return [low, *values[1:-1].tolist(), high]

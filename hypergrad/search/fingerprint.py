@@ -1,0 +1,82 @@
+"""What a study was made for, written into it, so that another space or direction is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from hypergrad.dimensions import Categorical
+from hypergrad.search.distributions import Coordinates
+from hypergrad.space import Space
+
+__all__ = ["check_same", "fingerprint", "first_difference"]
+
+# A user attribute of the study.
+_SPACE = "hypergrad:space"
+
+
+def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) -> None:
+    """Refuse a study that was made for something else; sign one that is new.
+
+    Raises ValueError naming the direction, or the name and range that differ.
+    """
+    directions = [d.name.lower() for d in study.directions]
+    other = "open it as it was made, or give another name or storage"
+    if directions != [direction]:
+        raise ValueError(
+            f"direction={direction!r}, but the study {study.study_name!r} in this storage was made "
+            f"to {' and '.join(directions)}: {other}."
+        )
+    now = fingerprint(coordinates.space)
+    stored = study.user_attrs.get(_SPACE)
+    if stored is not None:
+        difference = first_difference(stored, now)
+        if difference:
+            raise ValueError(
+                f"The study {study.study_name!r} in this storage was made for another space: "
+                f"{difference}. To go on, {other}."
+            )
+        return
+    # Made by Optuna alone: its trials must be of this space.
+    ours = {coordinates.names[n]: d for n, d in coordinates.distributions.items()}
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            if name in ours and distribution != ours[name]:
+                raise ValueError(
+                    f"The study {study.study_name!r} in this storage has {name!r} as "
+                    f"{distribution!r} and this space as {ours[name]!r}: {other}."
+                )
+    study.set_user_attr(_SPACE, now)
+
+
+def fingerprint(space: Space) -> dict[str, dict[str, Any]]:
+    """Return what a study is made for, as JSON: kinds, ranges, scales, choices, conditions."""
+    result = {}
+    for name, dimension in space.items():
+        entry: dict[str, Any] = {"kind": type(dimension).__name__}
+        if isinstance(dimension, Categorical):
+            entry["choices"] = list(dimension.choices)
+        else:
+            entry |= {"low": dimension.low, "high": dimension.high, "scale": dimension.scale}
+        when = dimension.when or {}
+        entry["when"] = {parent: list(values) for parent, values in when.items()} or None
+        result[name] = entry
+    return result
+
+
+def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say in words where two fingerprints differ first; None where they do not."""
+    for name in stored:
+        if name not in now:
+            return f"it has {name!r}, which this space lacks"
+    for name, entry in now.items():
+        if name not in stored:
+            return f"it lacks {name!r}"
+        for key in ("kind", "low", "high", "scale", "choices", "when"):
+            before, after = stored[name].get(key), entry.get(key)
+            # `1 == True`, but they are two choices.
+            if before != after or repr(before) != repr(after):
+                return f"{name!r} has {key} {before!r} there and {after!r} here"
+    return None

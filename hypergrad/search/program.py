@@ -1,0 +1,104 @@
+"""Programs: what the trials with equal discrete choices share, compiled once."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad.estimators.base import Estimator, require_structure
+from hypergrad.estimators.difference import FiniteDifference
+from hypergrad.minibatches import Minibatches
+from hypergrad.problem import Problem
+from hypergrad.search.splits import Splits
+from hypergrad.space import Space
+from hypergrad.tuners.population import Population, Refine, population
+
+
+class Program(NamedTuple):
+    """A problem of fixed choices, the space of its active Floats, and what trains its members."""
+
+    problem: Problem
+    space: Space
+    members: Population
+
+
+def continuous_part(space: Space, choices: Mapping[str, Any]) -> Space:
+    """The Floats that are active under `choices`, without their conditions."""
+    return Space(
+        {
+            name: dataclasses.replace(space[name], when=None)
+            for name in space.continuous
+            if space.is_active(name, choices)
+        }
+    )
+
+
+class Programs:
+    """Programs by their choices, each made once.
+
+    Raises:
+      ValueError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or reads
+        one that the space lacks.
+    """
+
+    def __init__(
+        self,
+        make_problem: Callable[[dict[str, Any]], Problem],
+        space: Space,
+        data: Splits,
+        batch_size: int,
+        refine: Refine | None,
+        steps_per_update: int,
+    ) -> None:
+        self._make_problem, self._space, self._data = make_problem, space, data
+        self._batch_size, self._refine, self._steps = batch_size, refine, steps_per_update
+        self._made: dict[tuple[Any, ...], Program] = {}
+
+    def of(self, choices: dict[str, Any]) -> Program:
+        """The program of these choices."""
+        key = tuple(sorted(choices.items(), key=lambda item: item[0]))
+        if key not in self._made:
+            self._made[key] = self._make(choices)
+        return self._made[key]
+
+    def plain(self, choices: dict[str, Any]) -> Program:
+        """The same without refinement: hyperparameters stand still."""
+        problem, space, _ = self.of(choices)
+        return Program(problem, space, self._population(problem, space, None))
+
+    def _make(self, choices: dict[str, Any]) -> Program:
+        problem = self._make_problem(dict(choices))
+        if not isinstance(problem, Problem):
+            raise ValueError(
+                f"make_problem returned {type(problem).__name__} for {choices}: return a "
+                "hypergrad.Problem, such as hypergrad.bilevel makes."
+            )
+        space = continuous_part(self._space, choices)
+        self._check(problem, space)
+        return Program(problem, space, self._population(problem, space, self._refine))
+
+    def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
+        return population(
+            problem,
+            space,
+            refine,
+            self._data.train,
+            self._data.valid,
+            self._batch_size,
+            steps_per_update=None if refine is not None else self._steps,
+            test=self._data.test,
+        )
+
+    def _check(self, problem: Problem, space: Space) -> None:
+        if not space.continuous:
+            return
+        # Nothing is differentiated without refinement, but a value that is ignored is a mistake.
+        estimator: Estimator = FiniteDifference()
+        if self._refine is not None and isinstance(self._refine.estimator, Estimator):
+            estimator = self._refine.estimator
+        middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
+        batches = Minibatches(self._data.train, self._batch_size, self._steps)
+        key = jax.random.key(0)
+        require_structure(estimator, problem, middle, None, batches, self._data.valid, key)

@@ -1,0 +1,205 @@
+"""The random state of a sampler, kept in a few numbers, so that a resumed study continues it.
+
+A Mersenne Twister's state is 2.5 KB. As it only ever moves forward in blocks of 624 words, its
+first state is kept once, and then the number of blocks and the place in the block.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.trial import FrozenTrial
+
+from hypergrad.search.ledger import ASKED
+
+__all__ = ["Randomness", "SavedRandomness"]
+
+# System attributes of a study: full states by their index, and the place after the last tell.
+_START = "hypergrad:random:start:"
+_PLACE = "hypergrad:random:place"
+
+_BLOCK = 624
+# What a search for the current block may cost, about 0.3 s: further off, it was seeded again.
+_MOST_BLOCKS = 50_000
+
+
+class Randomness:
+    """Every `numpy.random.RandomState` inside `sampler`, in the order of its attributes.
+
+    Optuna's own samplers hold no other kind; other kinds are not saved.
+
+    >>> import optuna
+    >>> sampler = optuna.samplers.RandomSampler(seed=0)
+    >>> randomness = Randomness(sampler)
+    >>> start, place = randomness.start(), randomness.place()
+    >>> first = sampler._rng.rng.uniform()
+    >>> _ = randomness.restore(start, place)
+    >>> first == sampler._rng.rng.uniform()
+    True
+    """
+
+    def __init__(self, sampler: BaseSampler) -> None:
+        self._generators = list(_generators(sampler, set()))
+        self._keys: list[np.ndarray] = []
+        self._shadows: list[np.random.MT19937] = []
+        self._blocks: list[int] = []
+        self.start()
+
+    def start(self) -> list[str]:
+        """Return the present state in full, from which places are counted from now on."""
+        self._keys = [_legacy(g)[1].copy() for g in self._generators]
+        self._shadows = [_twister(key) for key in self._keys]
+        self._blocks = [0] * len(self._keys)
+        return [base64.b64encode(key.astype("<u4").tobytes()).decode() for key in self._keys]
+
+    def place(self) -> list[list[Any]] | None:
+        """Return the present place; None where a generator was seeded again since `start`."""
+        result = []
+        for i, generator in enumerate(self._generators):
+            _, key, position, has_gauss, gauss = _legacy(generator)
+            tried = 0
+            while not np.array_equal(self._keys[i], key):
+                if tried == _MOST_BLOCKS:
+                    return None
+                tried += 1
+                self._shadows[i].random_raw(_BLOCK, output=False)
+                self._keys[i] = self._shadows[i].state["state"]["key"].copy()
+                self._blocks[i] += 1
+            result.append([self._blocks[i], int(position), int(has_gauss), float(gauss)])
+        return result
+
+    def restore(self, start: list[str], place: list[list[Any]]) -> bool:
+        """Continue from a place after `start`; False, and no change, for another sampler's."""
+        if len(start) != len(self._generators) or len(place) != len(start):
+            return False
+        keys = [np.frombuffer(base64.b64decode(text), "<u4").astype(np.uint32) for text in start]
+        self._shadows = [_twister(key) for key in keys]
+        self._blocks = [int(entry[0]) for entry in place]
+        self._keys = []
+        for generator, shadow, entry in zip(self._generators, self._shadows, place, strict=True):
+            blocks, position, has_gauss, gauss = entry
+            if blocks:
+                shadow.random_raw(_BLOCK * blocks, output=False)
+            key = shadow.state["state"]["key"].copy()
+            self._keys.append(key)
+            generator.set_state(("MT19937", key, position, has_gauss, gauss))
+        return True
+
+
+class SavedRandomness:
+    """The random state of a study's sampler, kept in the study by the one worker that owns it.
+
+    The place after an ask stands in the trial (`place` gives it), so that an ask and its state are
+    saved in one write; the place after a tell in the study, where telling moved it (CMA-ES).
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._randomness: Randomness | None = None
+        self._index = -1
+        self._count = 0
+        self._last: list[list[Any]] | None = None
+
+    def open(self, alone: bool, seed: int | None, trials: Sequence[FrozenTrial]) -> None:
+        """Go on from the saved state where nobody else may; otherwise draw from the system's.
+
+        Two workers with one seed would propose the same trials twice.
+        """
+        study = self._study
+        if not alone:
+            study.sampler.reseed_rng()
+            return
+        randomness = Randomness(study.sampler)
+        about = {"sampler": type(study.sampler).__name__, "seed": seed}
+        attributes = study._storage.get_study_system_attrs(study._study_id)
+        starts = {
+            int(key.removeprefix(_START)): value
+            for key, value in attributes.items()
+            if key.startswith(_START)
+        }
+        places = [t.system_attrs[ASKED].get("random") for t in trials if ASKED in t.system_attrs]
+        known = [place for place in (attributes.get(_PLACE), *places) if place]
+        latest = max(known, key=lambda place: place["count"], default=None)
+        self._randomness = randomness
+        self._index = max(starts, default=-1)
+        if latest is None and starts:
+            latest = {"count": 0, "start": self._index, "place": None}
+        if latest is not None:
+            self._count = latest["count"]
+            start = starts[latest["start"]]
+            if {key: start[key] for key in about} == about:
+                place = latest["place"] or [[0, *rest] for rest in start["rest"]]
+                if randomness.restore(start["states"], place):
+                    self._index, self._last = latest["start"], place
+                    return
+        elif trials:
+            # Made by Optuna alone: a seed would repeat its first trials.
+            study.sampler.reseed_rng()
+        self._begin(about)
+
+    def place(self) -> dict[str, Any] | None:
+        """Return what to save now; None for a worker that does not own the state."""
+        if self._randomness is None:
+            return None
+        place = self._randomness.place()
+        if place is None:
+            start = self._study._storage.get_study_system_attrs(self._study._study_id)
+            about = start[f"{_START}{self._index}"]
+            self._begin({"sampler": about["sampler"], "seed": about["seed"]})
+            place = self._last
+        self._last = place
+        self._count += 1
+        return {"count": self._count, "start": self._index, "place": place}
+
+    def save_if_moved(self) -> None:
+        """Save the place in the study where it is another one than the last that `place` gave."""
+        if self._randomness is not None and self._randomness.place() != self._last:
+            self._write(_PLACE, self.place())
+
+    def _begin(self, about: dict[str, Any]) -> None:
+        assert self._randomness is not None
+        self._index += 1
+        states = self._randomness.start()
+        self._last = self._randomness.place()
+        assert self._last is not None
+        rest = [entry[1:] for entry in self._last]
+        self._write(f"{_START}{self._index}", {**about, "states": states, "rest": rest})
+
+    def _write(self, key: str, value: Any) -> None:
+        self._study._storage.set_study_system_attr(self._study._study_id, key, value)
+
+
+def _legacy(generator: np.random.RandomState) -> tuple[Any, ...]:
+    state = generator.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    return state
+
+
+def _twister(key: np.ndarray) -> np.random.MT19937:
+    """Return a generator that has used up the block `key`."""
+    twister = np.random.MT19937(0)
+    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": _BLOCK}}
+    return twister
+
+
+def _generators(sampler: Any, seen: set[int]) -> Iterator[np.random.RandomState]:
+    for value in vars(sampler).values():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, LazyRandomState):
+            value = value.rng
+            seen.add(id(value))
+        if isinstance(value, BaseSampler):
+            yield from _generators(value, seen)
+        elif (
+            isinstance(value, np.random.RandomState)
+            and value.get_state(legacy=False)["bit_generator"] == "MT19937"
+        ):
+            yield value

@@ -1,0 +1,135 @@
+"""What a sweep found: the best trial, a table, and an audit on fresh seeds."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optuna
+
+from hypergrad.search.program import Programs
+from hypergrad.search.study import OpenStudy
+
+
+class Best(NamedTuple):
+    """One trial that trained in full.
+
+    Attributes:
+      hyper: all active hyperparameters, discrete ones too, in the user's units.
+      score: the validation score it was selected by: flattering, as selected scores are.
+      held_out: its own run's loss on the test split; NaN without one.
+      number: the trial's number in the study.
+    """
+
+    hyper: dict[str, Any]
+    score: float
+    held_out: float
+    number: int
+
+
+class Audit(NamedTuple):
+    """Frozen hyperparameters, retrained on seeds that the sweep has not seen.
+
+    Attributes:
+      test_losses: on the test split, one per seed.
+      mean: their mean; infinite if one diverged.
+      std_error: of the mean.
+    """
+
+    test_losses: np.ndarray
+    mean: float
+    std_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `sweep` returns.
+
+    Attributes:
+      study: the Optuna study: its plots, its dashboard and its storages work.
+      steps_spent: training steps of this call.
+    """
+
+    study: optuna.Study
+    steps_spent: int
+    _opened: OpenStudy
+    _programs: Programs
+    _num_steps: int
+    _seed: int
+
+    @property
+    def best(self) -> Best:
+        """The trial with the best score among those that trained in full.
+
+        Raises:
+          ValueError: no trial did.
+        """
+        return self._ranked(1)[0]
+
+    def table(self, count: int = 10) -> str:
+        """The best trials as text, one line each, and how many there are of each state."""
+        trials = self._opened.trials()
+        states = [t.state.name.lower() for t in trials]
+        lines = [f"{len(trials)} trials: " + _counted(states)]
+        for best in self._ranked(count) if "complete" in states else []:
+            values = "  ".join(f"{n}={_short(v)}" for n, v in best.hyper.items())
+            lines.append(
+                f"#{best.number:<5} score {best.score:.4f}  test {best.held_out:.4f}  {values}"
+            )
+        return "\n".join(lines)
+
+    def audit(self, seeds: int = 10) -> Audit:
+        """The best trial's values frozen and retrained in full on `seeds` fresh seeds.
+
+        Raises:
+          ValueError: the data have no test split.
+        """
+        best = self.best
+        choices = {n: v for n, v in best.hyper.items() if n in self._opened.space.discrete}
+        program = self._programs.plain(choices)
+        hypers = {n: jnp.full(seeds, best.hyper[n], jnp.float32) for n in program.space.continuous}
+        # far from the trials' own, which are folded in by their numbers
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), 2**31), seeds)
+        state = program.members.init(hypers, keys)
+        updates = self._num_steps // program.members.steps_per_update
+        losses = program.members.report(program.members.advance(state, updates)).test_score
+        if losses is None:
+            raise ValueError(
+                "data.test=None: an audit is taken on a split that nothing was tuned on."
+            )
+        found = np.asarray(losses, np.float64)
+        found = np.where(np.isfinite(found), found, np.inf)
+        error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
+        return Audit(found, float(found.mean()), error)
+
+    def _ranked(self, count: int) -> list[Best]:
+        complete = [
+            (t.value, t)
+            for t in self._opened.trials()
+            if t.state == optuna.trial.TrialState.COMPLETE and t.value is not None
+        ]
+        if not complete:
+            raise ValueError(
+                "No trial has trained in full: see the trials' user attribute 'error' "
+                "(result.study.trials)."
+            )
+        sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
+        complete.sort(key=lambda pair: sign * pair[0])
+        return [
+            Best(
+                self._opened.values(t),
+                value,
+                float(t.user_attrs.get("held_out", "nan")),
+                t.number,
+            )
+            for value, t in complete[:count]
+        ]
+
+
+def _counted(states: list[str]) -> str:
+    return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

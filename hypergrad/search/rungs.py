@@ -1,0 +1,148 @@
+"""Which configurations train for how long: the brackets and rungs of synchronous Hyperband.
+
+Hyperband: Li et al. 2018 (JMLR 18:185), algorithm 1. A bracket is a tuple of rungs; all members of
+a rung train up to its number of steps, then the best go on to the next rung.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple
+
+__all__ = ["Hyperband", "Rung", "Scheduler", "SuccessiveHalving", "bracket_steps", "brackets"]
+
+
+class Rung(NamedTuple):
+    """`members` configurations train until each has had `steps` inner steps in all.
+
+    Promoted configurations resume, so that a rung costs only the steps since the rung before it.
+    """
+
+    members: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """Brackets from many short runs to few full ones, over and over (Li 2018, algorithm 1).
+
+    No run stops before `min_steps` inner steps; at each rung the best 1/`eta` go on with `eta`
+    times the steps. Every bracket costs about the same. Raises ValueError for `min_steps < 1`
+    and `eta < 2`, TypeError where one is no integer.
+
+    >>> [bracket[0].members for bracket in brackets(Hyperband(1), num_steps=81, num_trials=143)]
+    [81, 34, 15, 8, 5]
+    """
+
+    min_steps: int
+    eta: int = 3
+
+    def __post_init__(self) -> None:
+        _check_scheduler(self)
+
+
+@dataclass(frozen=True)
+class SuccessiveHalving:
+    """Hyperband's most exploring bracket only, over and over: many short runs, one full one.
+
+    With `s` the number of times that `min_steps` can be multiplied by `eta` within the full run, a
+    bracket starts `eta**s` configurations and one of them trains in full. Brackets of this size
+    follow one another until all trials are used, so that a sampler that learns (TPE) is told the
+    results of one bracket before it proposes the next. Raises as `Hyperband` does.
+
+    >>> for bracket in brackets(SuccessiveHalving(100), num_steps=900, num_trials=12):
+    ...     print(*bracket)
+    Rung(members=9, steps=100) Rung(members=3, steps=300) Rung(members=1, steps=900)
+    Rung(members=3, steps=100) Rung(members=1, steps=300) Rung(members=1, steps=900)
+    """
+
+    min_steps: int
+    eta: int = 3
+
+    def __post_init__(self) -> None:
+        _check_scheduler(self)
+
+
+Scheduler = Hyperband | SuccessiveHalving
+
+
+def brackets(
+    scheduler: Scheduler | None, num_steps: int, num_trials: int
+) -> list[tuple[Rung, ...]]:
+    """Return the brackets that start `num_trials` configurations in all, in order.
+
+    A full run has `num_steps` inner steps, and the last rung of every bracket is a full run. The
+    last bracket is trimmed to the configurations that are left. Without a scheduler there is one
+    bracket with one rung: all `num_trials` train in full.
+
+    With `s_max` the largest s such that `min_steps * eta**s <= num_steps`, bracket s starts
+    `n = ceil((s_max + 1) * eta**s / (s + 1))` configurations; rung i has `floor(n / eta**i)`
+    members (at least one in a trimmed bracket) and ends at `floor(num_steps / eta**(s - i))` steps,
+    which is at least `min_steps`.
+
+    Raises ValueError for `num_trials < 1`, `num_steps < 1` and `min_steps > num_steps`.
+
+    >>> brackets(None, num_steps=300, num_trials=8)
+    [(Rung(members=8, steps=300),)]
+    """
+    _check_count("num_steps", num_steps, "train for at least one step")
+    _check_count("num_trials", num_trials, "run at least one trial")
+    if scheduler is None:
+        return [(Rung(num_trials, num_steps),)]
+    if scheduler.min_steps > num_steps:
+        raise ValueError(
+            f"scheduler={scheduler!r} gives every run at least {scheduler.min_steps} steps, but "
+            f"num_steps={num_steps}: lower min_steps, or raise num_steps."
+        )
+    eta = scheduler.eta
+    # By multiplication: floor(log(243) / log(3)) is 4 in floating point.
+    top, steps = 0, scheduler.min_steps * eta
+    while steps <= num_steps:
+        top, steps = top + 1, steps * eta
+    halvings = range(top, -1, -1) if isinstance(scheduler, Hyperband) else (top,)
+    result: list[tuple[Rung, ...]] = []
+    left = num_trials
+    while True:
+        for s in halvings:
+            members = min(left, -(-(top + 1) * eta**s // (s + 1)))
+            result.append(
+                tuple(
+                    Rung(max(1, members // eta**i), num_steps // eta ** (s - i))
+                    for i in range(s + 1)
+                )
+            )
+            left -= members
+            if not left:
+                return result
+
+
+def bracket_steps(bracket: tuple[Rung, ...]) -> int:
+    """Return the inner steps that a bracket trains, summed over its members; promotions resume.
+
+    >>> bracket_steps((Rung(9, 100), Rung(3, 300), Rung(1, 900)))
+    2100
+    """
+    total, done = 0, 0
+    for rung in bracket:
+        total += rung.members * (rung.steps - done)
+        done = rung.steps
+    return total
+
+
+def _check_count(name: str, value: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} is no integer: give an int.")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} leaves nothing to do: {remedy}.")
+
+
+def _check_scheduler(scheduler: Scheduler) -> None:
+    kind = type(scheduler).__name__
+    for name, lowest in (("min_steps", 1), ("eta", 2)):
+        value = getattr(scheduler, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{kind}({name}={value!r}) is no integer: give an int.")
+        if value < lowest:
+            raise ValueError(f"{kind}({name}={value!r}) is too small: give at least {lowest}.")
+        object.__setattr__(scheduler, name, int(value))

@@ -1,0 +1,168 @@
+"""Where a study is kept: memory, a journal file, or any storage of Optuna, safe against `kill -9`.
+
+Optuna's journal takes a lock file that a killed process leaves behind, and everybody then waits
+30 s for it; a machine that loses power may leave half a line, which no later reader accepts; and
+on SQLite two processes can both take the same waiting trial. Each is mended here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import BaseJournalFileLock
+
+try:
+    import fcntl
+except ImportError:  # Windows: Optuna's own lock alone.
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["open_storage"]
+
+# How long a process waits for another one's transaction on SQLite, in seconds.
+_SQLITE_PATIENCE = 60
+
+
+def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
+    """Return an Optuna storage: None is memory, a path is a journal file, a URL is a database.
+
+    A path ends in `.journal` (or `.log`); its folder must exist. `"grpc://host:port"` is Optuna's
+    proxy; every other text with `://` is a URL of SQLAlchemy (`sqlite:///sweep.db`,
+    `postgresql://...`). A storage object is used as it is. Raises ValueError for any other text.
+
+    >>> type(open_storage(None)).__name__
+    'InMemoryStorage'
+    """
+    if storage is None:
+        return InMemoryStorage()
+    if isinstance(storage, BaseStorage):
+        return optuna.storages.get_storage(storage)
+    text = os.fspath(storage)
+    if text.startswith("grpc://"):
+        host, _, port = text.removeprefix("grpc://").rstrip("/").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"storage={text!r} names no proxy: write 'grpc://host:port'.")
+        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    if "://" in text:
+        return _open_database(text)
+    if not text.endswith((".journal", ".log")):
+        raise ValueError(
+            f"storage={text!r} is neither a journal nor a URL: end the path in '.journal', or "
+            "write 'sqlite:///sweep.db'."
+        )
+    return open_journal(text)
+
+
+def open_journal(path: str) -> JournalStorage:
+    """Return the journal at `path`, made where it is missing, its torn last line cut off."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"storage={path!r} lies in {str(folder)!r}, which is no folder: make it.")
+    if fcntl is None:
+        return JournalStorage(JournalFileBackend(path))
+    backend = JournalFileBackend(path, lock_obj=_Lock(path))
+    _cut_torn_line(path, backend._lock)
+    return JournalStorage(backend)
+
+
+class _Lock(BaseJournalFileLock):
+    """Optuna's symbolic link, behind a lock that the kernel releases when its holder dies.
+
+    The link points at the file of this machine's kernel lock. Whoever has that lock and finds such
+    a link knows that its maker died, and takes it away. Processes that use Optuna alone, and other
+    machines, see a link as Optuna makes it and wait for it.
+    """
+
+    def __init__(self, path: str) -> None:
+        # One name per machine: a kernel's lock may not reach beyond it (NFS).
+        self._kernel_file = f"{path}.{_machine()}.lock"
+        self._link_file = path + ".lock"
+        self._link = JournalFileSymlinkLock(path)
+        # Beside the link, where Optuna looks at its age; ours points at another file.
+        self._link._lock_target_file = os.path.basename(self._kernel_file)
+        self._descriptor = -1
+
+    def acquire(self) -> bool:
+        self._descriptor = os.open(self._kernel_file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):
+                if os.readlink(self._link_file) == self._link._lock_target_file:
+                    self._link.release()
+            return self._link.acquire()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def release(self) -> None:
+        try:
+            self._link.release()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+@cache
+def _machine() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read(8)
+    except OSError:
+        return socket.gethostname()
+
+
+def _cut_torn_line(path: str, lock: Any) -> None:
+    lock.acquire()
+    try:
+        with open(path, "rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            if not end:
+                return
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                return
+            kept = end
+            while kept:
+                begin = max(0, kept - 65536)
+                file.seek(begin)
+                newline = file.read(kept - begin).rfind(b"\n")
+                kept = begin + newline + 1 if newline >= 0 else begin
+                if newline >= 0:
+                    break
+            file.truncate(kept)
+    finally:
+        lock.release()
+
+
+def _open_database(url: str) -> BaseStorage:
+    if not url.startswith("sqlite"):
+        return optuna.storages.get_storage(url)
+    if ":memory:" in url or url.rstrip("/") == "sqlite:":
+        return optuna.storages.get_storage(url)
+    from sqlalchemy import event
+
+    database = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _SQLITE_PATIENCE}})
+
+    # SQLite has no SELECT ... FOR UPDATE, on which Optuna relies: between its reading and its
+    # writing another process may do the same. A transaction that locks at its start may not.
+    @event.listens_for(database.engine, "connect")
+    def _no_implicit_begin(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(database.engine, "begin")
+    def _begin_locked(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    # Connections from before the listeners would go on without them.
+    database.engine.dispose()
+    return optuna.storages.get_storage(database)

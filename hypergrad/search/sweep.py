@@ -1,0 +1,184 @@
+"""The sweep: an Optuna study outside, populations trained in one program, gradients inside."""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optuna
+
+from hypergrad.problem import Problem
+from hypergrad.search.cohort import Cohort, Told
+from hypergrad.search.program import Programs
+from hypergrad.search.result import Result
+from hypergrad.search.rungs import Rung, Scheduler, brackets
+from hypergrad.search.splits import Splits
+from hypergrad.search.study import OpenStudy, Proposal, open_study
+from hypergrad.space import Space
+from hypergrad.tuners.population import Refine, Report
+
+_log = logging.getLogger("hypergrad")
+
+
+def sweep(
+    make_problem: Callable[[dict[str, Any]], Problem],
+    space: Space,
+    data: Splits,
+    *,
+    num_trials: int,
+    num_steps: int,
+    batch_size: int,
+    refine: Refine | None = None,
+    sampler: str | optuna.samplers.BaseSampler = "tpe",
+    scheduler: Scheduler | None = None,
+    storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
+    population: int = 8,
+    metric: str | None = None,
+    direction: Literal["minimize", "maximize"] = "minimize",
+    told: Told = "best",
+    enqueue: Iterable[Mapping[str, Any]] = (),
+    seed: int = 0,
+    name: str = "hypergrad",
+) -> Result:
+    """Searches a mixed space: discrete choices by Optuna, continuous values by gradients too.
+
+    Trials with equal discrete choices are one program and train as a population; hyperparameters
+    and seeds are traced, so that each program is compiled once per width, never per trial. With
+    `refine` each trial follows hypergradients while it trains, and the study is told what they
+    led to. With `refine=None` it is a black-box sweep.
+
+    Args:
+      make_problem: `choices -> Problem`, from a dict of the active discrete values. The problem's
+        `hyper` holds exactly the active Floats.
+      space: what is searched.
+      data: the splits. Scores are taken on all of `valid`; `test` is only reported.
+      num_trials: in all, over all processes and restarts that share the storage.
+      num_steps: training steps of a full run, a multiple of the recipe's steps per update. Rungs
+        are rounded down to such multiples.
+      batch_size: examples per training step.
+      refine: a recipe, or None.
+      sampler: "tpe", "random", "grid", or any Optuna sampler.
+      scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
+        together, and the best of each rung go on. TPE with Hyperband is BOHB.
+      storage: None for memory, "path.journal", a database's URL, or an Optuna storage. The same
+        call goes on where an earlier one stopped or was killed, and several processes share it.
+      population: the most trials that train in one program at once. They are proposed before any
+        of them is told: 1 makes the same proposals as Optuna alone.
+      metric: the name of one of `problem.metrics`; None for the validation loss.
+      direction: of the score; "maximize" needs a metric.
+      told: which of a refined trial's values the study learns: "start", "last", "best" (the mean of
+        the trusted iterates, later ones counting more) or "mean" (of the second half).
+      enqueue: known good points, tried first; what a point leaves out is proposed.
+      seed: of the sampler and of training.
+      name: the study's.
+
+    A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
+    traceback (user attribute `error`), and the sweep goes on.
+
+    Raises:
+      ValueError: what `open_study` refuses (another space, another direction); a scheduler whose
+        `min_steps` exceeds `num_steps`; `refine` without a Float; a mistake in `make_problem` that
+        every trial would meet.
+    """
+    if refine is not None and not space.continuous:
+        raise ValueError(
+            f"refine={refine!r} has nothing to refine: the space holds no Float, only "
+            f"{list(space)}. Give refine=None."
+        )
+    if population < 1:
+        raise ValueError(f"population={population} must be at least 1.")
+    if direction == "maximize" and metric is None:
+        raise ValueError(
+            "direction='maximize' with metric=None would maximise the validation loss: name one of "
+            "the problem's metrics."
+        )
+    steps = _steps_per_update(refine, num_steps)
+    ladders = [
+        tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
+        for ladder in brackets(scheduler, num_steps, num_trials)
+    ]
+    data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
+    programs = Programs(make_problem, space, data, batch_size, refine, steps)
+    opened = open_study(space, storage, sampler, direction, seed, name, num_trials=num_trials)
+    spent = 0
+    try:
+        for hyper in enqueue:
+            opened.enqueue(hyper)
+        cohort = Cohort(opened, programs, _score_by(metric), told, seed, _log.info)
+        for ladder in _from_where_it_stopped(ladders, scheduler, opened, population):
+            teams = _ask(opened, ladder[0].members, population, record=refine is None)
+            if not teams:
+                if not opened.progress().running:
+                    break
+                time.sleep(1.0)  # others' trials may yet come back to the queue
+                opened.recover()
+                continue
+            spent += cohort.run(teams, ladder, population)
+    finally:
+        opened.close()
+    return Result(opened.study, spent, opened, programs, num_steps, seed)
+
+
+def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
+    if refine is None:
+        return max(k for k in range(1, 11) if num_steps % k == 0)
+    steps = refine.steps_per_update
+    if num_steps % steps:
+        raise ValueError(
+            f"num_steps={num_steps} is no multiple of steps_per_update={steps}: choose one that is."
+        )
+    return steps
+
+
+def _from_where_it_stopped(
+    ladders: Sequence[tuple[Rung, ...]],
+    scheduler: Scheduler | None,
+    opened: OpenStudy,
+    population: int,
+) -> Iterator[tuple[Rung, ...]]:
+    """The brackets still to run; without a scheduler, full runs as many at a time as fit."""
+    if scheduler is None:
+        steps = ladders[0][-1].steps
+        return itertools.repeat((Rung(population, steps),))
+    finished, skipped = opened.progress().finished, 0
+    for ladder in ladders:
+        if finished < ladder[0].members:
+            break
+        finished -= ladder[0].members
+        skipped += 1
+    # Beyond the plan, when other processes have died: once more from its beginning.
+    return itertools.chain(ladders[skipped:], itertools.cycle(ladders))
+
+
+def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[list[Proposal]]:
+    """Up to `count` proposals, in teams of equal choices and at most `population` members."""
+    teams: list[list[Proposal]] = []
+    for _ in range(count):
+        team = teams[-1] if teams and len(teams[-1]) < population else None
+        proposal = opened.ask(team[0].choices if team else None, record=record)
+        if proposal is None and team:
+            proposal = opened.ask(record=record)
+        if proposal is None:
+            break
+        if team and proposal.choices == team[0].choices:
+            team.append(proposal)
+        else:
+            teams.append([proposal])
+    return teams
+
+
+def _score_by(metric: str | None) -> Callable[[Report], jax.Array]:
+    def score(report: Report) -> jax.Array:
+        if metric is None:
+            return report.score
+        if metric not in report.metrics:
+            raise ValueError(
+                f"metric={metric!r} is none of the problem's metrics: {sorted(report.metrics)}."
+            )
+        return report.metrics[metric]
+
+    return score

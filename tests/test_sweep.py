@@ -1,0 +1,222 @@
+"""The sweep on a small regression: what is proposed, trained, told, stopped and refused."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optuna
+import pytest
+
+import hypergrad as hg
+from hypergrad.search.distributions import Coordinates
+
+KEY = jax.random.key(0)
+INPUTS = jax.random.normal(KEY, (60, 4))
+TARGETS = INPUTS @ jnp.array([1.0, -2.0, 0.5, 3.0]) + 0.1 * jax.random.normal(KEY, (60,))
+DATA = hg.Splits(
+    (INPUTS[:40], TARGETS[:40]), (INPUTS[40:50], TARGETS[40:50]), (INPUTS[50:], TARGETS[50:])
+)
+SPACE = hg.Space(
+    {
+        "optimizer": hg.Categorical(["sgd", "adam"]),
+        "momentum": hg.Float(0.1, 0.9, scale="reverse_log", when={"optimizer": "sgd"}),
+        "rate": hg.Float(1e-3, 0.3, scale="log"),
+    }
+)
+
+
+def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+
+def make_problem(choices: dict[str, Any]) -> hg.Problem:
+    def optimizer(hyper: Any) -> Any:
+        if choices["optimizer"] == "sgd":
+            return optax.sgd(hyper["rate"], momentum=hyper["momentum"])
+        return optax.adam(hyper["rate"])
+
+    return hg.bilevel(lambda key: jax.random.normal(key, (4,)), loss, loss, optimizer)
+
+
+def run(**options: Any) -> Any:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    arguments: dict[str, Any] = {
+        "num_trials": 6,
+        "num_steps": 20,
+        "batch_size": 8,
+        "sampler": "random",
+    }
+    return hg.sweep(make_problem, SPACE, DATA, **(arguments | options))
+
+
+def test_black_box_proposes_what_optuna_alone_does() -> None:
+    result = run(population=1, sampler="tpe", num_trials=14, seed=3)
+    coordinates = Coordinates(SPACE)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=3))
+    for trial in result.study.trials:
+        alone = study.ask()
+        values: dict[str, Any] = {}
+        for name in coordinates.order:
+            if SPACE.is_active(name, values):
+                values[name] = alone._suggest(
+                    coordinates.names[name], coordinates.distributions[name]
+                )
+        assert alone.params == trial.params
+        study.tell(alone, trial.value)
+    assert result.steps_spent == 14 * 20
+
+
+def test_refined_values_are_told_and_beat_their_starts() -> None:
+    refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
+    refined, plain = run(refine=refine, num_steps=60), run(num_steps=60)
+    moved = 0
+    for trial in refined.study.trials:
+        assert trial.state.name == "COMPLETE"
+        start = trial.user_attrs["start"]["rate"]
+        moved += abs(np.log(trial.params["rate"] / start)) > 1e-3
+        assert trial.user_attrs["trajectory"]["steps"][-1] == 60
+    assert moved >= 5
+    assert refined.best.score <= plain.best.score * 1.5
+    assert set(refined.best.hyper) in ({"optimizer", "rate"}, {"optimizer", "momentum", "rate"})
+    assert np.isfinite(refined.best.held_out)
+
+
+def test_hyperband_stops_losers_and_finishes_winners() -> None:
+    result = run(scheduler=hg.Hyperband(min_steps=10, eta=2), num_steps=40, num_trials=9)
+    states = [t.state.name for t in result.study.trials]
+    assert states.count("PRUNED") + states.count("COMPLETE") == 9
+    assert states.count("PRUNED") >= 4
+    for trial in result.study.trials:
+        reached = max(trial.intermediate_values)
+        assert (reached == 40) == (trial.state.name == "COMPLETE")
+    assert result.steps_spent < 9 * 40
+    assert "pruned" in result.table()
+
+
+def test_one_compilation_per_program_and_width() -> None:
+    traced: list[str] = []
+
+    def counting(choices: dict[str, Any]) -> hg.Problem:
+        problem = make_problem(choices)
+
+        def step(*args: Any) -> Any:
+            traced.append(choices["optimizer"])
+            return problem.step(*args)
+
+        return problem._replace(step=step)
+
+    arguments = {"num_steps": 20, "batch_size": 8, "sampler": "random", "population": 2}
+    hg.sweep(counting, SPACE, DATA, num_trials=8, **arguments)
+    few = len(traced)
+    traced.clear()
+    hg.sweep(counting, SPACE, DATA, num_trials=16, **arguments)
+    assert len(traced) == few
+
+
+def test_the_same_call_goes_on_where_it_stopped(tmp_path: Any) -> None:
+    storage = str(tmp_path / "sweep.journal")
+    assert len(run(storage=storage, num_trials=4).study.trials) == 4
+    both = run(storage=storage, num_trials=7)
+    numbers = [t.number for t in both.study.trials if t.state.name == "COMPLETE"]
+    assert len(numbers) == 7
+    assert both.steps_spent == 3 * 20
+    assert run(storage=storage, num_trials=7).steps_spent == 0
+
+
+def test_a_trial_that_fails_fails_alone() -> None:
+    def broken(choices: dict[str, Any]) -> hg.Problem:
+        if choices["optimizer"] == "adam":
+            raise RuntimeError("no such optimizer here")
+        return make_problem(choices)
+
+    result = hg.sweep(
+        broken,
+        SPACE,
+        DATA,
+        num_trials=8,
+        num_steps=20,
+        batch_size=8,
+        sampler="random",
+        population=2,
+    )
+    failed = [t for t in result.study.trials if t.state.name == "FAIL"]
+    assert 0 < len(failed) < 8
+    assert all("no such optimizer here" in t.user_attrs["error"] for t in failed)
+    assert result.best.hyper["optimizer"] == "sgd"
+
+
+def test_a_member_that_diverges_leaves_the_others_alone() -> None:
+    wide = hg.Space({"rate": hg.Float(1e-3, 1e6, scale="log")})
+
+    def problem(choices: dict[str, Any]) -> hg.Problem:
+        return hg.bilevel(lambda key: jnp.ones(4), loss, loss, lambda h: optax.sgd(h["rate"]))
+
+    points = [{"rate": 1e6}, {"rate": 0.1}]
+    arguments = {"num_trials": 2, "num_steps": 40, "batch_size": 8}
+    result = hg.sweep(problem, wide, DATA, enqueue=points, **arguments)
+    states = {t.params["rate"]: t.state.name for t in result.study.trials}
+    assert states == {1e6: "FAIL", 0.1: "COMPLETE"}
+
+
+def test_audit_retrains_on_fresh_seeds() -> None:
+    result = run(num_steps=100)
+    audit = result.audit(seeds=5)
+    assert audit.test_losses.shape == (5,)
+    assert len(set(audit.test_losses.tolist())) == 5
+    assert audit.mean == pytest.approx(audit.test_losses.mean())
+    with pytest.raises(ValueError, match=r"data.test=None"):
+        hg.sweep(
+            make_problem, SPACE, DATA._replace(test=None), num_trials=2, num_steps=20, batch_size=8
+        ).audit()
+
+
+def test_metrics_can_be_maximised() -> None:
+    def with_metric(choices: dict[str, Any]) -> hg.Problem:
+        metrics = lambda w, hyper, batch, key: {"fit": -loss(w, hyper, batch, key)}  # noqa: E731
+        return make_problem(choices)._replace(metrics=metrics)
+
+    arguments = {"num_trials": 4, "num_steps": 20, "batch_size": 8, "sampler": "random"}
+    result = hg.sweep(with_metric, SPACE, DATA, metric="fit", direction="maximize", **arguments)
+    assert result.best.score == max(t.value for t in result.study.trials)
+    missing = hg.sweep(with_metric, SPACE, DATA, metric="accuracy", **arguments)
+    assert "is none of the problem's metrics: ['fit']" in str(
+        missing.study.trials[0].user_attrs["error"]
+    )
+
+
+def test_bad_input_is_named(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"num_trials=0"):
+        run(num_trials=0)
+    with pytest.raises(ValueError, match=r"num_steps=20: lower min_steps"):
+        run(scheduler=hg.Hyperband(min_steps=50))
+    with pytest.raises(ValueError, match=r"has nothing to refine"):
+        discrete = hg.Space({"optimizer": hg.Categorical(["sgd", "adam"])})
+        hg.sweep(
+            make_problem,
+            discrete,
+            DATA,
+            num_trials=1,
+            num_steps=10,
+            batch_size=8,
+            refine=hg.Refine(),
+        )
+    with pytest.raises(ValueError, match=r"num_steps=25 is no multiple of steps_per_update=10"):
+        run(refine=hg.Refine(), num_steps=25)
+    with pytest.raises(ValueError, match=r"population=0"):
+        run(population=0)
+    with pytest.raises(ValueError, match=r"would maximise the validation loss"):
+        run(direction="maximize")
+    storage = str(tmp_path / "a.journal")
+    run(storage=storage, num_trials=1)
+    other = hg.Space({**SPACE, "rate": hg.Float(1e-3, 0.5, scale="log")})
+    with pytest.raises(ValueError, match="rate"):
+        hg.sweep(
+            make_problem, other, DATA, num_trials=1, num_steps=20, batch_size=8, storage=storage
+        )
+    extra = hg.Space({**SPACE, "unused": hg.Float(0.0, 1.0)})
+    result = hg.sweep(make_problem, extra, DATA, num_trials=1, num_steps=20, batch_size=8)
+    assert "'unused' never reaches" in result.study.trials[0].user_attrs["error"]
+    with pytest.raises(ValueError, match="No trial has trained in full"):
+        _ = result.best
