@@ -14,3 +14,12 @@ def test_digits_quick(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "one alternating run" in run.stdout
     assert picture.stat().st_size > 10_000
+
+
+def test_hybrid_sweep_quick(tmp_path: Path) -> None:
+    journal = str(tmp_path / "sweep.journal")
+    command = [sys.executable, "examples/hybrid_sweep.py", "--quick", "--storage", journal]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "4 trials: 4 complete" in run.stdout
+    assert "fresh seeds: test loss" in run.stdout
