@@ -11,7 +11,7 @@ demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests hypergrad
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=30 --doctest-modules tests hypergrad
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad.tuners.population import Refine, population
+from hypergrad.tuners.population import population
+from hypergrad.tuners.refine import Refine
 
 LAYERS, BATCH, EXAMPLES = (64, 128, 128, 10), 64, 200
 SPACE = hg.Space(

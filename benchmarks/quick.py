@@ -23,6 +23,8 @@ NAMES = (
     "choice",
     "optimizers",
     "data_cleaning",
+    "study",
+    "populations",
     "arena",
 )
 

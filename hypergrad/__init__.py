@@ -37,7 +37,7 @@ from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.population import Refine
+from hypergrad.tuners.refine import Refine
 from hypergrad.tuners.restarting import restarting
 
 __all__ = [

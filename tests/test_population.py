@@ -15,15 +15,9 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import populations
-from hypergrad.tuners.population import (
-    Population,
-    Refine,
-    _new_trail,
-    _read,
-    _record,
-    population,
-    width_for,
-)
+from hypergrad.tuners.population import Population, population, width_for
+from hypergrad.tuners.refine import Refine
+from hypergrad.tuners.trail import new_trail, read, record
 
 SPACE = hg.Space(
     {
@@ -272,10 +266,10 @@ def test_report_of_metrics_and_of_a_held_out_split() -> None:
 @pytest.mark.parametrize("updates", [1, 2, 7, 8, 9, 16, 37])
 def test_the_trail_holds_a_run_of_any_length(updates: int) -> None:
     walk = np.cumsum(np.random.default_rng(updates).normal(size=(updates, 2)), 0)
-    trail = _new_trail({"a": jnp.zeros(2)}, 8)
+    trail = new_trail({"a": jnp.zeros(2)}, 8)
     for position in walk:
-        trail = _record(trail, {"a": jnp.asarray(position, jnp.float32)})
-    blocks, ends, mean = _read(trail, {"a": jnp.zeros(2)})
+        trail = record(trail, {"a": jnp.asarray(position, jnp.float32)})
+    blocks, ends, mean = read(trail, {"a": jnp.zeros(2)})
     ends = ends[ends > 0].tolist()
     assert ends[-1] == updates
     for i, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):

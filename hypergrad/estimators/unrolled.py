@@ -75,7 +75,8 @@ class Unrolled(Estimator):
             return self
         leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
         # Programs also depend on what new arrays become.
-        around = (jax.config.read("jax_enable_x64"), jax.config.read("jax_default_device"))
+        device = jax.config.jax_default_device  # type: ignore[attr-defined]
+        around = (jnp.result_type(float), device)
         try:
             return _cheapest_that_fits(self, problem, treedef, tuple(leaves), around)
         except TypeError:  # a function of the problem that cannot be hashed

@@ -13,7 +13,8 @@ from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem
 from hypergrad.search.splits import Splits
 from hypergrad.space import Space
-from hypergrad.tuners.population import Population, Refine, population
+from hypergrad.tuners.population import Population, population
+from hypergrad.tuners.refine import Refine
 
 
 class Program(NamedTuple):

@@ -19,7 +19,8 @@ from hypergrad.search.rungs import Rung, Scheduler, brackets
 from hypergrad.search.splits import Splits
 from hypergrad.search.study import OpenStudy, Proposal, open_study
 from hypergrad.space import Space
-from hypergrad.tuners.population import Refine, Report
+from hypergrad.tuners.population import Report
+from hypergrad.tuners.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 

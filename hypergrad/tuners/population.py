@@ -1,79 +1,28 @@
 """Members of one program trained together: hyperparameters and seeds traced, compiled once.
 
-Longer than 400 lines: the programs share one state, one placement on devices and one choice of how
-members are run, which would have to be passed around between files.
+Longer than 400 lines: a third of it says what state, report and functions are, and the functions
+share one state, one placement and one choice of how members are run.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from hypergrad.estimators.base import Estimator
-from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem, rollout, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import all_finite, path_name
-from hypergrad.trust import REASONS, Trust
-from hypergrad.tuners.alternating import AlternatingState, alternating
+from hypergrad.trust import REASONS
+from hypergrad.tuners.alternating import AlternatingState
 from hypergrad.tuners.base import Tuner
-
-_AXIS = "members"
-Mode = Literal["vmap", "map"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Refine:
-    """How the members of a population follow hypergradients while they train: a recipe.
-
-    A tuner needs a problem, and a sweep has many; `tuner` makes the `alternating` of each.
-
-    Args:
-      estimator: as of `alternating`, "auto" included, which fits one member into the memory: under
-        "vmap" give `hypergrad.choice.Auto(memory_limit=...)` a member's share.
-      outer_optimizer: any optax optimiser over unit coordinates; None for `alternating`'s.
-      steps_per_update: K, the training steps between two outer steps.
-      max_move: the most a unit coordinate moves in one update.
-      trust: when a hypergradient is refused.
-
-    Raises:
-      ValueError: steps_per_update that is no positive integer, max_move that is not positive.
-
-    >>> Refine(Unrolled(), optax.adam(0.03), steps_per_update=5).steps_per_update
-    5
-    """
-
-    estimator: Estimator | Literal["auto"] = Unrolled(validate_at=0.8)  # noqa: RUF009  frozen
-    outer_optimizer: optax.GradientTransformation | None = None
-    steps_per_update: int = 10
-    max_move: float = 0.05
-    trust: Trust = Trust()  # noqa: RUF009
-
-    def __post_init__(self) -> None:
-        _check_steps("Refine", self.steps_per_update)
-        if not self.max_move > 0:
-            raise ValueError(
-                f"Refine(max_move={self.max_move!r}) lets no hyperparameter move: give a positive "
-                "share of the range, or refine=None for plain training."
-            )
-
-    def tuner(self, problem: Problem, space: Space) -> Tuner:
-        """The tuner of one problem."""
-        return alternating(
-            problem,
-            space,
-            self.estimator,
-            self.outer_optimizer,
-            max_move=self.max_move,
-            trust=self.trust,
-        )
+from hypergrad.tuners.exploit import explored, parents_of
+from hypergrad.tuners.placement import Mode, Placement, seconds_of
+from hypergrad.tuners.refine import Refine, check_steps
+from hypergrad.tuners.trail import Trail, new_trail, read, record
 
 
 class Plain(NamedTuple):
@@ -90,22 +39,6 @@ class Plain(NamedTuple):
     inner: Any
     key: jax.Array
     updates: jax.Array
-
-
-class Trail(NamedTuple):
-    """Where a member's hyperparameters have been, in a fixed number C of equal blocks of updates.
-
-    When all blocks are full they are merged by twos, so that any run fits.
-
-    Attributes:
-      sums: of the unit coordinates after each update of a block, leaves `[C, ...]`.
-      width: int32, updates per block.
-      seen: int32, updates recorded.
-    """
-
-    sums: Any
-    width: jax.Array
-    seen: jax.Array
 
 
 class PopulationState(NamedTuple):
@@ -319,7 +252,7 @@ def population(
         )
     if refine is None:
         steps = 10 if steps_per_update is None else steps_per_update
-        _check_steps("population", steps)
+        check_steps("population", steps)
         tuner = _plain(problem, space)
     else:
         steps = refine.steps_per_update
@@ -329,7 +262,7 @@ def population(
     if trail < 2 or trail % 2:
         raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
     guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
-    place = _Placement(jax.local_devices() if devices is None else devices, devices is None)
+    place = Placement(jax.local_devices() if devices is None else devices, devices is None)
     execution = Execution(None if mode == "auto" else mode, {})
     data_at: Callable[[int], _Data] = place.replicated(
         _Data(Minibatches(train, batch_size, steps), guide, valid, test)
@@ -339,7 +272,7 @@ def population(
         run = tuner.init(hyper, key)
         unit = _unit(space, run)
         reasons = jnp.zeros(len(REASONS), jnp.int32)
-        return PopulationState(run, unit, _new_trail(unit, trail), reasons, active)
+        return PopulationState(run, unit, new_trail(unit, trail), reasons, active)
 
     def move_on(member: PopulationState, num_updates: jax.Array, data: _Data) -> PopulationState:
         def update(_: Any, member: PopulationState) -> PopulationState:
@@ -347,7 +280,7 @@ def population(
             refused = getattr(refused, "refused", refused)
             return member._replace(
                 run=run,
-                trail=_record(member.trail, _unit(space, run)),
+                trail=record(member.trail, _unit(space, run)),
                 reasons=member.reasons.at[refused].add(1),
             )
 
@@ -368,7 +301,7 @@ def population(
 
     def describe(member: PopulationState, data: _Data) -> Report:
         values = lambda unit: space.from_unit(space.project(unit))  # noqa: E731
-        blocks, ends, mean = _read(member.trail, member.start)
+        blocks, ends, mean = read(member.trail, member.start)
         loss = score(member, data.valid)
         return Report(
             score=loss,
@@ -401,11 +334,11 @@ def population(
             members = place.each(lambda m, _, d: score(m, d.valid), mode)
             scores = members(state, jnp.zeros(state.active.shape, jnp.int32), data)
         draw, explore = jax.random.split(key)
-        parents = _parents(scores, state.active, draw, fraction)
+        parents = parents_of(scores, state.active, draw, fraction)
         moved = parents != jnp.arange(parents.size)
         copied = jax.tree.map(lambda x: x[parents], state)
         run = copied.run._replace(key=state.run.key)
-        unit = _explore(space, _unit(space, run), explore, perturb, resample)
+        unit = explored(space, _unit(space, run), explore, perturb, resample)
         copied = copied._replace(run=_moved_to(space, run, unit))
         return _where(moved, copied, state), parents
 
@@ -449,7 +382,7 @@ def population(
             counts = [place(jnp.full(width, n, jnp.int32), width) for n in (0, 1)]
             for candidate in ("map", "vmap"):
                 program = lambda n, m=candidate: advance_all(state, n, data, mode=m)  # noqa: E731
-                execution.seconds[candidate] = _seconds(program, *counts)
+                execution.seconds[candidate] = seconds_of(program, *counts)
             faster = execution.seconds["vmap"] < execution.seconds["map"]
             execution.mode = "vmap" if faster else "map"
         return execution.mode or "map"
@@ -542,180 +475,10 @@ def _moved_to(space: Space, run: Any, unit: Any) -> Any:
     return run._replace(hyper=space.from_unit(unit))
 
 
-def _new_trail(unit: Any, blocks: int) -> Trail:
-    sums = jax.tree.map(lambda u: jnp.zeros((blocks, *u.shape), u.dtype), unit)
-    return Trail(sums, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def _record(trail: Trail, unit: Any) -> Trail:
-    def merged(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x[0::2] + x[1::2], jnp.zeros_like(x[0::2])])
-
-    blocks = _blocks(trail)
-    full = trail.seen == blocks * trail.width
-    width = jnp.where(full, 2 * trail.width, trail.width)
-    sums = jax.tree.map(
-        lambda x, u: jnp.where(full, merged(x), x).at[trail.seen // width].add(u), trail.sums, unit
-    )
-    return Trail(sums, width, trail.seen + 1)
-
-
-def _read(trail: Trail, start: Any) -> tuple[Any, jax.Array, Any]:
-    """(Means of the blocks, updates done at the end of each or 0, mean of the second half)."""
-    first = jnp.arange(_blocks(trail)) * trail.width
-    last = jnp.minimum(first + trail.width, trail.seen)
-    inside = jnp.maximum(last - first, 0)
-    late = jnp.maximum(last - jnp.maximum(first, trail.seen // 2), 0)
-
-    def means(x: jax.Array) -> jax.Array:
-        return x / jnp.maximum(inside, 1).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-    def second_half(x: jax.Array, u: jax.Array) -> jax.Array:
-        weight = (late / jnp.maximum(late.sum(), 1)).astype(x.dtype)
-        return jnp.where(trail.seen == 0, u, jnp.tensordot(weight, means(x), 1))
-
-    blocks = jax.tree.map(means, trail.sums)
-    mean = jax.tree.map(second_half, trail.sums, start)
-    return blocks, jnp.where(inside > 0, last, 0), mean
-
-
-def _blocks(trail: Trail) -> int:
-    leaves = jax.tree.leaves(trail.sums)
-    # Without hyperparameters nothing is recorded, and any even number does.
-    return leaves[0].shape[0] if leaves else 2
-
-
-def _parents(
-    scores: jax.Array, active: jax.Array, key: jax.Array, fraction: jax.Array
-) -> jax.Array:
-    """The slot from which each member goes on, int32 `[n]`: its own, or one of the best."""
-    finite = active & jnp.isfinite(scores)
-    order = jnp.lexsort((jnp.where(finite, scores, 0), ~finite, ~active))
-    rank = jnp.argsort(order)
-    count = active.sum()
-    worst = jnp.where(count > 1, jnp.maximum((fraction * count).astype(jnp.int32), 1), 0)
-    best = jnp.minimum(worst, finite.sum())
-    replaced = active & ((rank >= count - worst) | ~finite) & (rank >= best) & (best > 0)
-    drawn = order[jax.random.randint(key, scores.shape, 0, jnp.maximum(best, 1))]
-    return jnp.where(replaced, drawn, jnp.arange(scores.size)).astype(jnp.int32)
-
-
-def _explore(
-    space: Space, unit: Any, key: jax.Array, perturb: jax.Array, resample: jax.Array
-) -> Any:
-    leaves, treedef = jax.tree.flatten(unit)
-    keys = treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
-
-    def moved(u: jax.Array, key: jax.Array) -> jax.Array:
-        return u + jax.random.rademacher(key, u.shape, u.dtype) * perturb.astype(u.dtype)
-
-    def moved_or_drawn(u: jax.Array, key: jax.Array) -> jax.Array:
-        choose, draw = jax.random.split(jax.random.fold_in(key, 1))
-        anew = jax.random.bernoulli(choose, resample, u.shape)
-        return jnp.where(anew, jax.random.uniform(draw, u.shape, u.dtype), moved(u, key))
-
-    def is_bounded(name: str) -> bool:
-        return getattr(space[name], "low", None) is not None
-
-    return space.project(
-        {
-            name: jax.tree.map(moved_or_drawn if is_bounded(name) else moved, tree, keys[name])
-            for name, tree in unit.items()
-        }
-    )
-
-
 def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
     """Leafwise `where` by slot, `[n]` against `[n, ...]`."""
     wide = lambda x: condition.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
     return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), if_true, if_false)
-
-
-class _Placement:
-    """Where slots live: sharded over the devices, or on the first, or wherever JAX puts them."""
-
-    def __init__(self, devices: Sequence[jax.Device], default: bool) -> None:
-        self.devices = list(devices)
-        # One device that nobody chose: committing arrays to it could only get in the user's way.
-        self.free = default and len(self.devices) == 1
-        self.mesh = jax.sharding.Mesh(np.array(self.devices), (_AXIS,))
-
-    def is_sharded(self, width: int) -> bool:
-        return len(self.devices) > 1 and width % len(self.devices) == 0
-
-    def local(self, width: int) -> int:
-        """Slots per device."""
-        return width // len(self.devices) if self.is_sharded(width) else width
-
-    def __call__(self, tree: Any, width: int) -> Any:
-        """`tree`, leaves `[width, ...]`, where slots of this width live."""
-        return self._put(tree, width, PartitionSpec(_AXIS))
-
-    def everywhere(self, tree: Any, width: int) -> Any:
-        """`tree` on every device that slots of this width live on."""
-        return self._put(tree, width, PartitionSpec())
-
-    def _put(self, tree: Any, width: int, spec: PartitionSpec) -> Any:
-        if self.free:
-            return tree
-        if self.is_sharded(width):
-            return jax.device_put(tree, NamedSharding(self.mesh, spec))
-        return jax.device_put(tree, SingleDeviceSharding(self.devices[0]))
-
-    def replicated(self, tree: Any) -> Callable[[int], Any]:
-        """`tree` for slots of a width, copied once."""
-        copies: dict[bool, Any] = {}
-
-        def at(width: int) -> Any:
-            sharded = self.is_sharded(width)
-            if sharded not in copies:
-                # Also without placement: numpy arrays would be sent to the device at every call.
-                on_device = jax.tree.map(jnp.asarray, tree)
-                copies[sharded] = self.everywhere(on_device, width)
-            return copies[sharded]
-
-        return at
-
-    def each(self, function: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-        """`function(member, number, data)` for all members and numbers."""
-
-        def run(members: Any, numbers: jax.Array, data: Any) -> Any:
-            if mode == "vmap":
-                return jax.vmap(function, (0, 0, None))(members, numbers, data)
-            return jax.lax.map(lambda x: function(*x, data), (members, numbers))
-
-        def placed(members: Any, numbers: jax.Array, data: Any) -> Any:
-            if not self.is_sharded(numbers.size):
-                return run(members, numbers, data)
-            slots, whole = PartitionSpec(_AXIS), PartitionSpec()
-            # Members never talk to one another: each device runs its own, with no agreement needed
-            # on when a loop ends.
-            return jax.shard_map(
-                run,
-                mesh=self.mesh,
-                in_specs=(slots, slots, whole),
-                out_specs=slots,
-                check_vma=False,
-            )(members, numbers, data)
-
-        return placed
-
-
-def _seconds(program: Callable[[Any], Any], nothing: Any, one: Any) -> float:
-    """What one update takes once compiled; infinite where it does not fit the memory."""
-    try:
-        jax.block_until_ready(program(nothing))
-        best, begin = float("inf"), time.perf_counter()
-        # A second look where it costs next to nothing: the first may be a hiccup.
-        while best == float("inf") or time.perf_counter() - begin < 0.02:
-            called = time.perf_counter()
-            jax.block_until_ready(program(one))
-            best = min(best, time.perf_counter() - called)
-        return best
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return float("inf")
 
 
 def _width(state: PopulationState) -> int:
@@ -775,11 +538,3 @@ def _checked_slots(name: str, slots: Sequence[int], width: int) -> np.ndarray:
             f"{name}={indices.tolist()} must name at least one of the slots 0 to {width - 1}."
         )
     return indices
-
-
-def _check_steps(owner: str, steps: Any) -> None:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"{owner}(steps_per_update={steps!r}) must be a positive Python integer: it fixes a "
-            "length in the compiled program."
-        )
