@@ -29,6 +29,8 @@ class LinearSolver(abc.ABC):
 
     # Whether A must be symmetric; if so, the fixed point of an update is out of reach.
     symmetric: ClassVar[bool] = False
+    # Whether it multiplies A with nothing but combinations of b and earlier products.
+    krylov: ClassVar[bool] = True
 
     def init(self, b: Tree) -> Any:
         """The state before the first solve, from a pytree like `b`; `()` without memory."""
@@ -224,6 +226,7 @@ class Nystrom(LinearSolver):
     rank: int = 10
     damping: float = 1e-2
     symmetric: ClassVar[bool] = True
+    krylov: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _require_positive("rank", self.rank)

@@ -11,7 +11,7 @@ import numpy as np
 
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.linear import ConjugateGradient, LinearSolver, relative_residual
-from hypergrad.minibatches import Minibatches
+from hypergrad.minibatches import Minibatches, mix_bits
 from hypergrad.problem import (
     Problem,
     last_batch,
@@ -137,12 +137,13 @@ class Implicit(Estimator):
             value, pull_back = jax.vjp(lambda z: residual(z, hyper), z)
             product = lambda x: pull_back(x)[0]  # noqa: E731
         solver_key = jax.random.fold_in(jax.random.fold_in(key, _SOLVER), offset)
-        trained = _trained(problem, inner_at, z, hyper, examples, self.of, solver_key)
+        trained = _trained(problem, inner_at, z, hyper, examples, self.of, product)
         only = lambda x: jax.tree.map(lambda m, x: jnp.where(m, x, 0), trained, x)  # noqa: E731
 
         def product_of_trained(x: list[jax.Array]) -> list[jax.Array]:
-            # the identity elsewhere, so that the matrix stays regular
-            inside = product(only(x))
+            # The identity elsewhere, so that the matrix stays regular. Combinations of v and of
+            # products are 0 there by themselves, which spares a pass over all parameters.
+            inside = product(x if self.solver.krylov else only(x))
             return jax.tree.map(lambda m, y, x: jnp.where(m, y, x), trained, inside, x)
 
         v = only(v)
@@ -284,7 +285,7 @@ def _trained(
     hyper: Any,
     examples: Examples,
     of: str,
-    key: jax.Array,
+    product: Callable[[list[jax.Array]], list[jax.Array]],
 ) -> list[jax.Array]:
     """Which entries of z training moves, and for "stationary" the training loss depends on.
 
@@ -305,13 +306,20 @@ def _trained(
     trained = [not kept for kept in keeps(step, z, hyper, data, step_keys)]
     # Along a random direction the derivative of what no batch touches is exactly 0. That of the
     # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
-    keys = jax.random.split(key, len(z))
-    t = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, z, strict=True)]
-    used = [d != 0 for d in jax.jvp(gradient, (z,), (t,))[1]]
-    if of == "fixed_point":
+    t = [_scattered(x, seed) for seed, x in enumerate(z)]
+    if of == "stationary":
+        used = [d != 0 for d in product(t)]
+    else:
+        used = [d != 0 for d in jax.jvp(gradient, (z,), (t,))[1]]
         moved = [d != 0 for d in jax.jvp(update, (z,), (t,))[1]]
         used = [a | b for a, b in zip(used, moved, strict=True)]
     return [flag & mask for flag, mask in zip(trained, used, strict=True)]
+
+
+def _scattered(like: jax.Array, seed: int) -> jax.Array:
+    """Numbers in [0.5, 1.5] without pattern; threefry's would take several times their memory."""
+    bits = mix_bits(jnp.arange(like.size, dtype=jnp.uint32), seed)
+    return (0.5 + bits.astype(like.dtype) / 2.0**32).reshape(like.shape)
 
 
 def _total(tree: Any) -> jax.Array:
