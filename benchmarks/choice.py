@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from benchmarks import momentum_task as task
-from hypergrad.memory import temporary_bytes
+from hypergrad.memory import compiled_for, temporary_bytes
 from hypergrad.tuners.base import unit_estimate, unit_state
 
 FIXED: tuple[hg.Estimator, ...] = (
@@ -133,11 +133,14 @@ def measure(this: Task, rounds: int) -> tuple[hg.Estimator, dict[hg.Estimator, A
 
         try:
             arguments = (unit, this.train, this.valid)
-            needed = temporary_bytes(gradient, *arguments)
+            program = compiled_for(gradient, *arguments)
         except ValueError:
             continue  # refused: it cannot see these hyperparameters
-        programs[estimator] = (jax.jit(gradient), arguments)
-        grads[estimator] = (np.asarray(programs[estimator][0](*arguments), np.float64), needed)
+        programs[estimator] = (program, arguments)
+        grads[estimator] = (
+            np.asarray(program(*arguments), np.float64),
+            temporary_bytes(program),
+        )
     exact = grads[hg.Unrolled()][0]
     seconds: dict[hg.Estimator, list[float]] = {e: [] for e in programs}
     for _ in range(rounds):

@@ -16,6 +16,7 @@ import jax
 
 import hypergrad as hg
 from benchmarks import momentum_task as task
+from hypergrad.memory import compiled_for, temporary_bytes
 
 NUM_STEPS, FORWARD_STEPS = 1000, (1_000, 100_000)
 SQRT_TARGET, FORWARD_TARGET = 16.0, 0.01
@@ -23,8 +24,7 @@ SQRT_TARGET, FORWARD_TARGET = 16.0, 0.01
 
 def temporary(function: Callable[..., Any], *args: Any) -> float:
     """MiB that the compiled program needs beside its arguments and results."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    return float(analysis.temp_size_in_bytes) / 2**20
+    return temporary_bytes(compiled_for(function, *args)) / 2**20
 
 
 def reverse() -> list[tuple[str, float]]:

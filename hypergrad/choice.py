@@ -1,13 +1,13 @@
 """Which estimator when: the field's rules of thumb as code, checked on the problem at hand."""
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.estimators.base import Estimate, Estimator, strong
+from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, strong
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit, num_batches
@@ -166,18 +166,15 @@ def _examined(
             raise
         return implicit
     unit = space.to_unit(hyper)
-    estimate = _estimate(problem, exact.estimator, hyper, arguments)
+    estimate = compiled_estimate(exact.estimator, problem, hyper, *arguments)(hyper, *arguments)
     grad = jax.vjp(space.from_unit, unit)[1](estimate.grad)[0]
     size = norm(grad)
-
     if float(size) == 0:
         return exact._replace(reason=f"{exact.reason}; the gradient is 0 here: nothing to probe")
 
     @jax.jit
     def loss(unit: Any) -> jax.Array:
-        inner, train, valid, key = arguments
-        hyper = space.from_unit(unit)
-        return objective(problem, hyper, inner, train, valid, key, validate_at)[0]
+        return objective(problem, space.from_unit(unit), *arguments, validate_at=validate_at)[0]
 
     def moved(step: float) -> Any:
         return space.project(jax.tree.map(lambda u, g: u + step * g / size, unit, grad))
@@ -187,7 +184,7 @@ def _examined(
     ratio = float((loss(up) - loss(down)) / promised)
     growth = float(estimate.info.get("growth", jnp.nan))
     # without a growth, differences alone must tell, and they may be coarse
-    calm = 0.5 <= ratio <= 1.5 or (growth <= 2 if growth == growth else 0.1 <= ratio <= 10)
+    calm = 0.5 <= ratio <= 1.5 or (0.1 <= ratio <= 10 if math.isnan(growth) else growth <= 2)
     if not bool(estimate.info["finite"]) or not calm:
         why = (
             f"training is chaotic here: the hypergradient's norm is {float(size):.2g} in unit "
@@ -219,9 +216,7 @@ def _without_derivative(
 
 def _evolution(inner: Any, validate_at: ValidateAt) -> Evolution:
     # a whole run is an episode of one window, for which the plainest method is enough
-    if inner is None:
-        return Evolution(pairs=8, std=0.03, method="es", validate_at=validate_at)
-    return Evolution(pairs=8, std=0.03, method="pes", validate_at=validate_at)
+    return Evolution(8, 0.03, "es" if inner is None else "pes", validate_at)
 
 
 def _cheapest_exact(
@@ -235,7 +230,9 @@ def _cheapest_exact(
     costs = {e: _evaluations(e, hyper, arguments) / steps for e in exact}
     needed = {}
     for estimator in sorted(costs, key=lambda e: costs[e]):
-        needed[estimator] = temporary_bytes(_runner(problem, estimator), hyper, *arguments)
+        needed[estimator] = temporary_bytes(
+            compiled_estimate(estimator, problem, hyper, *arguments)
+        )
         if needed[estimator] <= limit:
             what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
             cost = f"{costs[estimator]:.1f} gradient evaluations a step"
@@ -258,14 +255,14 @@ def _implicit(
     reference: Any | None,
 ) -> Choice | None:
     """`Implicit`, if it is right here; `reference` is an exact gradient in unit coordinates."""
-    inner, train, valid, key = arguments
     try:
-        _CG.check_structure(problem, hyper, inner, train, valid, key)
+        _CG.check_structure(problem, hyper, *arguments)
     except ValueError:
         return None  # something acts through the optimiser or the start
-    if temporary_bytes(_runner(problem, _CG), hyper, *arguments) > limit:
+    compiled = compiled_estimate(_CG, problem, hyper, *arguments)
+    if temporary_bytes(compiled) > limit:
         return None
-    estimate = _estimate(problem, _CG, hyper, arguments)
+    estimate = compiled(hyper, *arguments)
     residual, unconverged = (float(estimate.info[k]) for k in ("residual", "unconverged"))
     what = f"all {_count(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
     if not residual <= 1e-2:
@@ -292,15 +289,3 @@ def _evaluations(estimator: Estimator, hyper: Any, arguments: Arguments) -> floa
 
 def _count(hyper: Any) -> int:
     return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(hyper))
-
-
-def _runner(problem: Problem, estimator: Estimator) -> Callable[..., Estimate]:
-    def run(hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array) -> Estimate:
-        state = estimator.init(problem, hyper, inner, key)
-        return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
-
-    return run
-
-
-def _estimate(problem: Problem, estimator: Estimator, hyper: Any, arguments: Arguments) -> Estimate:
-    return jax.jit(_runner(problem, estimator))(hyper, *arguments)

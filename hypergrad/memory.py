@@ -7,13 +7,17 @@ from typing import Any
 import jax
 
 
-def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes that the compiled `function` needs beside its arguments and results, on one device.
+def compiled_for(function: Callable[..., Any], *args: Any) -> Any:
+    """`function` compiled for arguments of these shapes and dtypes.
 
-    `args` may be arrays, tracers or `jax.ShapeDtypeStruct`: only shapes and dtypes are read. Costs
-    one compilation; works while another function is traced.
+    `args` may be arrays, tracers or `jax.ShapeDtypeStruct`; works while another function is traced.
     """
-    analysis = jax.jit(function).lower(*shapes_of(args)).compile().memory_analysis()
+    return jax.jit(function).lower(*shapes_of(args)).compile()
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs beside its arguments and results, on one device."""
+    analysis = compiled.memory_analysis()
     if analysis is None:
         raise ValueError(
             f"XLA's {jax.default_backend()!r} backend does not say what memory a program needs: "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hypergrad.trees import inner_product, leaf_names, widen
+from hypergrad.trees import cast_like, inner_product, leaf_names, widen
 
 
 class NormAdamState(NamedTuple):
@@ -177,8 +177,8 @@ def hypergradient_descent(
         one = jnp.ones_like(rate)
         updates, tangent, optimizer_state = jax.jvp(move, (rate,), (one,), has_aux=True)
         # A float32 rate promotes bfloat16 updates and moments; a scan needs the dtypes kept.
-        updates, tangent = (_cast_like(tree, grads) for tree in (updates, tangent))
-        optimizer_state = _cast_like(optimizer_state, state.optimizer_state)
+        updates, tangent = (cast_like(tree, grads) for tree in (updates, tangent))
+        optimizer_state = cast_like(optimizer_state, state.optimizer_state)
         return updates, HypergradientDescentState(rate, tangent, optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -194,11 +194,6 @@ def _refuse_unused_rate(move: Callable[[jax.Array], Any], rate: jax.Array) -> No
             "optax.inject_hyperparams) are read from there: give a factory that builds the plain "
             "optimiser, as in hypergradient_descent(optax.adam, ...)."
         )
-
-
-def _cast_like(tree: Any, like: Any) -> Any:
-    cast = lambda x, y: x if x.dtype == y.dtype else x.astype(y.dtype)  # noqa: E731
-    return jax.tree.map(lambda x, y: cast(jnp.asarray(x), jnp.asarray(y)), tree, like)
 
 
 def scale_by_tree(rates: Any) -> optax.GradientTransformation:

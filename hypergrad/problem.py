@@ -9,10 +9,11 @@ import optax
 
 from hypergrad.inner_gradient import inner_gradient, with_aux
 from hypergrad.minibatches import Minibatches
-from hypergrad.trees import Tree, is_inexact, leaf_names, path_name
+from hypergrad.trees import Tree, cast_like, is_inexact, leaf_names, path_name
 
-# Streams of randomness that must not meet the training steps' own, which are fold_in(key, t).
-_SHUFFLE, _VALID = 0xFFFFFFFF, 0xFFFFFFFE
+# Streams of randomness that must not meet one another nor the training steps' own, which are
+# fold_in(key, t): of minibatches, validation, particles and linear solvers.
+SHUFFLE, VALID, NOISE, SOLVER = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD, 0xFFFFFFFC
 
 
 class Problem(NamedTuple):
@@ -128,7 +129,7 @@ def bilevel(
         params = _merge(moved, frozen, trainable)
         params = params if absorb is None else absorb(params, aux)
         # A float32 rate promotes a bfloat16 momentum; the state must keep its dtypes in a scan.
-        params, opt_state = _cast_like((params, opt_state), (inner.params, inner.opt_state))
+        params, opt_state = cast_like((params, opt_state), (inner.params, inner.opt_state))
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
 
     def plain_valid_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
@@ -181,7 +182,7 @@ def training_steps(
     problem: Problem, hyper: Any, train: Any, key: jax.Array, offset: jax.typing.ArrayLike
 ) -> Callable[[Any, jax.Array, Any], Any]:
     """`(inner, t, batch) -> inner` for the K steps of `train`, to be scanned over `step_inputs`."""
-    shuffle = jax.random.fold_in(key, _SHUFFLE)
+    shuffle = jax.random.fold_in(key, SHUFFLE)
 
     def run(inner: Any, t: jax.Array, batch: Any) -> Any:
         step = t + offset
@@ -195,7 +196,7 @@ def training_steps(
 def last_batch(train: Any, key: jax.Array, offset: jax.typing.ArrayLike) -> Any:
     """The batch of the last of the K steps of `train`, which began after `offset` steps."""
     if isinstance(train, Minibatches):
-        return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, _SHUFFLE))
+        return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, SHUFFLE))
     return jax.tree.map(lambda x: x[-1], train)
 
 
@@ -248,7 +249,7 @@ def validation_loss(
     step: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The outer objective at `params`; a `Minibatches` gives the batch numbered by `step`."""
-    key = jax.random.fold_in(jax.random.fold_in(key, _VALID), step)
+    key = jax.random.fold_in(jax.random.fold_in(key, VALID), step)
     if isinstance(valid, Minibatches):
         valid = valid.batch(0, key)
     loss = problem.valid_loss(params, hyper, valid, key)
@@ -302,10 +303,6 @@ def _merge(trained: Any, frozen: Any, trainable: str | Sequence[str] | None) -> 
 def _strong(tree: Tree) -> Tree:
     """Arrays of strong dtypes: a weakly typed start recompiles at the second window."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
-
-
-def _cast_like(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
 
 
 def _refuse_injected_rates(opt_state: Any) -> None:

@@ -22,6 +22,10 @@ _EXPLANATIONS = {
 }
 
 
+class StructureError(ValueError):
+    """A hyperparameter that is missing, or has no gradient, by how the problem is written."""
+
+
 class Reach(NamedTuple):
     """How one leaf of the hyperparameters reaches an output.
 
@@ -92,7 +96,7 @@ def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
     for reach in require_use(function, hyper, *args):
         if not reach.differentiable:
             why = "; ".join(_EXPLANATIONS.get(cut, cut) for cut in reach.cut_by)
-            raise ValueError(
+            raise StructureError(
                 f"The hyperparameter {reach.name!r} reaches the validation loss only through "
                 f"{why}: its gradient would be a silent zero. Tune it by black-box search, by "
                 "hypergrad.Evolution, or give it a smooth path."
@@ -111,7 +115,7 @@ def require_use(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Re
     found = reaches(function, hyper, *args)
     for reach in found:
         if not reach.used:
-            raise ValueError(
+            raise StructureError(
                 f"The hyperparameter {reach.name!r} never reaches the validation loss, so its "
                 "gradient would be a silent zero. Use it in train_loss, valid_loss or optimizer, "
                 "or take it out of hyper."
@@ -122,7 +126,7 @@ def require_use(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Re
 def _refuse_integers(hyper: Any) -> None:
     for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
         if not is_inexact(leaf):
-            raise ValueError(
+            raise StructureError(
                 f"The hyperparameter {name!r} is of dtype {jax.numpy.result_type(leaf)} and has no "
                 "gradient. Make it a float, or leave discrete choices to a sweep."
             )

@@ -57,6 +57,11 @@ def widen(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32))
 
 
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    """The tree in the dtypes of `like`, as arrays."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+
+
 def all_finite(tree: Tree) -> jax.Array:
     """Whether every inexact leaf is finite; one pass, which XLA fuses with what made the leaves."""
     # 0 * x is 0 unless x is infinite or NaN; unlike a sum of x it cannot overflow.

@@ -90,6 +90,20 @@ def one_step(
     return advance
 
 
+def through(
+    problem: Problem,
+    hyper: Any,
+    progress: Progress,
+    train: Any,
+    key: jax.Array,
+    offset: jax.typing.ArrayLike,
+    count: int = 1,
+) -> Progress:
+    """All K steps of `train` from `progress`; `offset` and `count` as in `one_step`."""
+    advance = one_step(problem, hyper, train, key, offset, count)
+    return jax.lax.scan(lambda p, x: (advance(p, x), None), progress, step_inputs(train))[0]
+
+
 def judged(progress: Progress, count: int) -> Any:
     """The parameters that are validated: the last, or the mean over the last `count`."""
     if progress.total is None:
@@ -123,7 +137,6 @@ def objective(
     count = averaged(validate_at, steps)
     progress = begin(problem, hyper, inner, key, count)
     offset = steps_done(progress.inner)
-    advance = one_step(problem, hyper, train, key, offset, count)
-    progress = jax.lax.scan(lambda p, x: (advance(p, x), None), progress, step_inputs(train))[0]
+    progress = through(problem, hyper, progress, train, key, offset, count)
     params = judged(progress, count)
     return validation_loss(problem, params, hyper, valid, key, offset + steps), progress

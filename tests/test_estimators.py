@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.estimators.base import compiled_estimate
 from hypergrad.memory import temporary_bytes
 from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
 
@@ -292,7 +293,7 @@ def test_auto_takes_the_cheapest_checkpoint_that_fits(share: float, checkpoint: 
     hyper, key = jax.tree.map(jnp.float32, OPTIMIZERS["momentum"][1]), jax.random.key(3)
     train = hg.Minibatches(_digits_like(jax.random.key(0)), 8, 400)
     arguments = (hyper, problem.init(hyper, key), train, _digits_like(jax.random.key(5)), key)
-    whole = temporary_bytes(lambda *a: hg.Unrolled().estimate(problem, *a, ())[0], *arguments)
+    whole = temporary_bytes(compiled_estimate(hg.Unrolled(), problem, *arguments))
     auto = hg.Unrolled(checkpoint="auto", memory_limit=int(share * whole))
     if not checkpoint:
         with pytest.raises(ValueError, match=r"memory_limit=\d+ bytes is too little"):

@@ -180,10 +180,8 @@ def test_metrics_can_be_maximised() -> None:
     arguments = {"num_trials": 4, "num_steps": 20, "batch_size": 8, "sampler": "random"}
     result = hg.sweep(with_metric, SPACE, DATA, metric="fit", direction="maximize", **arguments)
     assert result.best.score == max(t.value for t in result.study.trials)
-    missing = hg.sweep(with_metric, SPACE, DATA, metric="accuracy", **arguments)
-    assert "is none of the problem's metrics: ['fit']" in str(
-        missing.study.trials[0].user_attrs["error"]
-    )
+    with pytest.raises(ValueError, match=r"is none of the problem's metrics: \['fit'\]"):
+        hg.sweep(with_metric, SPACE, DATA, metric="accuracy", **arguments)
 
 
 def test_bad_input_is_named(tmp_path: Any) -> None:
@@ -216,7 +214,24 @@ def test_bad_input_is_named(tmp_path: Any) -> None:
             make_problem, other, DATA, num_trials=1, num_steps=20, batch_size=8, storage=storage
         )
     extra = hg.Space({**SPACE, "unused": hg.Float(0.0, 1.0)})
-    result = hg.sweep(make_problem, extra, DATA, num_trials=1, num_steps=20, batch_size=8)
-    assert "'unused' never reaches" in result.study.trials[0].user_attrs["error"]
-    with pytest.raises(ValueError, match="No trial has trained in full"):
-        _ = result.best
+    arguments = {"num_trials": 1, "num_steps": 20, "batch_size": 8}
+    with pytest.raises(ValueError, match="'unused' never reaches"):
+        hg.sweep(make_problem, extra, DATA, **arguments)
+    less = hg.Space({name: SPACE[name] for name in ("optimizer", "momentum")})
+    with pytest.raises(ValueError, match=r"reads hyper\['rate'\], which hyper lacks"):
+        hg.sweep(make_problem, less, DATA, **arguments)
+    with pytest.raises(ValueError, match="told='first' is unknown"):
+        run(told="first")
+    with pytest.raises(ValueError, match="batch_size=80"):
+        run(batch_size=80)
+
+
+@pytest.mark.parametrize("told", ["start", "last", "best", "mean"])
+def test_optuna_samplers_and_every_told_value(told: Any) -> None:
+    refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
+    sampler = optuna.samplers.QMCSampler(seed=1, warn_independent_sampling=False)
+    result = run(refine=refine, num_steps=10, num_trials=3, sampler=sampler, told=told)
+    starts = [t.user_attrs["start"]["rate"] for t in result.study.trials]
+    values = [t.params["rate"] for t in result.study.trials]
+    assert len(set(starts)) == 3
+    assert (values == pytest.approx(starts, rel=1e-5)) == (told == "start")

@@ -1,14 +1,16 @@
 """What an estimator is: advance training K steps, return the gradient of the validation loss."""
 
 import abc
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hypergrad.memory import compiled_for, shapes_of
 from hypergrad.problem import Problem
-from hypergrad.structure import require_reach, require_use
+from hypergrad.structure import StructureError, require_reach, require_use
 from hypergrad.trees import all_finite, is_inexact, widen
 from hypergrad.window import objective
 
@@ -130,10 +132,46 @@ def require_structure(
         missing = error.args[0]
         if not isinstance(hyper, Mapping) or missing in hyper:
             raise
-        raise ValueError(
+        raise StructureError(
             f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
             f"{list(hyper)}. Give it a value, or take it out of the problem."
         ) from error
+
+
+def compiled_estimate(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Any,
+    inner: Any,
+    train: Any,
+    valid: Any,
+    key: jax.Array,
+) -> Any:
+    """One estimate from the estimator's first state, compiled for inputs of these shapes.
+
+    Call it with (hyper, inner, train, valid, key), or ask it what memory it needs. The last few are
+    kept, so that asking again, or running what was asked about, compiles nothing.
+    """
+    leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
+    # Programs also depend on what new arrays become.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    around = (jnp.result_type(float), device)
+    try:
+        hash(problem)
+    except TypeError:
+        return _compiled.__wrapped__(estimator, problem, treedef, tuple(leaves), around)
+    return _compiled(estimator, problem, treedef, tuple(leaves), around)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    estimator: Estimator, problem: Problem, treedef: Any, leaves: tuple[Any, ...], around: Any
+) -> Any:
+    def run(hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array) -> Estimate:
+        state = estimator.init(problem, hyper, inner, key)
+        return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
+
+    return compiled_for(run, *treedef.unflatten(leaves))
 
 
 def strong(hyper: Any) -> Any:

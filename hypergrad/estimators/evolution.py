@@ -8,14 +8,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.estimators.base import Estimate, Estimator, strong, summary
-from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
+from hypergrad.problem import NOISE, Problem, num_steps, steps_done, validation_loss
 from hypergrad.trees import path_name, widen
-from hypergrad.window import ValidateAt, averaged, begin, judged, one_step
+from hypergrad.window import ValidateAt, averaged, begin, judged, through
 
 Method = Literal["pes", "es", "es_single"]
-
-# A stream of randomness beside the training steps' fold_in(key, t) and problem.py's own two.
-_NOISE = 0xFFFFFFFD
 
 
 class Particles(NamedTuple):
@@ -165,10 +162,7 @@ class Evolution(Estimator):
             progress = begin(problem, moved, inner, key, count)
             # The unperturbed run's offset for all: a count per particle would draw the same
             # minibatch once per particle.
-            advance = one_step(problem, moved, train, key, offset, count)
-            progress = jax.lax.scan(
-                lambda p, x: (advance(p, x), None), progress, step_inputs(train)
-            )[0]
+            progress = through(problem, moved, progress, train, key, offset, count)
             params = judged(progress, count)
             loss = validation_loss(problem, params, moved, valid, key, offset + steps)
             return loss, progress.inner, progress.first_bad_step
@@ -206,7 +200,7 @@ class Evolution(Estimator):
         The step serves single calls of `hypergradient` and a tuner that restores this state but not
         the step; the count of calls serves runs that do not count steps or start anew each time.
         """
-        stream = jax.random.fold_in(jax.random.fold_in(key, _NOISE), step)
+        stream = jax.random.fold_in(jax.random.fold_in(key, NOISE), step)
         shape = (self.pairs, like.size)
         noise = jax.random.normal(jax.random.fold_in(stream, calls), shape, like.dtype)
         return jnp.asarray(self.std, like.dtype) * noise

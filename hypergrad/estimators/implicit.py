@@ -13,16 +13,16 @@ from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.linear import ConjugateGradient, LinearSolver, relative_residual
 from hypergrad.minibatches import Minibatches, mix_bits
 from hypergrad.problem import (
+    SOLVER,
     Problem,
     last_batch,
     num_steps,
-    step_inputs,
     steps_done,
     validation_loss,
 )
-from hypergrad.structure import keeps, reaches
+from hypergrad.structure import StructureError, keeps, reaches
 from hypergrad.trees import inner_product, is_inexact, norm, path_name
-from hypergrad.window import begin, objective, one_step
+from hypergrad.window import begin, objective, through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,7 @@ class Implicit(Estimator):
         steps = num_steps(train)
         end = begin(problem, hyper, inner, key, 1)
         offset = steps_done(end.inner)
-        advance = one_step(problem, hyper, train, key, offset)
-        end = jax.lax.scan(lambda p, x: (advance(p, x), None), end, step_inputs(train))[0]
+        end = through(problem, hyper, end, train, key, offset)
         z, inner_at = _point(end.inner, self.of, offset)
         examples = _examples(train, key, offset, self.batches)
 
@@ -136,7 +135,7 @@ class Implicit(Estimator):
         else:
             value, pull_back = jax.vjp(lambda z: residual(z, hyper), z)
             product = lambda x: pull_back(x)[0]  # noqa: E731
-        solver_key = jax.random.fold_in(jax.random.fold_in(key, _SOLVER), offset)
+        solver_key = jax.random.fold_in(jax.random.fold_in(key, SOLVER), offset)
         trained = _trained(problem, inner_at, z, hyper, examples, self.of, product)
         only = lambda x: jax.tree.map(lambda m, x: jnp.where(m, x, 0), trained, x)  # noqa: E731
 
@@ -177,11 +176,11 @@ class Implicit(Estimator):
         def trained(hyper: Any) -> jax.Array:
             return _total(objective(problem, hyper, inner, train, valid, key)[1].inner.params)
 
-        for direct, through in zip(
+        for direct, by_training in zip(
             reaches(stationarity, hyper), reaches(trained, hyper), strict=True
         ):
-            if through.differentiable and not direct.differentiable:
-                raise ValueError(
+            if by_training.differentiable and not direct.differentiable:
+                raise StructureError(
                     f"The hyperparameter {direct.name!r} does not enter the gradient of "
                     "train_loss, so the stationary point does not move with it and its "
                     "hypergradient would be a silent zero. What acts through the optimiser or the "
@@ -189,9 +188,6 @@ class Implicit(Estimator):
                     "Implicit(solver, of='fixed_point'), Unrolled or Forward."
                 )
 
-
-# A stream of randomness beside the training steps' own, which are fold_in(key, t).
-_SOLVER = 0xFFFFFFFC
 
 # z, in one dtype of at least float32, and the function that puts it back into the training state
 Point = tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]

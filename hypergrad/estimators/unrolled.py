@@ -1,7 +1,6 @@
 """Reverse mode through the training steps: full or truncated, checkpointed, mixed-mode."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,8 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.memory import device_bytes, shapes_of, temporary_bytes
+from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, summary
+from hypergrad.memory import device_bytes, temporary_bytes
 from hypergrad.problem import Problem, num_steps, step_inputs, steps_done, validation_loss
 from hypergrad.trees import inner_product, path_name
 from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
@@ -73,14 +72,18 @@ class Unrolled(Estimator):
         """With "auto", the same estimator with the checkpoint that fits."""
         if self.checkpoint != "auto":
             return self
-        leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
-        # Programs also depend on what new arrays become.
-        device = jax.config.jax_default_device  # type: ignore[attr-defined]
-        around = (jnp.result_type(float), device)
-        try:
-            return _cheapest_that_fits(self, problem, treedef, tuple(leaves), around)
-        except TypeError:  # a function of the problem that cannot be hashed
-            return _cheapest_that_fits.__wrapped__(self, problem, treedef, tuple(leaves), around)
+        limit = device_bytes() if self.memory_limit is None else self.memory_limit
+        needed: dict[str, int] = {}
+        for checkpoint in _SCANS:
+            chosen = dataclasses.replace(self, checkpoint=checkpoint, memory_limit=None)
+            compiled = compiled_estimate(chosen, problem, hyper, inner, train, valid, key)
+            needed[checkpoint] = temporary_bytes(compiled)
+            if needed[checkpoint] <= limit:
+                return chosen
+        raise ValueError(
+            f"memory_limit={limit} bytes is too little for {self}: it needs {needed}. Take a "
+            "smaller window, fewer steps, or Forward(chunk=...), whose memory does not grow with K."
+        )
 
     def estimate(
         self,
@@ -170,29 +173,6 @@ _SCANS: dict[Checkpoint, Callable[..., Progress]] = {
     "step": _scan_step,
     "sqrt": _scan_sqrt,
 }
-
-
-@functools.lru_cache(maxsize=256)
-def _cheapest_that_fits(
-    estimator: Unrolled, problem: Problem, treedef: Any, leaves: tuple[Any, ...], around: Any
-) -> Unrolled:
-    limit = device_bytes() if estimator.memory_limit is None else estimator.memory_limit
-    needed: dict[str, int] = {}
-    for checkpoint in _SCANS:
-        chosen = dataclasses.replace(estimator, checkpoint=checkpoint, memory_limit=None)
-
-        def run(
-            hyper: Any, inner: Any, train: Any, valid: Any, key: Any, chosen: Unrolled = chosen
-        ) -> Estimate:
-            return chosen.estimate(problem, hyper, inner, train, valid, key, ())[0]
-
-        needed[checkpoint] = temporary_bytes(run, *treedef.unflatten(leaves))
-        if needed[checkpoint] <= limit:
-            return chosen
-    raise ValueError(
-        f"memory_limit={limit} bytes is too little for {estimator}: it needs {needed}. Take a "
-        "smaller window, fewer steps, or Forward(chunk=...), whose memory does not grow with K."
-    )
 
 
 @jax.custom_vjp

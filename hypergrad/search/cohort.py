@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.search.program import Program, Programs
+from hypergrad.search.program import ProblemError, Program, Programs
 from hypergrad.search.rungs import Rung
 from hypergrad.search.study import OpenStudy, Proposal
-from hypergrad.tuners.population import PopulationState, Report, width_for
+from hypergrad.tuners.member import PopulationState, Report
+from hypergrad.tuners.population import width_for
 
 Told = Literal["start", "last", "best", "mean"]
+# Where a report holds what is told.
+TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 
 
 class Group(NamedTuple):
@@ -101,6 +104,8 @@ class Cohort:
                 jnp.asarray([p.number for p in team])
             )
             state = program.members.init(hypers, keys, width)
+        except ProblemError:
+            raise
         except Exception:
             self._fail(team)
             return []
@@ -114,6 +119,8 @@ class Cohort:
                 state = group.program.members.advance(group.state, updates)
                 standings += self._standings(group._replace(state=state))
                 trained.append(group._replace(state=state))
+            except ProblemError:
+                raise
             except jax.errors.JaxRuntimeError:
                 # Memory may suffice for one where it does not for all: each alone, from here.
                 if len(group.proposals) == 1:
@@ -134,23 +141,19 @@ class Cohort:
         return trained, standings
 
     def _standings(self, group: Group) -> list[Standing]:
-        report = group.program.members.report(group.state)
+        report = jax.device_get(group.program.members.report(group.state))
         scores = np.where(report.finite, self._score(report), np.nan)
-        values = (
-            {"start": report.start, "last": report.hyper, "best": report.best}[self._told]
-            if (self._told != "mean")
-            else report.mean
-        )
+        values = getattr(report, TOLD_FIELDS[self._told])
         result = []
         for i, proposal in enumerate(group.proposals):
             refined = {name: float(value[i]) for name, value in values.items()}
-            used = np.asarray(report.trail_steps[i]) > 0
+            used = report.trail_steps[i] > 0
             attrs: dict[str, Any] = {
                 "steps": int(report.steps[i]),
                 "refused": int(report.refused[i]),
                 "trajectory": {
-                    "steps": np.asarray(report.trail_steps[i])[used].tolist(),
-                    **{n: np.asarray(v[i])[used].tolist() for n, v in report.trail.items()},
+                    "steps": report.trail_steps[i][used].tolist(),
+                    **{n: v[i][used].tolist() for n, v in report.trail.items()},
                 },
             }
             if report.test_score is not None:

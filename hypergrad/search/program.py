@@ -13,8 +13,13 @@ from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem
 from hypergrad.search.splits import Splits
 from hypergrad.space import Space
+from hypergrad.structure import StructureError
 from hypergrad.tuners.population import Population, population
 from hypergrad.tuners.refine import Refine
+
+
+class ProblemError(ValueError):
+    """A mistake in `make_problem` that every trial would meet: it ends the sweep."""
 
 
 class Program(NamedTuple):
@@ -40,8 +45,8 @@ class Programs:
     """Programs by their choices, each made once.
 
     Raises:
-      ValueError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or reads
-        one that the space lacks.
+      ProblemError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or
+        reads one that the space lacks.
     """
 
     def __init__(
@@ -66,18 +71,20 @@ class Programs:
 
     def plain(self, choices: dict[str, Any]) -> Program:
         """The same without refinement: hyperparameters stand still."""
-        problem, space, _ = self.of(choices)
+        problem, space, _ = program = self.of(choices)
+        if self._refine is None:
+            return program
         return Program(problem, space, self._population(problem, space, None))
 
     def _make(self, choices: dict[str, Any]) -> Program:
         problem = self._make_problem(dict(choices))
         if not isinstance(problem, Problem):
-            raise ValueError(
+            raise ProblemError(
                 f"make_problem returned {type(problem).__name__} for {choices}: return a "
                 "hypergrad.Problem, such as hypergrad.bilevel makes."
             )
         space = continuous_part(self._space, choices)
-        self._check(problem, space)
+        self._check(problem, space, choices)
         return Program(problem, space, self._population(problem, space, self._refine))
 
     def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
@@ -92,9 +99,7 @@ class Programs:
             test=self._data.test,
         )
 
-    def _check(self, problem: Problem, space: Space) -> None:
-        if not space.continuous:
-            return
+    def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
         # Nothing is differentiated without refinement, but a value that is ignored is a mistake.
         estimator: Estimator = FiniteDifference()
         if self._refine is not None and isinstance(self._refine.estimator, Estimator):
@@ -102,4 +107,7 @@ class Programs:
         middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
         batches = Minibatches(self._data.train, self._batch_size, self._steps)
         key = jax.random.key(0)
-        require_structure(estimator, problem, middle, None, batches, self._data.valid, key)
+        try:
+            require_structure(estimator, problem, middle, None, batches, self._data.valid, key)
+        except StructureError as error:
+            raise ProblemError(f"make_problem({choices}): {error}") from error

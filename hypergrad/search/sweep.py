@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import optuna
 
+from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem
-from hypergrad.search.cohort import Cohort, Told
-from hypergrad.search.program import Programs
+from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
+from hypergrad.search.program import ProblemError, Programs
 from hypergrad.search.result import Result
 from hypergrad.search.rungs import Rung, Scheduler, brackets
 from hypergrad.search.splits import Splits
 from hypergrad.search.study import OpenStudy, Proposal, open_study
 from hypergrad.space import Space
-from hypergrad.tuners.population import Report
+from hypergrad.tuners.member import Report
 from hypergrad.tuners.refine import Refine
 
 _log = logging.getLogger("hypergrad")
@@ -82,8 +83,9 @@ def sweep(
 
     Raises:
       ValueError: what `open_study` refuses (another space, another direction); a scheduler whose
-        `min_steps` exceeds `num_steps`; `refine` without a Float; a mistake in `make_problem` that
-        every trial would meet.
+        `min_steps` exceeds `num_steps`; `refine` without a Float; a batch larger than the data; a
+        mistake that every trial would meet, such as a `make_problem` that ignores or lacks a
+        hyperparameter, or an unknown metric.
     """
     if refine is not None and not space.continuous:
         raise ValueError(
@@ -97,6 +99,8 @@ def sweep(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
             "the problem's metrics."
         )
+    if told not in TOLD_FIELDS:
+        raise ValueError(f"told={told!r} is unknown: give one of {', '.join(TOLD_FIELDS)}.")
     steps = _steps_per_update(refine, num_steps)
     ladders = [
         tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
@@ -104,7 +108,12 @@ def sweep(
     ]
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)
-    opened = open_study(space, storage, sampler, direction, seed, name, num_trials=num_trials)
+    Minibatches(data.train, batch_size, steps)  # refuses a batch larger than the data
+    # A sampler that is made already has its own seed.
+    sampler_seed = seed if isinstance(sampler, str) else None
+    opened = open_study(
+        space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
+    )
     spent = 0
     try:
         for hyper in enqueue:
@@ -177,7 +186,7 @@ def _score_by(metric: str | None) -> Callable[[Report], jax.Array]:
         if metric is None:
             return report.score
         if metric not in report.metrics:
-            raise ValueError(
+            raise ProblemError(
                 f"metric={metric!r} is none of the problem's metrics: {sorted(report.metrics)}."
             )
         return report.metrics[metric]

@@ -20,6 +20,7 @@ from hypergrad.tuners.base import (
     include,
     outer_update,
     report,
+    run_key,
     unit_estimate,
     unit_state,
 )
@@ -117,7 +118,7 @@ def alternating(
 
     def update(state: AlternatingState, train: Any, valid: Any) -> tuple[AlternatingState, Info]:
         now, steps = state.now, num_steps(train)
-        key = _window_key(now.inner, state)
+        key = run_key(state.key, now.inner, state.updates)
         hyper = space.from_unit(now.unit)
         chosen = estimator.resolve(problem, hyper, now.inner, train, valid, key)
         limited = shorten(problem, now.inner, state.trust, steps)
@@ -156,13 +157,6 @@ def alternating(
         return space.from_unit(space.project(state.average.unit))
 
     return Tuner(init, update, best)
-
-
-def _window_key(inner: Any, state: AlternatingState) -> jax.Array:
-    # A state that counts its steps goes on in one stream; one that does not gets a new stream.
-    if hasattr(inner, "step"):
-        return state.key
-    return jax.random.fold_in(state.key, state.updates)
 
 
 def _with_step_of(inner: Any, other: Any) -> Any:

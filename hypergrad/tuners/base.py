@@ -83,12 +83,24 @@ def in_unit_coordinates(problem: Problem, space: Space) -> Problem:
     def hyper_of(unit: Any) -> Any:
         return space.from_unit(space.project(unit))
 
+    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, unit, batch, key: function(params, hyper_of(unit), batch, key)
+
     return Problem(
-        lambda unit, key: problem.init(hyper_of(unit), key),
-        lambda inner, unit, batch, key: problem.step(inner, hyper_of(unit), batch, key),
-        lambda params, unit, batch, key: problem.train_loss(params, hyper_of(unit), batch, key),
-        lambda params, unit, batch, key: problem.valid_loss(params, hyper_of(unit), batch, key),
+        init=lambda unit, key: problem.init(hyper_of(unit), key),
+        step=judged(problem.step),
+        train_loss=judged(problem.train_loss),
+        valid_loss=judged(problem.valid_loss),
+        metrics=None if problem.metrics is None else judged(problem.metrics),
     )
+
+
+def run_key(key: jax.Array, inner: Any, updates: jax.Array) -> jax.Array:
+    """The key of one update of a run that goes on.
+
+    A state that counts its steps goes on in one stream; one that does not gets a new stream.
+    """
+    return key if hasattr(inner, "step") else jax.random.fold_in(key, updates)
 
 
 def unit_state(

@@ -1,8 +1,4 @@
-"""Members of one program trained together: hyperparameters and seeds traced, compiled once.
-
-Longer than 400 lines: a third of it says what state, report and functions are, and the functions
-share one state, one placement and one choice of how members are run.
-"""
+"""Members of one program trained together: hyperparameters and seeds traced, compiled once."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,91 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.minibatches import Minibatches
-from hypergrad.problem import Problem, rollout, validation_loss
+from hypergrad.problem import Problem
 from hypergrad.space import Space
-from hypergrad.trees import all_finite, path_name
-from hypergrad.trust import REASONS
-from hypergrad.tuners.alternating import AlternatingState
-from hypergrad.tuners.base import Tuner
+from hypergrad.trees import path_name
 from hypergrad.tuners.exploit import explored, parents_of
+from hypergrad.tuners.member import Data, PopulationState, Report, member_of, moved_to, unit_of
 from hypergrad.tuners.placement import Mode, Placement, seconds_of
+from hypergrad.tuners.plain import plain
 from hypergrad.tuners.refine import Refine, check_steps
-from hypergrad.tuners.trail import Trail, new_trail, read, record
-
-
-class Plain(NamedTuple):
-    """A member that trains under hyperparameters that stand still; cf. `AlternatingState`.
-
-    Attributes:
-      hyper: in the user's units.
-      inner: the training state.
-      key: the run's key.
-      updates: int32, blocks of K training steps done.
-    """
-
-    hyper: Any
-    inner: Any
-    key: jax.Array
-    updates: jax.Array
-
-
-class PopulationState(NamedTuple):
-    """The members of a population, one per slot; all leaves have a leading axis `[n]`.
-
-    Attributes:
-      run: `AlternatingState` under a `Refine`, else `Plain`; `state.run.inner` is the training
-        state either way.
-      start: where each member began, in unit coordinates.
-      trail: where it has been since.
-      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`; the first are trusted.
-      active: bool, False for a slot that only fills up the width: it is not trained.
-    """
-
-    run: Any
-    start: Any
-    trail: Trail
-    reasons: jax.Array
-    active: jax.Array
-
-
-class Report(NamedTuple):
-    """What there is to know about each slot; leaves `[n]` or `[n, ...]`, values in user's units.
-
-    Attributes:
-      score: the whole validation set's loss at the member's present parameters; NaN where not
-        `active`.
-      finite: whether score and parameters are.
-      active: False for slots that only fill up the width.
-      steps: int32, training steps done.
-      hyper: the hyperparameters now.
-      start: where they began.
-      best: `tuner.best`, the weighted mean of the trusted iterates; `hyper` without `Refine`.
-      mean: the mean (in unit coordinates) over the second half of the run, up to one block of
-        `trail` at its beginning.
-      trail: means of the unit coordinates over C equal blocks of updates, as values, `[n, C, ...]`.
-      trail_steps: int32 `[n, C]`, training steps done at the end of each block; 0 for one to come.
-      refused: int32, updates whose hypergradient was refused.
-      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`.
-      metrics: `problem.metrics` on the validation set; empty without.
-      test_score: the loss on `test`; None without.
-      test_metrics: `problem.metrics` on `test`; empty without.
-    """
-
-    score: jax.Array
-    finite: jax.Array
-    active: jax.Array
-    steps: jax.Array
-    hyper: Any
-    start: Any
-    best: Any
-    mean: Any
-    trail: Any
-    trail_steps: jax.Array
-    refused: jax.Array
-    reasons: jax.Array
-    metrics: Any
-    test_score: jax.Array | None
-    test_metrics: Any
 
 
 @dataclasses.dataclass
@@ -167,13 +86,6 @@ def width_for(n: int, available: Sequence[int] | None = None) -> int:
             "split the members."
         )
     return min(fitting)
-
-
-class _Data(NamedTuple):
-    train: Minibatches
-    guide: Any
-    valid: Any
-    test: Any
 
 
 def population(
@@ -253,7 +165,7 @@ def population(
     if refine is None:
         steps = 10 if steps_per_update is None else steps_per_update
         check_steps("population", steps)
-        tuner = _plain(problem, space)
+        tuner = plain(problem, space)
     else:
         steps = refine.steps_per_update
         tuner = refine.tuner(problem, space)
@@ -264,91 +176,40 @@ def population(
     guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
     place = Placement(jax.local_devices() if devices is None else devices, devices is None)
     execution = Execution(None if mode == "auto" else mode, {})
-    data_at: Callable[[int], _Data] = place.replicated(
-        _Data(Minibatches(train, batch_size, steps), guide, valid, test)
+    data_at: Callable[[int], Data] = place.replicated(
+        Data(Minibatches(train, batch_size, steps), guide, valid, test)
     )
 
-    def start(hyper: Any, key: jax.Array, active: jax.Array) -> PopulationState:
-        run = tuner.init(hyper, key)
-        unit = _unit(space, run)
-        reasons = jnp.zeros(len(REASONS), jnp.int32)
-        return PopulationState(run, unit, new_trail(unit, trail), reasons, active)
-
-    def move_on(member: PopulationState, num_updates: jax.Array, data: _Data) -> PopulationState:
-        def update(_: Any, member: PopulationState) -> PopulationState:
-            run, refused = tuner.update(member.run, data.train, data.guide)
-            refused = getattr(refused, "refused", refused)
-            return member._replace(
-                run=run,
-                trail=record(member.trail, _unit(space, run)),
-                reasons=member.reasons.at[refused].add(1),
-            )
-
-        num_updates = jnp.where(member.active, num_updates, 0)
-        return jax.lax.fori_loop(0, num_updates, update, member)
-
-    def score(member: PopulationState, batch: Any) -> jax.Array:
-        run = member.run
-        params, hyper = run.inner.params, _hyper(space, run)
-        loss = validation_loss(problem, params, hyper, batch, run.key, 0)
-        return jnp.where(member.active, loss, jnp.nan)
-
-    def metrics(member: PopulationState, batch: Any) -> Any:
-        if problem.metrics is None or batch is None:
-            return {}
-        run = member.run
-        return problem.metrics(run.inner.params, _hyper(space, run), batch, run.key)
-
-    def describe(member: PopulationState, data: _Data) -> Report:
-        values = lambda unit: space.from_unit(space.project(unit))  # noqa: E731
-        blocks, ends, mean = read(member.trail, member.start)
-        loss = score(member, data.valid)
-        return Report(
-            score=loss,
-            finite=jnp.isfinite(loss) & all_finite(member.run.inner.params),
-            active=member.active,
-            steps=steps * member.trail.seen,
-            hyper=_hyper(space, member.run),
-            start=values(member.start),
-            best=tuner.best(member.run),
-            mean=values(mean),
-            trail=values(blocks),
-            trail_steps=steps * ends,
-            refused=member.reasons[1:].sum(),
-            reasons=member.reasons,
-            metrics=metrics(member, data.valid),
-            test_score=None if data.test is None else score(member, data.test),
-            test_metrics=metrics(member, data.test),
-        )
+    member = member_of(problem, space, tuner, steps, trail)
 
     def evolve(
         state: PopulationState,
         key: jax.Array,
         numbers: tuple[Any, Any, Any],
         scores: jax.Array | None,
-        data: _Data,
+        data: Data,
         mode: Mode,
     ) -> tuple[PopulationState, jax.Array]:
         fraction, perturb, resample = numbers
         if scores is None:
-            members = place.each(lambda m, _, d: score(m, d.valid), mode)
+            members = place.each(lambda m, _, d: member.score(m, d.valid), mode)
             scores = members(state, jnp.zeros(state.active.shape, jnp.int32), data)
         draw, explore = jax.random.split(key)
         parents = parents_of(scores, state.active, draw, fraction)
         moved = parents != jnp.arange(parents.size)
         copied = jax.tree.map(lambda x: x[parents], state)
         run = copied.run._replace(key=state.run.key)
-        unit = explored(space, _unit(space, run), explore, perturb, resample)
-        copied = copied._replace(run=_moved_to(space, run, unit))
+        unit = explored(space, unit_of(space, run), explore, perturb, resample)
+        copied = copied._replace(run=moved_to(space, run, unit))
         return _where(moved, copied, state), parents
 
-    start_all = jax.jit(jax.vmap(start))
+    start_all = jax.jit(jax.vmap(member.start))
     advance_all = jax.jit(
-        lambda state, counts, data, mode: place.each(move_on, mode)(state, counts, data),
+        lambda state, counts, data, mode: place.each(member.move_on, mode)(state, counts, data),
         static_argnames="mode",
     )
     report_all = jax.jit(
-        lambda state, data, mode: place.each(lambda m, _, d: describe(m, d), mode)(
+        lambda state, data, mode: place.each(lambda m, _, d: member.describe(m, d), mode)(
             state, jnp.zeros(state.active.shape, jnp.int32), data
         ),
         static_argnames="mode",
@@ -359,7 +220,9 @@ def population(
         )
     )
     renew = jax.jit(
-        lambda state, hypers, keys, new: _where(new, jax.vmap(start)(hypers, keys, new), state)
+        lambda state, hypers, keys, new: _where(
+            new, jax.vmap(member.start)(hypers, keys, new), state
+        )
     )
     evolve_all = jax.jit(evolve, static_argnames="mode")
 
@@ -376,7 +239,7 @@ def population(
         state, data = place(state, width), data_at(width)
         return advance_all(state, counts, data, mode=decide(state, data))
 
-    def decide(state: PopulationState, data: _Data) -> Mode:
+    def decide(state: PopulationState, data: Data) -> Mode:
         width = _width(state)
         if execution.mode is None and place.local(width) > 1:
             counts = [place(jnp.full(width, n, jnp.int32), width) for n in (0, 1)]
@@ -439,40 +302,6 @@ def population(
         return place(state, width), parents
 
     return Population(init, advance, report, select, put, exploit, steps, execution)
-
-
-def _plain(problem: Problem, space: Space) -> Tuner:
-    """Training under hyperparameters that stand still, in the shape of a tuner.
-
-    Its update's second value is 0: the index of `trusted` among the reasons.
-    """
-
-    def init(hyper: Any, key: jax.Array) -> Plain:
-        hyper = space.validate(hyper)
-        return Plain(hyper, problem.init(hyper, key), key, jnp.zeros((), jnp.int32))
-
-    def update(run: Plain, train: Any, valid: Any) -> tuple[Plain, int]:
-        # A state that counts its steps goes on in one stream; one that does not gets a new stream.
-        counts = hasattr(run.inner, "step")
-        key = run.key if counts else jax.random.fold_in(run.key, run.updates)
-        inner = rollout(problem, run.hyper, run.inner, train, key)
-        return run._replace(inner=inner, updates=run.updates + 1), 0
-
-    return Tuner(init, update, lambda run: run.hyper)
-
-
-def _unit(space: Space, run: Any) -> Any:
-    return run.now.unit if isinstance(run, AlternatingState) else space.to_unit(run.hyper)
-
-
-def _hyper(space: Space, run: Any) -> Any:
-    return space.from_unit(run.now.unit) if isinstance(run, AlternatingState) else run.hyper
-
-
-def _moved_to(space: Space, run: Any, unit: Any) -> Any:
-    if isinstance(run, AlternatingState):
-        return run._replace(now=run.now._replace(unit=unit))
-    return run._replace(hyper=space.from_unit(unit))
 
 
 def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
