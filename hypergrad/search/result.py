@@ -1,6 +1,7 @@
 """What a sweep found: the best trial, a table, and an audit on fresh seeds."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,16 +80,21 @@ class Result:
             )
         return "\n".join(lines)
 
-    def audit(self, seeds: int = 10) -> Audit:
-        """The best trial's values frozen and retrained in full on `seeds` fresh seeds.
+    def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
+        """Values frozen and retrained in full on `seeds` fresh seeds, scored on the test split.
+
+        Args:
+          seeds: how many; no trial has used them.
+          hyper: all active values, in the user's units, such as an untuned default to compare with;
+            None for the best trial's.
 
         Raises:
-          ValueError: the data have no test split.
+          ValueError: the data have no test split; no trial trained in full.
         """
-        best = self.best
-        choices = {n: v for n, v in best.hyper.items() if n in self._opened.space.discrete}
+        values = self.best.hyper if hyper is None else hyper
+        choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
         program = self._programs.plain(choices)
-        hypers = {n: jnp.full(seeds, best.hyper[n], jnp.float32) for n in program.space.continuous}
+        hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
         # far from the trials' own, which are folded in by their numbers
         keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), 2**31), seeds)
         state = program.members.init(hypers, keys)
