@@ -95,6 +95,7 @@ _SEARCH = {
     "sweep": "sweep",
     "Splits": "splits",
     "Hyperband": "rungs",
+    "PopulationBasedTraining": "rungs",
     "SuccessiveHalving": "rungs",
 }
 

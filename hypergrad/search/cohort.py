@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optuna.trial import TrialState
 
+from hypergrad.search.live import Moment, Show
 from hypergrad.search.program import ProblemError, Program, Programs
-from hypergrad.search.rungs import Rung
+from hypergrad.search.rungs import PopulationBasedTraining, Rung
 from hypergrad.search.study import OpenStudy, Proposal
 from hypergrad.tuners.member import PopulationState, Report
 from hypergrad.tuners.population import width_for
@@ -17,14 +19,20 @@ from hypergrad.tuners.population import width_for
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
+# How often a rung says how far it is.
+_PARTS = 10
 
 
 class Group(NamedTuple):
-    """Trials of one program that train together; proposals stand in the order of their slots."""
+    """Trials of one program that train together; proposals stand in the order of their slots.
+
+    `copied` says, by a trial's number, after how many steps it went on from which other trial.
+    """
 
     program: Program
     state: PopulationState
     proposals: tuple[Proposal, ...]
+    copied: dict[int, list[tuple[int, int]]]
 
 
 class Standing(NamedTuple):
@@ -51,7 +59,10 @@ class Cohort:
       programs: what is trained.
       score: `(report) -> [slots]`, in the study's units.
       told: which of a trial's values the study learns.
+      exploit: population based training between the members of a group, or None.
+      num_steps: of a full run.
       seed: of the members' training.
+      show: is told where the sweep stands, if anybody looks.
       log: called with one line per rung.
     """
 
@@ -61,37 +72,51 @@ class Cohort:
         programs: Programs,
         score: Callable[[Report], jax.Array],
         told: Told,
+        exploit: PopulationBasedTraining | None,
+        num_steps: int,
         seed: int,
+        show: Show | None,
         log: Callable[[str], None],
     ) -> None:
         self._opened, self._programs, self._score = opened, programs, score
-        self._told, self._seed, self._log = told, seed, log
+        self._told, self._exploit, self._seed = told, exploit, seed
+        self._num_steps, self._show, self._log = num_steps, show, log
         self._maximize = opened.study.direction.name == "MAXIMIZE"
+        self._spent = 0
+        self._running = 0
+        # In full runs: what those that train here have behind them.
+        self._partial = 0.0
+        self._finished = 0
+        self._best: float | None = None
+        self._look_back()
 
-    def run(self, teams: Sequence[Sequence[Proposal]], rungs: Sequence[Rung], most: int) -> int:
-        """Trains teams of equal choices through the rungs; returns the training steps spent."""
+    @property
+    def spent(self) -> int:
+        """Training steps so far."""
+        return self._spent
+
+    def run(self, teams: Sequence[Sequence[Proposal]], rungs: Sequence[Rung], most: int) -> None:
+        """Trains teams of equal choices through the rungs."""
         groups = [
             g for team in teams for g in self._start(team, width_for(len(team), _widths(most)))
         ]
-        spent, done = 0, 0
+        done = 0
         for i, rung in enumerate(rungs):
-            groups, standings = self._train(groups, rung.steps - done)
-            spent += (rung.steps - done) * sum(len(g.proposals) for g in groups)
+            self._running = sum(len(g.proposals) for g in groups)
+            groups, standings = self._train(groups, done, rung.steps)
             done = rung.steps
-            alive = sorted(
-                (s for s in standings if np.isfinite(s.score)),
-                key=lambda s: -s.score if self._maximize else s.score,
-            )
+            alive = sorted((s for s in standings if np.isfinite(s.score)), key=self._rank)
             last = i == len(rungs) - 1
             going = () if last else alive[: rungs[i + 1].members]
             for standing in standings:
                 self._tell(standing, last, done, standing in going)
+            self._running, self._partial = len(going), len(going) * done / self._num_steps
+            self._look_back()
             best = f"best {alive[0].score:.4g}" if alive else "none finite"
             self._log(f"{len(standings)} trials at {done} steps: {best}, {len(going)} go on")
             kept = {s.proposal.number for s in going}
             groups = [self._shrunk(g, kept, most) for g in groups]
             groups = [g for g in groups if g.proposals]
-        return spent
 
     def _start(self, team: Sequence[Proposal], width: int) -> list[Group]:
         try:
@@ -109,16 +134,17 @@ class Cohort:
         except Exception:
             self._fail(team)
             return []
-        return [Group(program, state, tuple(team))]
+        return [Group(program, state, tuple(team), {})]
 
-    def _train(self, groups: list[Group], steps: int) -> tuple[list[Group], list[Standing]]:
+    def _train(
+        self, groups: list[Group], done: int, until: int
+    ) -> tuple[list[Group], list[Standing]]:
         trained, standings = [], []
         for group in groups:
             try:
-                updates = steps // group.program.members.steps_per_update
-                state = group.program.members.advance(group.state, updates)
-                standings += self._standings(group._replace(state=state))
-                trained.append(group._replace(state=state))
+                ended = self._advanced(group, done, until)
+                standings += self._standings(ended)
+                trained.append(ended)
             except ProblemError:
                 raise
             except jax.errors.JaxRuntimeError:
@@ -133,12 +159,55 @@ class Cohort:
                     )
                     for i, proposal in enumerate(group.proposals)
                 ]
-                more, found = self._train(alone, steps)
+                more, found = self._train(alone, done, until)
                 trained += more
                 standings += found
             except Exception:
                 self._fail(group.proposals)
         return trained, standings
+
+    def _advanced(self, group: Group, done: int, until: int) -> Group:
+        """The group after training from `done` to `until` steps."""
+        members, here = group.program.members, len(group.proposals)
+        stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
+        while done < until:
+            steps = min(max(stride, members.steps_per_update), until - done)
+            state = members.advance(group.state, steps // members.steps_per_update)
+            group = group._replace(state=jax.block_until_ready(state))
+            done += steps
+            self._spent += steps * here
+            self._partial += steps * here / self._num_steps
+            self._look()
+            if self._exploit is not None and here > 1 and done < until:
+                group = self._exploited(group, done)
+        return group
+
+    def _stride(self, steps: int) -> int:
+        """Steps to train before somebody looks or copies."""
+        if self._exploit is not None:
+            return self._exploit.every
+        return steps if self._show is None else -(-steps // _PARTS)
+
+    def _exploited(self, group: Group, done: int) -> Group:
+        """The group after one round of population based training."""
+        recipe, members = self._exploit, group.program.members
+        assert recipe is not None
+        scores = self._score(members.report(group.state))
+        key = jax.random.fold_in(jax.random.key(self._seed), group.proposals[0].number)
+        state, parents = members.exploit(
+            group.state,
+            jax.random.fold_in(key, done),
+            recipe.fraction,
+            recipe.perturb,
+            recipe.resample,
+            -scores if self._maximize else scores,
+        )
+        copied = {number: list(history) for number, history in group.copied.items()}
+        for i, proposal in enumerate(group.proposals):
+            if int(parents[i]) != i:
+                parent = group.proposals[int(parents[i])].number
+                copied.setdefault(proposal.number, []).append((done, parent))
+        return group._replace(state=state, copied=copied)
 
     def _standings(self, group: Group) -> list[Standing]:
         report = jax.device_get(group.program.members.report(group.state))
@@ -159,6 +228,8 @@ class Cohort:
             if report.test_score is not None:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
+            if self._exploit is not None:
+                attrs["copied"] = group.copied.get(proposal.number, [])
             result.append(Standing(proposal, float(scores[i]), refined, attrs))
         return result
 
@@ -180,11 +251,29 @@ class Cohort:
             return group._replace(proposals=tuple(group.proposals[i] for i in slots))
         width = width_for(len(slots), _widths(most))
         state = group.program.members.select(group.state, slots, width)
-        return Group(group.program, state, tuple(group.proposals[i] for i in slots))
+        return group._replace(state=state, proposals=tuple(group.proposals[i] for i in slots))
 
     def _fail(self, proposals: Sequence[Proposal]) -> None:
         for proposal in proposals:
             self._opened.fail(proposal, traceback.format_exc())
+
+    def _rank(self, standing: Standing) -> float:
+        return -standing.score if self._maximize else standing.score
+
+    def _look_back(self) -> None:
+        """Shows where the study stands, others' trials included."""
+        if self._show is None:
+            return
+        self._finished = self._opened.progress().finished
+        full = (t for t in self._opened.trials() if t.state == TrialState.COMPLETE)
+        scores = [t.value for t in full if t.value is not None]
+        self._best = (max if self._maximize else min)(scores, default=None)
+        self._look()
+
+    def _look(self) -> None:
+        if self._show is not None:
+            done = self._finished + self._partial
+            self._show(Moment(done, self._running, self._spent, self._best))
 
 
 def _widths(most: int) -> list[int]:

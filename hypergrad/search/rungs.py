@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
-__all__ = ["Hyperband", "Rung", "Scheduler", "SuccessiveHalving", "bracket_steps", "brackets"]
+__all__ = [
+    "Hyperband",
+    "PopulationBasedTraining",
+    "Rung",
+    "Scheduler",
+    "SuccessiveHalving",
+    "bracket_steps",
+    "brackets",
+]
 
 
 class Rung(NamedTuple):
@@ -64,7 +72,38 @@ class SuccessiveHalving:
         _check_scheduler(self)
 
 
-Scheduler = Hyperband | SuccessiveHalving
+@dataclass(frozen=True)
+class PopulationBasedTraining:
+    """All trials train in full; every so often the worst of a population go on from the best.
+
+    After each `every` training steps the worst `fraction` of the members that train together (equal
+    choices) take over parameters and hyperparameters of random ones among the best `fraction`, and
+    each copied hyperparameter moves by `perturb` up or down in unit coordinates, or is drawn anew
+    with probability `resample` (Jaderberg 2017). The study is told where the hyperparameters ended:
+    what a trial did is a schedule, its `trajectory`. Raises ValueError for values out of range.
+
+    >>> PopulationBasedTraining(every=100).fraction
+    0.25
+    """
+
+    every: int
+    fraction: float = 0.25
+    perturb: float = 0.05
+    resample: float = 0.0
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if isinstance(self.every, bool) or not isinstance(self.every, Integral):
+            raise TypeError(f"{kind}(every={self.every!r}) is no integer: give an int.")
+        if self.every < 1:
+            raise ValueError(f"{kind}(every={self.every!r}) is too small: give at least 1 step.")
+        for name, low, high in (("fraction", 0, 0.5), ("perturb", 0, 1), ("resample", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value <= high or (name == "fraction" and value == 0):
+                raise ValueError(f"{kind}({name}={value!r}) must lie between {low} and {high}.")
+
+
+Scheduler = Hyperband | SuccessiveHalving | PopulationBasedTraining
 
 
 def brackets(
@@ -73,8 +112,8 @@ def brackets(
     """Return the brackets that start `num_trials` configurations in all, in order.
 
     A full run has `num_steps` inner steps, and the last rung of every bracket is a full run. The
-    last bracket is trimmed to the configurations that are left. Without a scheduler there is one
-    bracket with one rung: all `num_trials` train in full.
+    last bracket is trimmed to the configurations that are left. Without a scheduler, and under
+    population based training, there is one bracket with one rung: all `num_trials` train in full.
 
     With `s_max` the largest s such that `min_steps * eta**s <= num_steps`, bracket s starts
     `n = ceil((s_max + 1) * eta**s / (s + 1))` configurations; rung i has `floor(n / eta**i)`
@@ -88,7 +127,7 @@ def brackets(
     """
     _check_count("num_steps", num_steps, "train for at least one step")
     _check_count("num_trials", num_trials, "run at least one trial")
-    if scheduler is None:
+    if scheduler is None or isinstance(scheduler, PopulationBasedTraining):
         return [(Rung(num_trials, num_steps),)]
     if scheduler.min_steps > num_steps:
         raise ValueError(
@@ -137,7 +176,7 @@ def _check_count(name: str, value: int, remedy: str) -> None:
         raise ValueError(f"{name}={value!r} leaves nothing to do: {remedy}.")
 
 
-def _check_scheduler(scheduler: Scheduler) -> None:
+def _check_scheduler(scheduler: Hyperband | SuccessiveHalving) -> None:
     kind = type(scheduler).__name__
     for name, lowest in (("min_steps", 1), ("eta", 2)):
         value = getattr(scheduler, name)

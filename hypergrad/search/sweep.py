@@ -14,9 +14,10 @@ import optuna
 from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem
 from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
+from hypergrad.search.live import live_view
 from hypergrad.search.program import ProblemError, Programs
 from hypergrad.search.result import Result
-from hypergrad.search.rungs import Rung, Scheduler, brackets
+from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.search.splits import Splits
 from hypergrad.search.study import OpenStudy, Proposal, open_study
 from hypergrad.space import Space
@@ -45,6 +46,7 @@ def sweep(
     enqueue: Iterable[Mapping[str, Any]] = (),
     seed: int = 0,
     name: str = "hypergrad",
+    progress: bool = True,
 ) -> Result:
     """Searches a mixed space: discrete choices by Optuna, continuous values by gradients too.
 
@@ -65,7 +67,8 @@ def sweep(
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", or any Optuna sampler.
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
-        together, and the best of each rung go on. TPE with Hyperband is BOHB.
+        together, and the best of each rung go on. TPE with Hyperband is BOHB. With
+        `PopulationBasedTraining` the members of a population copy each other.
       storage: None for memory, "path.journal", a database's URL, or an Optuna storage. The same
         call goes on where an earlier one stopped or was killed, and several processes share it.
       population: the most trials that train in one program at once. They are proposed before any
@@ -77,6 +80,8 @@ def sweep(
       enqueue: known good points, tried first; what a point leaves out is proposed.
       seed: of the sampler and of training.
       name: the study's.
+      progress: a live view (trials, best score, running population, speed, training steps, time
+        left) where standard error is a terminal. The logger "hypergrad" gets a line per rung.
 
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
     traceback (user attribute `error`), and the sweep goes on.
@@ -99,6 +104,11 @@ def sweep(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
             "the problem's metrics."
         )
+    exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
+    if exploit is not None and population < 2:
+        raise ValueError(
+            f"population={population} leaves {scheduler!r} nobody to copy from: give at least 4."
+        )
     if told not in TOLD_FIELDS:
         raise ValueError(f"told={told!r} is unknown: give one of {', '.join(TOLD_FIELDS)}.")
     steps = _steps_per_update(refine, num_steps)
@@ -114,23 +124,35 @@ def sweep(
     opened = open_study(
         space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
     )
-    spent = 0
+    moves = refine is not None or exploit is not None
     try:
         for hyper in enqueue:
             opened.enqueue(hyper)
-        cohort = Cohort(opened, programs, _score_by(metric), told, seed, _log.info)
-        for ladder in _from_where_it_stopped(ladders, scheduler, opened, population):
-            teams = _ask(opened, ladder[0].members, population, record=refine is None)
-            if not teams:
-                if not opened.progress().running:
+        with live_view(num_trials, progress) as show:
+            cohort = Cohort(
+                opened,
+                programs,
+                _score_by(metric),
+                # What copies made of a trial is its end.
+                told if refine is not None else "last",
+                exploit,
+                num_steps,
+                seed,
+                show,
+                _log.info,
+            )
+            for ladder in _from_where_it_stopped(ladders, opened, population):
+                teams = _ask(opened, ladder[0].members, population, record=not moves)
+                if teams:
+                    cohort.run(teams, ladder, population)
+                elif not opened.progress().running:
                     break
-                time.sleep(1.0)  # others' trials may yet come back to the queue
-                opened.recover()
-                continue
-            spent += cohort.run(teams, ladder, population)
+                else:
+                    time.sleep(1.0)  # others' trials may yet come back to the queue
+                    opened.recover()
     finally:
         opened.close()
-    return Result(opened.study, spent, opened, programs, num_steps, seed)
+    return Result(opened.study, cohort.spent, opened, programs, num_steps, seed)
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
@@ -146,12 +168,11 @@ def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
 
 def _from_where_it_stopped(
     ladders: Sequence[tuple[Rung, ...]],
-    scheduler: Scheduler | None,
     opened: OpenStudy,
     population: int,
 ) -> Iterator[tuple[Rung, ...]]:
-    """The brackets still to run; without a scheduler, full runs as many at a time as fit."""
-    if scheduler is None:
+    """The brackets still to run; where all runs are full ones, as many at a time as fit."""
+    if len(ladders[0]) == 1:
         steps = ladders[0][-1].steps
         return itertools.repeat((Rung(population, steps),))
     finished, skipped = opened.progress().finished, 0
