@@ -639,6 +639,33 @@ def test_a_lock_of_a_killed_process_is_taken_over(tmp_path, spawn):
     assert not os.path.islink(path + ".lock")
 
 
+def test_every_lock_is_a_young_one_to_other_machines(tmp_path):
+    """They break one whose target was not touched for 30 s, however many held it in between."""
+    path = str(tmp_path / "a.journal")
+    lock = open_storage(path)._backend._lock
+    os.utime(lock._kernel_file, (0, 0))
+    lock.acquire()
+    assert os.stat(path + ".lock").st_mtime > time.time() - 60
+    lock.release()
+
+
+def test_attributes_come_back_whatever_their_size_and_value(storage):
+    """A trajectory of 32 blocks and 30 Floats is 20 KB; a metric may be NaN or infinite."""
+    trajectory = {f"l2_{i}": [0.1 + i + step / 3 for step in range(32)] for i in range(30)}
+    metrics = {"accuracy": float("nan"), "loss": float("inf")}
+    with open_study(FLAT, storage, "random", seed=0) as opened:
+        proposal = opened.ask(record=False)
+        opened.report(proposal, float("nan"), 10)
+        opened.report(proposal, float("inf"), 20)
+        opened.finish(proposal, -math.inf, None, {"trajectory": trajectory, "metrics": metrics})
+        for trial in (*opened.study.trials, *reopen(opened).trials):
+            assert trial.user_attrs["trajectory"] == trajectory
+            assert math.isnan(trial.user_attrs["metrics"]["accuracy"])
+            assert trial.user_attrs["metrics"]["loss"] == math.inf
+            assert math.isnan(trial.intermediate_values[10])
+            assert (trial.intermediate_values[20], trial.value) == (math.inf, -math.inf)
+
+
 @pytest.fixture
 def spawn():
     """Start a function in a process of a server that has imported us, in a few ms each."""
@@ -656,6 +683,21 @@ def spawn():
     for process in started:
         process.kill()
         process.join()
+
+
+def _open_together(storage, barrier):
+    barrier.wait()
+    open_study(FLAT, storage).close()
+
+
+def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path, spawn):
+    """Optuna alone: each makes the tables that it finds missing, and all but one may fail."""
+    storage, count = place("sqlite", tmp_path), 4
+    barrier = multiprocessing.get_context("forkserver").Barrier(count)
+    processes = [spawn(_open_together, storage, barrier) for _ in range(count)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def _work(storage, num_trials, log):

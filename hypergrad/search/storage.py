@@ -1,15 +1,19 @@
 """Where a study is kept: memory, a journal file, or any storage of Optuna, safe against `kill -9`.
 
 Optuna's journal takes a lock file that a killed process leaves behind, and everybody then waits
-30 s for it; a machine that loses power may leave half a line, which no later reader accepts; and
-on SQLite two processes can both take the same waiting trial. Each is mended here.
+30 s for it; a machine that loses power may leave half a line, which no later reader accepts; on
+SQLite two processes can both take the same waiting trial; two that open a new database at once
+both make its tables, and one fails; and a machine that is lost within a transaction keeps its locks
+on PostgreSQL for hours. Each is mended here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,9 @@ __all__ = ["open_storage"]
 
 # How long a process waits for another one's transaction on SQLite, in seconds.
 _SQLITE_PATIENCE = 60
+# After how long PostgreSQL ends a transaction whose client went silent, in seconds. Ours take
+# milliseconds; the worker's own grace is as long.
+_POSTGRESQL_PATIENCE = 60
 
 
 def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
@@ -93,6 +100,9 @@ class _Lock(BaseJournalFileLock):
         self._descriptor = os.open(self._kernel_file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # Another machine breaks a link that is 30 s old by the time on its target: without
+            # this, all of our short locks would look to it like one long one.
+            os.utime(self._kernel_file)
             with contextlib.suppress(OSError):
                 if os.readlink(self._link_file) == self._link._lock_target_file:
                     self._link.release()
@@ -145,13 +155,51 @@ def _cut_torn_line(path: str, lock: Any) -> None:
 
 
 def _open_database(url: str) -> BaseStorage:
-    if not url.startswith("sqlite"):
-        return optuna.storages.get_storage(url)
     if ":memory:" in url or url.rstrip("/") == "sqlite:":
         return optuna.storages.get_storage(url)
+    if url.startswith("sqlite"):
+        return _open_sqlite(url)
+    # Connections that a server or a firewall has closed are noticed before they are used.
+    database = _with_tables(url, {"pool_pre_ping": True})
+    if url.startswith("postgresql"):
+        _free_locks_of_lost_machines(database)
+    return optuna.storages.get_storage(database)
+
+
+def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Open a database, and make its tables where they are missing."""
+    from sqlalchemy.exc import DBAPIError, IntegrityError
+
+    attempts = 20
+    while True:
+        try:
+            return RDBStorage(url, engine_kwargs=dict(engine_kwargs))
+        except DBAPIError as error:
+            # Another process is making the same tables; when it has, we find them.
+            race = isinstance(error, IntegrityError) or "already exists" in str(error)
+            attempts -= 1
+            if not race or not attempts:
+                raise
+        time.sleep(random.uniform(0.01, 0.2))
+
+
+def _free_locks_of_lost_machines(database: RDBStorage) -> None:
     from sqlalchemy import event
 
-    database = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _SQLITE_PATIENCE}})
+    @event.listens_for(database.engine, "connect")
+    def _limit_silence(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{_POSTGRESQL_PATIENCE}s'")
+        cursor.close()
+        connection.commit()
+
+    database.engine.dispose()
+
+
+def _open_sqlite(url: str) -> BaseStorage:
+    from sqlalchemy import event
+
+    database = _with_tables(url, {"connect_args": {"timeout": _SQLITE_PATIENCE}})
 
     # SQLite has no SELECT ... FOR UPDATE, on which Optuna relies: between its reading and its
     # writing another process may do the same. A transaction that locks at its start may not.
