@@ -48,9 +48,10 @@ ORDER = (
     "tuners.exploit",
     "tuners.population",
     "diagnostics",
+    "panels",
+    "plotting",
     "search.*",
     "training",
-    "plotting",
     "nn",
     "testing",
 )

@@ -7,11 +7,11 @@ from typing import Any
 
 import optuna
 
-from hypergrad.dimensions import Categorical
+from hypergrad.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.search.distributions import Coordinates
 from hypergrad.space import Space
 
-__all__ = ["check_same", "fingerprint", "first_difference"]
+__all__ = ["check_same", "fingerprint", "first_difference", "stored_space"]
 
 # A user attribute of the study.
 _SPACE = "hypergrad:space"
@@ -64,6 +64,29 @@ def fingerprint(space: Space) -> dict[str, dict[str, Any]]:
         entry["when"] = {parent: list(values) for parent, values in when.items()} or None
         result[name] = entry
     return result
+
+
+def stored_space(study: optuna.Study) -> Space:
+    """Return the space that a study was made for, as it is written in the study.
+
+    Raises ValueError for a study that no sweep has opened.
+    """
+    stored = study.user_attrs.get(_SPACE)
+    if stored is None:
+        raise ValueError(
+            f"The study {study.study_name!r} says nothing of its space: only studies that "
+            "hypergrad.sweep has opened do."
+        )
+    dimensions: dict[str, Dimension] = {}
+    for name, entry in stored.items():
+        if entry["kind"] == "Categorical":
+            dimensions[name] = Categorical(entry["choices"], when=entry["when"])
+        else:
+            kind = {"Float": Float, "Int": Int}[entry["kind"]]
+            dimensions[name] = kind(
+                entry["low"], entry["high"], scale=entry["scale"], when=entry["when"]
+            )
+    return Space(dimensions)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,9 @@
 """What a sweep found: the best trial, a table, and an audit on fresh seeds."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optuna
 
+from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
 from hypergrad.search.study import OpenStudy
 
@@ -108,6 +111,28 @@ class Result:
         found = np.where(np.isfinite(found), found, np.inf)
         error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
         return Audit(found, float(found.mean()), error)
+
+    def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Writes pictures of the sweep into `folder` as PNG; returns their paths.
+
+        Scores by trial, parallel coordinates, importance, and the refined trials' trajectories;
+        `hypergrad.search.pictures` draws each of them alone. Needs matplotlib (extra `plots`).
+
+        Raises:
+          ValueError: no trial has a score.
+        """
+        # Loaded on use, as a sweep needs no matplotlib.
+        from hypergrad.search.pictures import save_pictures
+
+        return save_pictures(self.study, folder)
+
+    def dashboard_command(self) -> str:
+        """The shell command that opens optuna-dashboard (extra `dashboard`) on the storage.
+
+        Raises:
+          ValueError: a storage that no other process can open, such as memory.
+        """
+        return dashboard_command(self.study._storage)
 
     def _ranked(self, count: int) -> list[Best]:
         complete = [

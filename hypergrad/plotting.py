@@ -1,0 +1,330 @@
+"""Pictures of a run: trajectories of its hyperparameters, losses, hypergradients, schedules.
+
+A `history` is the sequence of what `tuner.update` returned as `info`, one per update. Each function
+draws on the axes it is given, or on a new figure, and returns the axes; `axes[0].figure.savefig`
+writes the picture. Nothing global is touched (no pyplot, no rcParams): for a window, give axes made
+by `matplotlib.pyplot.subplots`. Colours are those of Okabe and Ito, safe for the colour-blind.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypergrad.dimensions import Float
+from hypergrad.learned import Schedule
+from hypergrad.panels import (
+    PALETTE,
+    Axes,
+    Figure,
+    given_or_new,
+    legend_above,
+    log_scale,
+    new_panels,
+    set_hyper_axis,
+)
+from hypergrad.space import Space
+from hypergrad.trust import REASONS
+
+__all__ = ["plot_losses", "plot_norms", "plot_run", "plot_schedule", "plot_trajectories"]
+
+_DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+# More numbers than this are drawn as a median and a band.
+_MOST_LINES = len(PALETTE)
+# One for each of `trust.REASONS`: its few words, its marker, its colour.
+REFUSALS = (
+    ("trusted", "", ""),
+    ("not finite", "s", PALETTE[6]),
+    ("norm far above its median", "^", PALETTE[4]),
+    ("adjoint grew (chaos)", "X", PALETTE[1]),
+    ("training learned too little", "v", PALETTE[3]),
+    ("linear system not solved", "D", PALETTE[2]),
+)
+assert len(REFUSALS) == len(REASONS)
+
+
+def plot_trajectories(
+    history: Sequence[Any],
+    space: Space,
+    *,
+    steps_per_update: int | None = None,
+    names: Sequence[str] | None = None,
+    axes: Any = None,
+    label: str | None = None,
+    color: str | None = None,
+) -> np.ndarray:
+    """Draws where the hyperparameters went, one panel each, in their own units and on their scales.
+
+    The vertical axis is the range in `space`. Up to 7 numbers of one hyperparameter (one per layer)
+    are lines; more are their median with bands from the 25th to the 75th and from the 5th to the
+    95th percentile.
+
+    Args:
+      history: the run's infos, or what has their `hyper`, in order.
+      space: the tuner's space: scales and bounds.
+      steps_per_update: K; the horizontal axis is then training steps instead of updates.
+      names: which hyperparameters, in this order; None for all.
+      axes: one for each, as an array or a list; None for a new figure.
+      label: of the run in the legends, where several share the axes.
+      color: of the run; its numbers then differ by their dashes.
+
+    Returns the axes used, `[hyperparameters]`.
+
+    Raises:
+      ValueError: an empty history, a name that is not in the history or not in the space, too few
+        axes.
+
+    >>> import hypergrad as hg
+    >>> from types import SimpleNamespace
+    >>> history = [SimpleNamespace(hyper={"rate": 10.0**-i}) for i in range(3)]
+    >>> space = hg.Space({"rate": hg.Float(1e-3, 1.0, scale="log")})
+    >>> axis, = plot_trajectories(history, space, steps_per_update=10)
+    >>> axis.get_yscale(), axis.get_xlabel(), axis.lines[0].get_xdata().tolist()
+    ('log', 'training step', [10, 20, 30])
+    """
+    values = _stacked([info.hyper for info in _checked(history)])
+    x = _positions(len(history), steps_per_update)
+    panels = _hyper_panels(values, space, names, axes)
+    for name, axis in panels.items():
+        _draw(axis, x, _series(values[name]), label, color)
+        _finish(axis, steps_per_update)
+    return np.array(list(panels.values()))
+
+
+def plot_schedule(
+    schedule: Schedule,
+    space: Space,
+    *,
+    names: Sequence[str] | None = None,
+    axes: Any = None,
+    label: str | None = None,
+    color: str | None = None,
+) -> np.ndarray:
+    """Draws a schedule (`learned_schedule`, `settled_schedule`) as the steps that it consists of.
+
+    Arguments, result and errors as in `plot_trajectories`; each value stands for the training
+    steps it is used in.
+    """
+    values = {name: jax.tree.map(np.asarray, tree) for name, tree in schedule.values.items()}
+    updates = jax.tree.leaves(values)[0].shape[0]
+    x = schedule.steps_per_update * np.arange(updates + 1)
+    panels = _hyper_panels(values, space, names, axes)
+    for name, axis in panels.items():
+        # The last value stands until the end of its steps.
+        series = {part: np.concatenate([v, v[-1:]]) for part, v in _series(values[name]).items()}
+        _draw(axis, x, series, label, color, step="post")
+        _finish(axis, schedule.steps_per_update)
+    return np.array(list(panels.values()))
+
+
+def plot_losses(
+    history: Sequence[Any],
+    *,
+    steps_per_update: int | None = None,
+    train_losses: Sequence[float] | None = None,
+    axes: Axes | None = None,
+    label: str | None = None,
+    color: str | None = None,
+) -> Axes:
+    """Draws the validation loss of each update, refused ones marked, and the training loss.
+
+    Args:
+      history: the run's infos, in order.
+      steps_per_update: K; the horizontal axis is then training steps instead of updates.
+      train_losses: one per update, where the loop took them; infos hold none.
+      axes: where to draw; None for a new figure.
+      label: of the run in the legend, where several share the axes.
+      color: of the run.
+
+    The axis is logarithmic where the losses span more than a factor of 5. A refused update whose
+    loss is not finite is marked at the upper edge.
+
+    Raises:
+      ValueError: an empty history; `train_losses` of another length.
+    """
+    losses = np.array([float(info.loss) for info in _checked(history)])
+    axis = new_panels(1)[0] if axes is None else axes
+    x = _positions(len(history), steps_per_update)
+    before = f"{label}: " if label else ""
+    axis.plot(x, losses, color=color or PALETTE[0], label=label or "validation")
+    shown = [losses]
+    if train_losses is not None:
+        if len(train_losses) != len(history):
+            raise ValueError(
+                f"train_losses has {len(train_losses)} entries and history {len(history)}: give "
+                "one per update."
+            )
+        shown.append(np.asarray(train_losses, float))
+        axis.plot(x, shown[1], "--", color=color or PALETTE[4], label=before + "training")
+    _mark_refused(axis, x, losses, history)
+    both = np.concatenate(shown)
+    both = both[np.isfinite(both)]
+    if both.size and both.min() > 0 and both.max() > 5 * both.min():
+        log_scale(axis)
+    axis.set_ylabel("loss" if train_losses is not None else "validation loss")
+    _finish(axis, steps_per_update)
+    return axis
+
+
+def plot_norms(
+    history: Sequence[Any],
+    *,
+    steps_per_update: int | None = None,
+    axes: Axes | None = None,
+    label: str | None = None,
+    color: str | None = None,
+) -> Axes:
+    """Draws the hypergradients' norms on a logarithmic axis, refused ones marked by their reason.
+
+    The norm is in unit coordinates: loss per full range of the hyperparameters. One that is not
+    finite is marked at the upper edge; one of exactly zero has no place on a logarithmic axis and
+    is left out. Arguments and errors as in `plot_losses`.
+    """
+    norms = np.array([float(info.norm) for info in _checked(history)])
+    axis = new_panels(1)[0] if axes is None else axes
+    x = _positions(len(history), steps_per_update)
+    trusted = color or PALETTE[0]
+    axis.plot(x, norms, ".-", color=trusted, label=label or "trusted", linewidth=1, markersize=4)
+    axis.set_yscale("log", nonpositive="mask")
+    _mark_refused(axis, x, norms, history)
+    axis.set_ylabel("hypergradient norm\n(loss per range)")
+    _finish(axis, steps_per_update)
+    return axis
+
+
+def plot_run(
+    history: Sequence[Any],
+    space: Space,
+    *,
+    steps_per_update: int | None = None,
+    train_losses: Sequence[float] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """One run on one figure: its trajectories, its losses, its hypergradients' norms.
+
+    Arguments and errors as in `plot_trajectories` and `plot_losses`.
+    """
+    names = list(_checked(history)[0].hyper)
+    axes = new_panels(len(names) + 2)
+    common: dict[str, Any] = {"steps_per_update": steps_per_update}
+    plot_trajectories(history, space, axes=axes[:-2], **common)
+    plot_losses(history, train_losses=train_losses, axes=axes[-2], **common)
+    plot_norms(history, axes=axes[-1], **common)
+    figure = axes[0].figure
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _checked(history: Sequence[Any]) -> Sequence[Any]:
+    if not len(history):
+        raise ValueError("history=[] holds no update: append the info of every tuner.update to it.")
+    return history
+
+
+def _stacked(hypers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    stack = lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves])  # noqa: E731
+    return jax.tree.map(stack, *[dict(hyper) for hyper in hypers])
+
+
+def _positions(updates: int, steps_per_update: int | None) -> np.ndarray:
+    """Where the updates stand: at the last training step of each, or at their number."""
+    return (steps_per_update or 1) * np.arange(1, updates + 1)
+
+
+def _hyper_panels(
+    values: Mapping[str, Any], space: Space, names: Iterable[str] | None, axes: Any
+) -> dict[str, Axes]:
+    """The axes of each hyperparameter, on its scale."""
+    if names is None:
+        # JAX sorts a dict's keys; the space has the user's order.
+        names = sorted(values, key=lambda name: [*space, name].index(name))
+    floats = {}
+    for name in names:
+        if name not in values:
+            raise ValueError(f"names holds {name!r}: the run's hyperparameters are {list(values)}.")
+        dimension = space.dimensions.get(name)
+        if not isinstance(dimension, Float):
+            raise ValueError(
+                f"The run's hyperparameter {name!r} is no Float of this space, whose Floats are "
+                f"{list(space.continuous)}: give the tuner's space, or choose with names=."
+            )
+        floats[name] = dimension
+    panels = given_or_new(axes, list(floats))
+    for name, axis in panels.items():
+        set_hyper_axis(axis, name, floats[name])
+    return panels
+
+
+def _series(tree: Any) -> dict[str, np.ndarray]:
+    """The numbers of one hyperparameter by their labels, `[updates]`; or all, `[updates, n]`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if sum(leaf[0].size for _, leaf in leaves) > _MOST_LINES:
+        return {"": np.concatenate([leaf.reshape(len(leaf), -1) for _, leaf in leaves], axis=1)}
+    lines = {}
+    for path, leaf in leaves:
+        label = jax.tree_util.keystr(path, simple=True, separator=".")
+        for index in np.ndindex(leaf.shape[1:]):
+            place = f"[{', '.join(map(str, index))}]" if index else ""
+            lines[label + place] = leaf[(slice(None), *index)]
+    return lines
+
+
+def _draw(
+    axis: Axes,
+    x: np.ndarray,
+    series: Mapping[str, np.ndarray],
+    label: str | None,
+    color: str | None,
+    step: Any = None,
+) -> None:
+    for i, (part, values) in enumerate(series.items()):
+        line_color = color or PALETTE[i]
+        style = _DASHES[i] if color else "-"
+        text = " ".join(t for t in (label, part) if t) or None
+        if values.ndim > 1:
+            low, quarter, values, upper, high = np.percentile(values, [5, 25, 50, 75, 95], axis=1)
+            for bottom, top, between in ((low, high, "5-95%"), (quarter, upper, "25-75%")):
+                axis.fill_between(
+                    x, bottom, top, color=line_color, alpha=0.2, lw=0, step=step, label=between
+                )
+            text = " ".join(t for t in (label, "median") if t)
+        drawstyle = "default" if step is None else f"steps-{step}"
+        axis.plot(x, values, color=line_color, ls=style, label=text, drawstyle=drawstyle)
+
+
+def _mark_refused(axis: Axes, x: np.ndarray, y: np.ndarray, history: Sequence[Any]) -> None:
+    refused = np.array([int(info.refused) for info in history])
+    for reason, (words, marker, color) in enumerate(REFUSALS):
+        if reason == 0:
+            continue
+        # Where there is no height to show: the upper edge.
+        edge = axis.get_xaxis_transform()
+        for here, height, transform in (
+            (refused == reason, y, axis.transData),
+            ((refused == reason) & ~np.isfinite(y), np.full(len(y), 0.97), edge),
+        ):
+            here = here & np.isfinite(height)
+            if here.any():
+                axis.plot(
+                    x[here],
+                    height[here],
+                    marker,
+                    color=color,
+                    markersize=6,
+                    markeredgecolor="white",
+                    markeredgewidth=0.5,
+                    transform=transform,
+                    label=f"refused: {words}",
+                )
+
+
+def _finish(axis: Axes, steps_per_update: int | None) -> None:
+    axis.set_xlabel("training step" if steps_per_update else "outer update")
+    axis.grid(alpha=0.25)
+    handles, labels = axis.get_legend_handles_labels()
+    # Several runs on one axis share the marks of refusals.
+    unique = dict(zip(labels, handles, strict=True))
+    if unique.keys() - {"validation", "trusted"}:
+        legend_above(axis, list(unique.values()), list(unique))

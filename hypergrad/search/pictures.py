@@ -1,0 +1,223 @@
+"""Pictures of a sweep: scores, parallel coordinates, importance, and where refinement led.
+
+Each function takes an Optuna study that `hypergrad.sweep` has opened (`result.study`, or one loaded
+from its storage), draws on the axes it is given or on a new figure, and returns the axes. The
+importances are Optuna's. Optuna's own plots work on the same study, too; they change matplotlib's
+style for good, leave out stopped trials and know no scale of one minus the value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from optuna.trial import TrialState
+
+from hypergrad.dimensions import Float
+from hypergrad.panels import (
+    PALETTE,
+    Axes,
+    Figure,
+    given_or_new,
+    legend_above,
+    log_scale,
+    new_panels,
+    set_hyper_axis,
+)
+from hypergrad.search.distributions import Coordinates
+from hypergrad.search.fingerprint import stored_space
+from hypergrad.search.parallel import plot_parallel
+from hypergrad.search.scored import (
+    BEST_COLOR,
+    OTHER_COLOR,
+    Colors,
+    best_of,
+    own_trials,
+    scored_trials,
+    sign_of,
+    worst_first,
+)
+
+__all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
+
+# Trials that trained in full, of which a tenth is one.
+_FEWEST = 10
+
+
+def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
+    """Draws each trial's score by its number, and the best so far (the optimisation history).
+
+    A trial that a scheduler stopped stands at its last score; one that failed is a mark at the
+    lower edge. Only trials that trained in full count as the best.
+
+    Raises:
+      ValueError: no trial has a score.
+    """
+    scored = scored_trials(study)
+    axis = new_panels(1)[0] if axes is None else axes
+    full = [(s.trial.number, s.score) for s in scored if s.complete]
+    stopped = [(s.trial.number, s.score) for s in scored if not s.complete]
+    failed = [(t.number, 0.03) for t in own_trials(study) if t.state == TrialState.FAIL]
+    if full:
+        numbers, scores = zip(*full, strict=True)
+        better = np.minimum if sign_of(study) > 0 else np.maximum
+        # The best stands to the end.
+        best = better.accumulate([*scores, scores[-1]])
+        last = max(s.trial.number for s in scored)
+        axis.step([*numbers, last], best, where="post", color=BEST_COLOR, label="best so far")
+        axis.plot(numbers, scores, "o", color=PALETTE[0], ms=5, label="trained in full")
+    if stopped:
+        axis.plot(*zip(*stopped, strict=True), "x", color=OTHER_COLOR, ms=5, label="stopped early")
+    if failed:
+        edge = axis.get_xaxis_transform()
+        axis.plot(
+            *zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, label="failed", transform=edge
+        )
+    values = [s.score for s in scored]
+    if min(values) > 0 and max(values) > 5 * min(values):
+        log_scale(axis)
+    axis.set_xlabel("trial")
+    axis.set_ylabel("score (validation)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.25)
+    legend_above(axis, *axis.get_legend_handles_labels())
+    return axis
+
+
+def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
+    """Draws how much each hyperparameter mattered among the trials that trained in full.
+
+    Optuna's estimate (`optuna.importance.get_param_importances`, PED-ANOVA): what sets the best
+    tenth of the trials apart. Below some dozens of trials it is a hint at most, and it judges the
+    values that the study was told, not where refinement started.
+
+    Raises:
+      ValueError: fewer than ten trials trained in full, or no sweep has opened the study.
+    """
+    count = sum(s.complete for s in scored_trials(study))
+    if count < _FEWEST:
+        raise ValueError(
+            f"The study {study.study_name!r} has {count} trials that trained in full. Importance "
+            f"compares the best tenth with the others: run at least {_FEWEST}."
+        )
+    names = {parameter: name for name, parameter in Coordinates(stored_space(study)).names.items()}
+    shares = optuna.importance.get_param_importances(study)
+    # The largest on top.
+    found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
+    axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
+    axis.barh(list(found), list(found.values()), color=PALETTE[0], height=0.65)
+    for i, share in enumerate(found.values()):
+        text = f"{share:.2f}" if share >= 0.01 else "<0.01"
+        axis.text(share, i, f" {text}", va="center", fontsize=8)
+    axis.set_xlim(0, 1.15 * max(found.values()))
+    axis.set_xlabel(f"importance (share of 1; {count} trials)")
+    axis.spines[["top", "right"]].set_visible(False)
+    return axis
+
+
+def plot_refinement(
+    study: optuna.Study, *, names: Sequence[str] | None = None, axes: Any = None
+) -> np.ndarray:
+    """Draws where hypergradients took each trial: its continuous values while it trained.
+
+    One panel per Float, in its own units and on its scale. A trial starts at a ring, where the
+    sampler proposed it, and ends at a dot, or at a cross where a scheduler stopped it; between them
+    are the means of blocks of updates. Better scores are darker; the best trial that trained in
+    full is red. A new figure has a legend and a scale of colours.
+
+    Args:
+      study: the sweep's.
+      names: which Floats; None for all that any trial had.
+      axes: one for each; None for a new figure.
+
+    Returns the axes used, `[Floats]`.
+
+    Raises:
+      ValueError: no trial was refined; a name that no refined trial has; too few axes; no sweep has
+        opened the study.
+    """
+    space = stored_space(study)
+    paths = {s.trial.number: s.trial.user_attrs.get("trajectory", {}) for s in scored_trials(study)}
+    refined = [s for s in scored_trials(study) if len(paths[s.trial.number]) > 1]
+    if not refined:
+        raise ValueError(
+            f"The study {study.study_name!r} has no refined trial: sweep with "
+            "refine=hypergrad.Refine()."
+        )
+    known = [n for n in space.continuous if any(n in paths[s.trial.number] for s in refined)]
+    names = known if names is None else list(names)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"names holds {name!r}: the Floats that were refined are {known}.")
+    colors, best = Colors(refined, study), best_of(refined, study)
+    panels = given_or_new(axes, names)
+    for name, axis in panels.items():
+        dimension = space[name]
+        assert isinstance(dimension, Float)
+        set_hyper_axis(axis, name, dimension)
+        for one in worst_first(refined, study):
+            path = paths[one.trial.number]
+            if name not in path:
+                continue
+            x = [0, *path["steps"]]
+            y = [one.trial.user_attrs["start"][name], *path[name]]
+            color = BEST_COLOR if one is best else colors.of(one.score)
+            axis.plot(x, y, color=color, lw=2 if one is best else 1)
+            axis.plot(x[:1], y[:1], "o", color=color, markerfacecolor="white", ms=4)
+            axis.plot(x[-1:], y[-1:], "o" if one.complete else "x", color=color, ms=4)
+        axis.set_xlabel("training step")
+        axis.grid(alpha=0.25)
+    used = list(panels.values())
+    if axes is None:
+        colors.bar(used)
+        mark: dict[str, Any] = {"color": OTHER_COLOR, "ls": ""}
+        legend = {
+            "start": Line2D([], [], marker="o", markerfacecolor="white", **mark),
+            "end": Line2D([], [], marker="o", **mark),
+        }
+        if not all(s.complete for s in refined):
+            legend["stopped early"] = Line2D([], [], marker="x", **mark)
+        if best is not None:
+            legend[f"best: trial {best.trial.number}"] = Line2D([], [], color=BEST_COLOR, lw=2)
+        used[0].figure.legend(
+            list(legend.values()),
+            list(legend),
+            loc="outside upper center",
+            ncols=len(legend),
+            fontsize=9,
+            frameon=False,
+        )
+    return np.array(used)
+
+
+def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes the pictures that the study has data for into `folder`; returns their paths.
+
+    `scores.png`, `parallel.png`, `importance.png` (from ten trials that trained in full on) and
+    `refinement.png` (for a sweep that refined), about 900 pixels wide. The folder is made.
+
+    Raises:
+      ValueError: no trial has a score, or no sweep has opened the study.
+    """
+    scored = scored_trials(study)
+    pictures: dict[str, Callable[[optuna.Study], Any]] = {
+        "scores": plot_scores,
+        "parallel": plot_parallel,
+    }
+    if sum(s.complete for s in scored) >= _FEWEST:
+        pictures["importance"] = plot_importance
+    if any(len(s.trial.user_attrs.get("trajectory", {})) > 1 for s in scored):
+        pictures["refinement"] = plot_refinement
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in pictures.items():
+        figure: Figure = np.atleast_1d(draw(study))[0].figure
+        written.append(Path(folder) / f"{name}.png")
+        figure.savefig(written[-1], dpi=100)
+    return written
