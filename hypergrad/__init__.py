@@ -89,8 +89,8 @@ __all__ = [
 ]
 
 
-# Loaded on use: flax and Optuna take a while, and many programs that tune use neither.
-_MODULES = ("nn", "testing")
+# Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
+_MODULES = ("nn", "plotting", "testing")
 _SEARCH = {
     "sweep": "sweep",
     "Splits": "splits",
