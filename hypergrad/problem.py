@@ -76,10 +76,12 @@ def bilevel(
       optimizer: `hyper -> optax transformation`. It is called inside the traced program with
         traced values, which costs nothing. Rates kept in the optimiser's state
         (`optax.inject_hyperparams`) get no gradient from `hyper` and are refused.
-      trainable: the key, or keys, of a mapping `params` that the optimiser sees: `"params"` for
-        flax variables with batch statistics, which would otherwise be decayed. None: everything.
+      trainable: what the optimiser sees of a mapping `params` (dict, FrozenDict, `nnx.State`): the
+        value under one key, `"params"` for flax variables with batch statistics, which would
+        otherwise be decayed, so that its state is that of a flax `TrainState`; or the mapping of
+        several keys. None: everything.
       absorb: `(params, aux) -> params`, how the training loss's `aux` re-enters after each step
-        (new batch statistics). None: it does not.
+        (new batch statistics), with the structure of `params`. None: it does not.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
 
     The training gradient is `inner_gradient`'s (mixed mode), and passes through
@@ -87,7 +89,7 @@ def bilevel(
 
     Raises:
       ValueError: a loss that is no scalar; an optimiser that keeps its rates in its state; a
-        `trainable` key that `params` lacks.
+        `trainable` key that `params` lacks; an `absorb` that changes the structure of `params`.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def loss(w, hyper, batch, key):
@@ -110,8 +112,7 @@ def bilevel(
         opt_state = optimizer(hyper).init(_split(params, trainable)[0])
         _refuse_injected_rates(opt_state)
         opt_state = _strong(opt_state)
-        dtype = jnp.result_type(jnp.float32, *(x for x in jax.tree.leaves(params) if is_inexact(x)))
-        return Inner(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), dtype))
+        return Inner(params, opt_state, jnp.zeros((), jnp.int32), zero_loss(params))
 
     def step(inner: Inner, hyper: Any, batch: Any, key: jax.Array) -> Inner:
         trained, frozen = _split(inner.params, trainable)
@@ -128,6 +129,7 @@ def bilevel(
         moved = jax.tree.map(lambda new, old: new if is_inexact(old) else old, moved, trained)
         params = _merge(moved, frozen, trainable)
         params = params if absorb is None else absorb(params, aux)
+        _refuse_other_structure(params, inner.params)
         # A float32 rate promotes a bfloat16 momentum; the state must keep its dtypes in a scan.
         params, opt_state = cast_like((params, opt_state), (inner.params, inner.opt_state))
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
@@ -139,6 +141,12 @@ def bilevel(
         return train_pair(params, hyper, batch, key)[0]
 
     return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+
+
+def zero_loss(params: Any) -> jax.Array:
+    """`Inner.loss` before the first step, in at least float32."""
+    floats = [x for x in jax.tree.leaves(params) if is_inexact(x)]
+    return jnp.zeros((), jnp.result_type(jnp.float32, *floats))
 
 
 def nonzero_gradient(grads: Tree) -> Tree:
@@ -292,12 +300,29 @@ def _split(params: Any, trainable: str | Sequence[str] | None) -> tuple[Any, Any
             f"trainable={trainable!r} names {missing}, which init_params does not return: it "
             f"returns {sorted(params)}. Name keys that exist."
         )
-    frozen = {name: value for name, value in params.items() if name not in names}
-    return {name: params[name] for name in names}, frozen
+    # An nnx.State hands out its mappings as States, and would not be rebuilt as it was.
+    values = getattr(params, "raw_mapping", params)
+    frozen = type(params)({name: value for name, value in values.items() if name not in names})
+    if isinstance(trainable, str):
+        return values[trainable], frozen
+    return {name: values[name] for name in names}, frozen
 
 
 def _merge(trained: Any, frozen: Any, trainable: str | Sequence[str] | None) -> Any:
-    return trained if trainable is None else {**trained, **frozen}
+    if trainable is None:
+        return trained
+    trained = {trainable: trained} if isinstance(trainable, str) else trained
+    # A FrozenDict or an nnx.State stays one: a scan refuses a state that changes its structure.
+    return type(frozen)({**trained, **getattr(frozen, "raw_mapping", frozen)})
+
+
+def _refuse_other_structure(params: Any, like: Any) -> None:
+    new, old = jax.tree.structure(params), jax.tree.structure(like)
+    if new != old:
+        raise ValueError(
+            f"absorb returned params of the structure {new}, but init_params gave {old}. Return "
+            "the same containers and the same keys: {**params, 'batch_stats': new} for a dict."
+        )
 
 
 def _strong(tree: Tree) -> Tree:

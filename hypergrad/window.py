@@ -14,7 +14,7 @@ from hypergrad.problem import (
     training_steps,
     validation_loss,
 )
-from hypergrad.trees import all_finite, is_inexact
+from hypergrad.trees import all_finite, is_inexact, widen
 
 ValidateAt = Literal["last", "mean"] | int | float
 
@@ -56,7 +56,10 @@ def begin(problem: Problem, hyper: Any, inner: Any, key: jax.Array, count: int) 
     inner = problem.init(hyper, key) if inner is None else inner
     total = None
     if count > 1:
-        total = jax.tree.map(lambda p: jnp.zeros_like(p) if is_inexact(p) else None, inner.params)
+        # Wide: a sum of bfloat16 parameters stops growing at 256 times one of them.
+        total = jax.tree.map(
+            lambda p: jnp.zeros_like(widen(p)) if is_inexact(p) else None, inner.params
+        )
     return Progress(inner, total, jnp.int32(-1))
 
 
@@ -109,7 +112,7 @@ def judged(progress: Progress, count: int) -> Any:
     if progress.total is None:
         return progress.inner.params
     return _map_averaged(
-        lambda s, p: p if s is None else (s / count).astype(s.dtype),
+        lambda s, p: p if s is None else (s / count).astype(p.dtype),
         progress.total,
         progress.inner.params,
     )

@@ -52,7 +52,7 @@ ORDER = (
     "plotting",
     "search.*",
     "training",
-    "nn",
+    "nn.*",
     "testing",
 )
 # An estimator sees a problem and its hyperparameters, never who asks for the hypergradient.

@@ -11,7 +11,7 @@ from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem, num_steps
 from hypergrad.space import Space
-from hypergrad.trees import norm, select
+from hypergrad.trees import cast_like, norm, path_name, select
 from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (
     Average,
@@ -71,9 +71,11 @@ def alternating(
 ) -> Tuner:
     """Tunes within one training run: K training steps, one outer step, and on from there.
 
-    `tuner.init(hyper, key)` starts training and tuning; `tuner.update(state, train, valid)` takes
-    the K steps in `train`, the hypergradient through them, and one outer step in unit coordinates,
-    in which a step of 0.03 means 3% of every hyperparameter's range.
+    `tuner.init(hyper, key)` starts training and tuning, `tuner.init(hyper, key, inner=inner)` goes
+    on from a training state that exists (`hypergrad.nn` reads one from a flax `TrainState`);
+    `tuner.update(state, train, valid)` takes the K steps in `train`, the hypergradient through
+    them, and one outer step in unit coordinates, in which a step of 0.03 means 3% of every
+    hyperparameter's range.
 
     Args:
       problem: what is trained and judged.
@@ -92,6 +94,9 @@ def alternating(
     Cost per update with the default: 3 K gradient evaluations and one validation gradient. Memory:
     the training state is held twice, for going back.
 
+    Raises:
+      ValueError: an `inner` that has not the structure, shapes and dtypes of `problem.init`'s.
+
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> def loss(w, hyper, batch, key):
     ...     return jnp.mean((w - batch) ** 2)
@@ -105,10 +110,13 @@ def alternating(
     estimator = as_estimator(estimator, validate_at=0.8)
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
-    def init(hyper: Any, key: jax.Array) -> AlternatingState:
+    def init(hyper: Any, key: jax.Array, inner: Any = None) -> AlternatingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
-        inner = problem.init(hyper, key)
+        if inner is None:
+            inner = problem.init(hyper, key)
+        else:
+            inner = _checked(inner, jax.eval_shape(problem.init, hyper, key))
         estimator_state = unit_state(estimator, problem, space, unit, inner, key)
         now = Position(unit, optimizer.init(unit), inner, estimator_state)
         dtype = jnp.result_type(*jax.tree.leaves(unit))
@@ -164,3 +172,29 @@ def _with_step_of(inner: Any, other: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, a, b: b if path[0] == jax.tree_util.GetAttrKey("step") else a, inner, other
     )
+
+
+def _checked(inner: Any, like: Any) -> Any:
+    """`inner` as strong arrays, refused where it is not what `problem.init` gives, `like`."""
+
+    def leaves(tree: Any) -> dict[str, Any]:
+        return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def kind(leaf: Any) -> str:
+        # A step that was counted as another integer is no other state.
+        dtype = jnp.result_type(leaf)
+        return f"{'integer' if jnp.issubdtype(dtype, jnp.integer) else dtype}{jnp.shape(leaf)}"
+
+    got, wanted = ({name: kind(x) for name, x in leaves(tree).items()} for tree in (inner, like))
+    names = sorted({*got, *wanted})
+    other = [n for n in names if got.get(n) != wanted.get(n)]
+    if other or jax.tree.structure(inner) != jax.tree.structure(like):
+        lines = [f"{n}: {got.get(n, 'nothing')}, not {wanted.get(n, 'nothing')}" for n in other[:5]]
+        raise ValueError(
+            "inner is no training state of this problem: "
+            + ("; ".join(lines) or "its containers are others than those of problem.init")
+            + f" ({len(other)} leaves differ). Build the optimizer of the problem from the same "
+            "transformations as the running one's, or start its state anew with "
+            "inner._replace(opt_state=problem.init(hyper, key).opt_state)."
+        )
+    return cast_like(inner, like)

@@ -18,7 +18,8 @@ class Tuner(NamedTuple):
     """An outer loop as pure functions, to be called from your own.
 
     Attributes:
-      init: `(hyper, key) -> state`, from starting values in the user's units.
+      init: `(hyper, key) -> state`, from starting values in the user's units; that of `alternating`
+        also takes a training state to go on from, `inner=`.
       update: `(state, train, valid) -> (state, info)`; wrap it in `jax.jit` as a whole. `train` is
         K stacked batches, leaves `[K, batch, ...]`, or a `Minibatches`; `valid` one batch.
       best: `state -> hyper`, the values to keep: the mean of the trusted iterates in unit

@@ -1,0 +1,134 @@
+"""From a flax nnx script to a problem, and from its model and optimiser to a state and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from hypergrad.problem import Inner, Problem, bilevel, zero_loss
+
+
+def nnx_problem(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    train_loss: Callable[..., Any],
+    valid_loss: Callable[..., Any],
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    wrt: Any = nnx.Param,
+    metrics: Callable[..., Any] | None = None,
+) -> Problem:
+    """A `Problem` whose losses call an nnx model: `model(images)`.
+
+    The losses are `(model, hyper, batch, key) -> scalar`, with `model` in training mode
+    (`model.train()`) in `train_loss` and in evaluation mode in `valid_loss`, so that one function
+    may serve as both. Hyperparameters that the model needs (dropout rates) are passed in the call.
+    `inner.params` is `{"params": State, "rest": State}` of plain arrays: what `wrt` selects, and
+    every other variable (batch statistics), which is what the model left behind after each training
+    step. The model's random streams are no part of it: each step starts them from its own key, so
+    that a run is decided by the tuner's key alone.
+
+    Args:
+      make_model: `rngs -> model`, as `lambda rngs: Net(64, 10, rngs=rngs)`.
+      train_loss: see above.
+      valid_loss: see above.
+      optimizer: `hyper -> optax transformation` over the `State` that `wrt` selects.
+      wrt: the filter of what is trained, as in `nnx.Optimizer`.
+      metrics: optional, `(model, hyper, batch, key) -> {name: scalar}`, in evaluation mode.
+
+    Cost: that of `bilevel`. `nnx.update(model, *inner.params.values())` puts the values into a
+    model; `from_nnx` and `to_nnx` do so with the optimiser's too.
+
+    >>> import jax.numpy as jnp
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.norm, self.head = nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)
+    ...     def __call__(self, x):
+    ...         return self.head(self.norm(x))
+    >>> loss = lambda model, hyper, batch, key: jnp.mean((model(batch) - 1) ** 2)
+    >>> problem = nnx_problem(Net, loss, loss, lambda hyper: optax.adam(hyper["lr"]))
+    >>> inner = problem.init({"lr": 0.1}, jax.random.key(0))
+    >>> inner = problem.step(inner, {"lr": 0.1}, jnp.ones((4, 3)), jax.random.key(1))
+    >>> model = Net(nnx.Rngs(0))
+    >>> nnx.update(model, *inner.params.values())
+    >>> [round(float(mean), 6) for mean in model.norm.mean[...]]   # 0.99 of 0 and 0.01 of 1
+    [0.01, 0.01, 0.01]
+    """
+    # Without arrays, so that one graph serves every init, under jit and vmap too.
+    graph, _, streams = _split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), wrt)
+
+    def init(key: jax.Array) -> Any:
+        return _split(make_model(nnx.Rngs(key)), wrt)[1]
+
+    def merged(variables: Any, key: jax.Array) -> nnx.Module:
+        return nnx.merge(graph, *variables.values(), _streams(streams, key))
+
+    def trained(variables: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+        model = merged(variables, key)
+        model.train()
+        loss = train_loss(model, hyper, batch, key)
+        return loss, _split(model, wrt)[1]["rest"]
+
+    def absorb(variables: Any, rest: Any) -> Any:
+        return {**variables, "rest": rest}
+
+    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluated(variables: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+            model = merged(variables, key)
+            model.eval()
+            return function(model, hyper, batch, key)
+
+        return evaluated
+
+    return bilevel(
+        init,
+        trained,
+        judged(valid_loss),
+        optimizer,
+        trainable="params",
+        absorb=absorb,
+        metrics=None if metrics is None else judged(metrics),
+    )
+
+
+def from_nnx(model: nnx.Module, optimizer: nnx.Optimizer) -> Inner:
+    """The training state of an `nnx_problem` where an nnx model and its optimiser stand.
+
+    `tuner.init(hyper, key, inner=from_nnx(model, optimizer))` goes on from there, cf.
+    `from_train_state`; `to_nnx` is the way back.
+    """
+    variables = _split(model, optimizer.wrt)[1]
+    step = jnp.asarray(optimizer.step[...], jnp.int32)
+    return Inner(variables, nnx.as_pure(optimizer.opt_state), step, zero_loss(variables))
+
+
+def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+    """Writes the variables, optimiser state and step count of `inner` into both, in place.
+
+    `optimizer.tx` still holds the rates that it was built with, cf. `to_train_state`.
+    """
+    nnx.update(model, *inner.params.values())
+    nnx.update(optimizer.opt_state, nnx.state(inner.opt_state))
+    optimizer.step[...] = jnp.asarray(inner.step, optimizer.step[...].dtype)
+
+
+def _split(model: nnx.Module, wrt: Any) -> tuple[Any, dict[str, Any], Any]:
+    """The graph, the variables as `inner.params` holds them, and the random streams."""
+    graph, *states = nnx.split(model, wrt, nnx.RngState, ...)
+    params, streams, rest = map(nnx.as_pure, states)
+    return graph, {"params": params, "rest": rest}, streams
+
+
+def _streams(like: Any, key: jax.Array) -> Any:
+    """An nnx model's random streams, all from `key`: another one each, counted from 0."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves)) if leaves else ()
+
+    def start(leaf: Any, key: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(key, leaf.shape) if leaf.shape else key
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return treedef.unflatten([start(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
