@@ -26,6 +26,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hypergrad as hg
+from hypergrad.panels import PALETTE, new_panels
+from hypergrad.plotting import plot_losses, plot_trajectories
 
 WINDOW = 10
 # XLA's fusion emitters double the time it takes to compile on a CPU and gain nothing here.
@@ -48,7 +50,6 @@ class Run(NamedTuple):
 
     start: str
     history: list[Any]
-    valid_losses: list[float]
     best: Any
 
 
@@ -77,18 +78,17 @@ def alternating(start: str, data: task.Data, bar: Progress) -> tuple[Run, Result
     update, compile_seconds = compiled(tuner.update, state, train, data.valid)
     updates = task.STEPS // WINDOW
     row = bar.add_task(f"{start}: alternating", total=updates, info="")
-    history, losses, begin = [], [], time.perf_counter()
+    history, begin = [], time.perf_counter()
     for _ in range(updates):
         state, info = update(state, train, data.valid)
-        history.append(info.hyper)
-        losses.append(float(info.loss))
+        history.append(info)
         bar.update(row, advance=1, info=describe(info))
     seconds = time.perf_counter() - begin
-    schedule = hg.settled_schedule(task.SPACE, history, WINDOW)
+    schedule = hg.settled_schedule(task.SPACE, [info.hyper for info in history], WINDOW)
     cost = task.evaluations(task.STEPS, updates)
     loss = task.fresh_test_loss(schedule, data)
     result = Result(start, "one alternating run", loss, cost, seconds, compile_seconds)
-    return Run(start, history, losses, tuner.best(state)), result
+    return Run(start, history, tuner.best(state)), result
 
 
 def restarting(run: Run, data: task.Data, updates: int, bar: Progress, first: Result) -> Result:
@@ -161,56 +161,33 @@ def show(results: list[Result], console: Console) -> None:
 
 def draw(runs: list[Run], results: list[Result], path: str) -> None:
     """Trajectories of the alternating runs, and where every method ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"bad": "#D55E00", "def": "#0072B2", "-": "#777777"}
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), layout="constrained")
-    panels = dict(zip(("learning_rate", "momentum", "l2", "dropout"), axes.flat, strict=False))
-    lines = ["-", "--", ":"]
-    titles = {
-        "learning_rate": "learning rate",
-        "momentum": "momentum",
-        "l2": "L2 coefficient per layer",
-        "dropout": "dropout rate per layer",
-    }
+    colours = {"bad": PALETTE[1], "def": PALETTE[0], "-": "#777777"}
+    axes = new_panels(6, (9, 6))
     for run in runs:
-        steps = WINDOW * np.arange(len(run.history))
-        for name, axis in panels.items():
-            values = np.stack([np.atleast_1d(np.asarray(h[name])) for h in run.history])
-            for i in range(values.shape[1]):
-                label = f"{run.start}, layer {i + 1}" if values.shape[1] > 1 else run.start
-                axis.plot(steps, values[:, i], lines[i], color=colours[run.start], label=label)
-        axes.flat[4].plot(steps, run.valid_losses, color=colours[run.start], label=run.start)
-    for name, axis in panels.items():
-        axis.set_title(titles[name])
-        if name in ("learning_rate", "l2"):
-            axis.set_yscale("log")
-    panels["momentum"].set_yscale(
-        "function", functions=(lambda m: -np.log1p(-np.minimum(m, 0.999)), lambda z: -np.expm1(-z))
-    )
-    panels["momentum"].set_yticks([0.5, 0.8, 0.9, 0.95])
-    axes.flat[4].set_title("validation loss")
-    axes.flat[4].set_yscale("log")
-    for axis in axes.flat[:5]:
-        axis.set_xlabel("training step")
-        axis.legend(fontsize=7, frameon=False)
-        axis.grid(alpha=0.25)
+        style = {"steps_per_update": WINDOW, "label": run.start, "color": colours[run.start]}
+        plot_trajectories(run.history, task.SPACE, axes=axes[:4], **style)
+        plot_losses(run.history, axes=axes[4], **style)
+    axes[2].set_ylabel("l2 per layer")
+    axes[3].set_ylabel("dropout per layer")
+    axes[3].set_ylim(-0.01, 0.3)
     names = [f"{r.method} ({r.start})" if r.start != "-" else r.method for r in results]
-    shown = [min(r.test_loss, 0.3) for r in results]
-    axis = axes.flat[5]
-    axis.barh(names, shown, color=[colours[r.start] for r in results], alpha=0.55)
+    axis = axes[5]
+    axis.barh(
+        names,
+        [min(r.test_loss, 0.3) for r in results],
+        color=[colours[r.start] for r in results],
+        alpha=0.45,
+    )
     for i, (r, name) in enumerate(zip(results, names, strict=True)):
-        axis.text(0.102, i, name, va="center", fontsize=8)
-        axis.text(0.336, i, f"{r.test_loss:.3f}", va="center", ha="right", fontsize=8)
-    axis.set_xlim(0.1, 0.34)
+        axis.text(0.104, i, name, va="center", fontsize=8)
+        axis.text(0.345, i, f"{r.test_loss:.3f}", va="center", ha="right", fontsize=8)
+    axis.set_xlim(0.1, 0.35)
     axis.invert_yaxis()
     axis.set_yticks([])
-    axis.set_title("test loss on fresh seeds")
+    axis.set_xlabel("test loss on fresh seeds (cut at 0.3)")
+    figure = axes[0].figure
     figure.suptitle("One training run of 500 steps tunes seven hyperparameters (digits-200)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--black-box", action="store_true", help="no hypergradients")
     parser.add_argument("--quick", action="store_true", help="4 short trials")
+    parser.add_argument("--pictures", help="a folder for pictures of the sweep")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hypergrad").setLevel(logging.INFO)
@@ -105,6 +106,10 @@ def main() -> None:
     print(f"{result.steps_spent} training steps, {time.perf_counter() - begin:.0f} s")
     audit = result.audit(seeds=3 if options.quick else 10)
     print(f"fresh seeds: test loss {audit.mean:.3f} +- {audit.std_error:.3f}")
+    if options.pictures:
+        print("pictures:", *result.save_pictures(options.pictures))
+    if options.storage:
+        print("look at it with:", result.dashboard_command())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Pictures of a run: trajectories of its hyperparameters, losses, hypergradients, schedules.
 
-A `history` is the sequence of what `tuner.update` returned as `info`, one per update. Each function
-draws on the axes it is given, or on a new figure, and returns the axes; `axes[0].figure.savefig`
-writes the picture. Nothing global is touched (no pyplot, no rcParams): for a window, give axes made
-by `matplotlib.pyplot.subplots`. Colours are those of Okabe and Ito, safe for the colour-blind.
+A `history` is the sequence of what `tuner.update` returned as `info`, one per update, or what
+`hypergrad.fit` recorded. Each function draws on the axes it is given, or on a new figure, and
+returns the axes; `axes[0].figure.savefig` writes the picture. Nothing global is touched (no pyplot,
+no rcParams): for a window, give axes made by `matplotlib.pyplot.subplots`. Colours are those of
+Okabe and Ito, safe for the colour-blind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,7 +85,7 @@ def plot_trajectories(
     ('log', 'training step', [10, 20, 30])
     """
     values = _stacked([info.hyper for info in _checked(history)])
-    x = _positions(len(history), steps_per_update)
+    x = _positions(history, steps_per_update)
     panels = _hyper_panels(values, space, names, axes)
     for name, axis in panels.items():
         _draw(axis, x, _series(values[name]), label, color)
@@ -132,7 +133,7 @@ def plot_losses(
     Args:
       history: the run's infos, in order.
       steps_per_update: K; the horizontal axis is then training steps instead of updates.
-      train_losses: one per update, where the loop took them; infos hold none.
+      train_losses: one per update; None for the `train_loss` of the infos, where they have one.
       axes: where to draw; None for a new figure.
       label: of the run in the legend, where several share the axes.
       color: of the run.
@@ -145,24 +146,26 @@ def plot_losses(
     """
     losses = np.array([float(info.loss) for info in _checked(history)])
     axis = new_panels(1)[0] if axes is None else axes
-    x = _positions(len(history), steps_per_update)
+    x = _positions(history, steps_per_update)
     before = f"{label}: " if label else ""
     axis.plot(x, losses, color=color or PALETTE[0], label=label or "validation")
-    shown = [losses]
-    if train_losses is not None:
-        if len(train_losses) != len(history):
-            raise ValueError(
-                f"train_losses has {len(train_losses)} entries and history {len(history)}: give "
-                "one per update."
-            )
-        shown.append(np.asarray(train_losses, float))
-        axis.plot(x, shown[1], "--", color=color or PALETTE[4], label=before + "training")
+    if train_losses is None:
+        train_losses = [float(getattr(info, "train_loss", np.nan)) for info in history]
+    elif len(train_losses) != len(history):
+        raise ValueError(
+            f"train_losses has {len(train_losses)} entries and history {len(history)}: give one "
+            "per update."
+        )
+    trained = np.asarray(train_losses, float)
+    with_training = bool(np.isfinite(trained).any())
+    if with_training:
+        axis.plot(x, trained, "--", color=color or PALETTE[4], label=before + "training")
     _mark_refused(axis, x, losses, history)
-    both = np.concatenate(shown)
+    both = np.concatenate([losses, trained])
     both = both[np.isfinite(both)]
     if both.size and both.min() > 0 and both.max() > 5 * both.min():
         log_scale(axis)
-    axis.set_ylabel("loss" if train_losses is not None else "validation loss")
+    axis.set_ylabel("loss" if with_training else "validation loss")
     _finish(axis, steps_per_update)
     return axis
 
@@ -179,11 +182,18 @@ def plot_norms(
 
     The norm is in unit coordinates: loss per full range of the hyperparameters. One that is not
     finite is marked at the upper edge; one of exactly zero has no place on a logarithmic axis and
-    is left out. Arguments and errors as in `plot_losses`.
+    is left out. Arguments as in `plot_losses`.
+
+    Raises:
+      ValueError: an empty history; infos without a norm, as a tuner of one's own may have.
     """
-    norms = np.array([float(info.norm) for info in _checked(history)])
+    if any(getattr(info, "norm", None) is None for info in _checked(history)):
+        raise ValueError(
+            "history holds infos without a norm, which this tuner does not report: draw its losses."
+        )
+    norms = np.array([float(info.norm) for info in history])
     axis = new_panels(1)[0] if axes is None else axes
-    x = _positions(len(history), steps_per_update)
+    x = _positions(history, steps_per_update)
     trusted = color or PALETTE[0]
     axis.plot(x, norms, ".-", color=trusted, label=label or "trusted", linewidth=1, markersize=4)
     axis.set_yscale("log", nonpositive="mask")
@@ -205,12 +215,15 @@ def plot_run(
 
     Arguments and errors as in `plot_trajectories` and `plot_losses`.
     """
-    names = list(_checked(history)[0].hyper)
-    axes = new_panels(len(names) + 2)
+    first = _checked(history)[0]
+    count = len(first.hyper)
+    with_norms = getattr(first, "norm", None) is not None
+    axes = new_panels(count + 1 + with_norms)
     common: dict[str, Any] = {"steps_per_update": steps_per_update}
-    plot_trajectories(history, space, axes=axes[:-2], **common)
-    plot_losses(history, train_losses=train_losses, axes=axes[-2], **common)
-    plot_norms(history, axes=axes[-1], **common)
+    plot_trajectories(history, space, axes=axes[:count], **common)
+    plot_losses(history, train_losses=train_losses, axes=axes[count], **common)
+    if with_norms:
+        plot_norms(history, axes=axes[-1], **common)
     figure = axes[0].figure
     if title:
         figure.suptitle(title)
@@ -228,9 +241,11 @@ def _stacked(hypers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return jax.tree.map(stack, *[dict(hyper) for hyper in hypers])
 
 
-def _positions(updates: int, steps_per_update: int | None) -> np.ndarray:
-    """Where the updates stand: at the last training step of each, or at their number."""
-    return (steps_per_update or 1) * np.arange(1, updates + 1)
+def _positions(history: Sequence[Any], steps_per_update: int | None) -> np.ndarray:
+    """Where the updates stand: at the last training step of each, or at their number from 1."""
+    # `fit` numbers its updates, which may begin anywhere.
+    numbers = [getattr(info, "update", i) for i, info in enumerate(history)]
+    return (steps_per_update or 1) * (np.array(numbers) + 1)
 
 
 def _hyper_panels(
@@ -295,7 +310,8 @@ def _draw(
 
 
 def _mark_refused(axis: Axes, x: np.ndarray, y: np.ndarray, history: Sequence[Any]) -> None:
-    refused = np.array([int(info.refused) for info in history])
+    # A tuner of one's own may not judge.
+    refused = np.array([int(getattr(info, "refused", None) or 0) for info in history])
     for reason, (words, marker, color) in enumerate(REFUSALS):
         if reason == 0:
             continue

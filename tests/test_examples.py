@@ -22,9 +22,13 @@ def test_digits(tmp_path: Path) -> None:
 
 
 def test_hybrid_sweep(tmp_path: Path) -> None:
-    text = printed_by("hybrid_sweep", "--storage", str(tmp_path / "sweep.journal"))
+    storage = tmp_path / "sweep.journal"
+    text = printed_by("hybrid_sweep", "--storage", str(storage), "--pictures", str(tmp_path))
     assert "4 trials: 4 complete" in text
     assert "fresh seeds: test loss" in text
+    assert f"optuna-dashboard {storage}" in text
+    for name in ("scores", "parallel", "refinement"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_data_cleaning(tmp_path: Path) -> None:

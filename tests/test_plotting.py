@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -211,6 +212,21 @@ def test_the_infos_of_a_tuner_are_a_history():
     )
 
 
+def test_what_fit_records_has_its_place_and_its_training_loss():
+    history = [SimpleNamespace(**vars(info(i)), update=i + 4, train_loss=0.5) for i in range(3)]
+    losses = plot_losses(history, steps_per_update=10)
+    assert legend(losses) == ["validation", "training"]
+    assert losses.lines[1].get_xdata().tolist() == [50, 60, 70]
+    assert losses.lines[1].get_ydata().tolist() == [0.5] * 3
+
+
+def test_a_tuner_of_ones_own_may_report_less():
+    history = [SimpleNamespace(hyper=one.hyper, loss=one.loss) for one in HISTORY]
+    assert len(plot_run(history, SPACE).axes) == 5
+    with pytest.raises(ValueError, match="without a norm"):
+        plot_norms(history)
+
+
 @pytest.mark.parametrize("draw", [plot_losses, plot_norms])
 def test_an_empty_history_is_refused(draw: Any):
     with pytest.raises(ValueError, match=r"history=\[\] holds no update"):
@@ -253,7 +269,9 @@ def swept(trials: int = 24, refined: bool = True, **options: Any) -> OpenStudy:
         assert proposal is not None
         score = 0.2 + abs(np.log10(proposal.start["rate"]) + 2)
         end = {**proposal.start, "rate": 1e-2} if refined else None
-        attrs = {"trajectory": {"steps": [10, 20], **{n: [v, v] for n, v in (end or {}).items()}}}
+        # A black-box trial has a trajectory as well: it stands still.
+        moved = end or proposal.start
+        attrs = {"trajectory": {"steps": [10, 20], **{n: [v, v] for n, v in moved.items()}}}
         if i == 5:
             opened.fail(proposal, "RuntimeError: out of memory")
         elif i % 4 == 3:
@@ -389,6 +407,14 @@ def test_the_dashboards_command(tmp_path: Any):
             dashboard_command(open_storage(memory))
     with pytest.raises(ValueError, match="the database that the proxy serves"):
         dashboard_command(object.__new__(optuna.storages.GrpcStorageProxy))
+
+
+def test_the_dashboard_finds_the_study_at_what_the_command_names(tmp_path: Any):
+    dashboard = pytest.importorskip("optuna_dashboard._storage_url")
+    with swept(3, storage=tmp_path / "a sweep.journal") as opened:
+        _, named = shlex.split(dashboard_command(opened.study._storage))
+        found = dashboard.get_storage(named).get_all_studies()
+        assert [s.study_name for s in found] == [opened.study.study_name]
 
 
 def test_without_matplotlib_the_remedy_is_named():

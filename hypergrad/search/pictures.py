@@ -39,6 +39,7 @@ from hypergrad.search.scored import (
     Colors,
     best_of,
     own_trials,
+    refined_trials,
     scored_trials,
     sign_of,
     worst_first,
@@ -143,13 +144,13 @@ def plot_refinement(
         opened the study.
     """
     space = stored_space(study)
-    paths = {s.trial.number: s.trial.user_attrs.get("trajectory", {}) for s in scored_trials(study)}
-    refined = [s for s in scored_trials(study) if len(paths[s.trial.number]) > 1]
+    refined = refined_trials(scored_trials(study))
     if not refined:
         raise ValueError(
             f"The study {study.study_name!r} has no refined trial: sweep with "
             "refine=hypergrad.Refine()."
         )
+    paths = {s.trial.number: s.trial.user_attrs["trajectory"] for s in refined}
     known = [n for n in space.continuous if any(n in paths[s.trial.number] for s in refined)]
     names = known if names is None else list(names)
     for name in names:
@@ -212,7 +213,7 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     }
     if sum(s.complete for s in scored) >= _FEWEST:
         pictures["importance"] = plot_importance
-    if any(len(s.trial.user_attrs.get("trajectory", {})) > 1 for s in scored):
+    if refined_trials(scored):
         pictures["refinement"] = plot_refinement
     Path(folder).mkdir(parents=True, exist_ok=True)
     written = []

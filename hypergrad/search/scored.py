@@ -62,6 +62,16 @@ def scored_trials(study: optuna.Study) -> list[Scored]:
     return scored
 
 
+def refined_trials(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that hypergradients moved: their attributes hold a start and a trajectory of Floats."""
+    # A black-box trial's trajectory stands still, and its start is its recorded parameters.
+    return [
+        s
+        for s in scored
+        if "start" in s.trial.user_attrs and len(s.trial.user_attrs.get("trajectory", {})) > 1
+    ]
+
+
 def sign_of(study: optuna.Study) -> int:
     """1 where a small score is good, -1 where a large one is."""
     return -1 if study.direction.name == "MAXIMIZE" else 1
