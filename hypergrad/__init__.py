@@ -90,7 +90,8 @@ __all__ = [
 
 
 # Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
-_MODULES = ("nn", "plotting", "testing")
+_MODULES = ("callbacks", "nn", "plotting", "testing")
+_TRAINING = {"fit": "training", "Checkpoint": "checkpoints"}
 _SEARCH = {
     "sweep": "sweep",
     "Splits": "splits",
@@ -103,6 +104,8 @@ _SEARCH = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"hypergrad.{name}")
+    if name in _TRAINING:
+        return getattr(importlib.import_module(f"hypergrad.{_TRAINING[name]}"), name)
     if name in _SEARCH:
         return getattr(importlib.import_module(f"hypergrad.search.{_SEARCH[name]}"), name)
     raise AttributeError(f"module 'hypergrad' has no attribute {name!r}")

@@ -51,6 +51,14 @@ ORDER = (
     "panels",
     "plotting",
     "search.*",
+    "history",
+    "streams",
+    "feed",
+    "checkpoints",
+    "identity",
+    "resume",
+    "progress",
+    "callbacks",
     "training",
     "nn.*",
     "testing",
@@ -213,7 +221,8 @@ def test_the_check_finds(tmp_path, case):
 def test_import_loads_neither_optuna_nor_matplotlib():
     program = (
         "import sys, hypergrad; hypergrad.Space; "
-        "print([name for name in ('optuna', 'matplotlib', 'sklearn') if name in sys.modules])"
+        "heavy = ('optuna', 'matplotlib', 'sklearn', 'orbax', 'rich', 'tensorboardX', 'mlflow'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True

@@ -1,0 +1,90 @@
+"""Data on the device before it is needed: a thread reads, stacks and moves it."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import jax
+
+from hypergrad.streams import Fixed, Stream
+
+__all__ = ["Fed", "feed"]
+
+# Groups of batches that wait on the device, besides the one in use.
+_READY = 2
+
+
+class Fed(NamedTuple):
+    """What one update gets, and where the streams stand behind it.
+
+    Attributes:
+      train: K stacked batches, or the data that `Fixed` holds.
+      valid: one batch, or the data that `Fixed` holds.
+      positions: by name, of the streams among the two; {} where there is none.
+    """
+
+    train: Any
+    valid: Any
+    positions: dict[str, Any]
+
+
+def feed(
+    train: Fixed | Stream, valid: Fixed | Stream, first: int, stop: int, every: int
+) -> Generator[Fed, None, None]:
+    """What the updates `first`, ..., `stop - 1` get; no batch beyond is read.
+
+    Streams save their state behind every update whose number after it is a multiple of `every`.
+    They are read ahead in a thread, which ends when the iterator is closed or collected. What goes
+    wrong there is raised here; `RanOut` where a stream has no more.
+    """
+    if isinstance(train, Fixed) and isinstance(valid, Fixed):
+        for _ in range(first, stop):
+            yield Fed(train.take(), valid.take(), {})
+        return
+    ready: queue.Queue[Fed | BaseException] = queue.Queue(_READY)
+    stopped = threading.Event()
+    # Both settings belong to a thread.
+    wide = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
+    def offer(item: Fed | BaseException) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            with jax.enable_x64(wide), jax.default_device(device):
+                for update in range(first, stop):
+                    if stopped.is_set():
+                        return
+                    offer(_read(train, valid, (update + 1) % every == 0))
+        except BaseException as error:
+            offer(error)
+
+    thread = threading.Thread(target=read, name="hypergrad-feed", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, stop):
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        # A source that blocks for good must not block the end of the run.
+        thread.join(timeout=5)
+
+
+def _read(train: Fixed | Stream, valid: Fixed | Stream, save: bool) -> Fed:
+    streams = {n: s for n, s in (("train", train), ("valid", valid)) if isinstance(s, Stream)}
+    # Validation first: a group for training that nobody validates would be read for nothing.
+    valid_batch = valid.take()
+    train_batches = train.take()
+    for stream in streams.values():
+        if save:
+            stream.save()
+    return Fed(train_batches, valid_batch, {name: s.position() for name, s in streams.items()})

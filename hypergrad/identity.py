@@ -1,0 +1,190 @@
+"""What a run is a run of, as JSON: so that a checkpoint of another problem or space is refused."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypergrad.trees import leaf_names
+from hypergrad.tuners.base import Tuner
+
+__all__ = ["describe", "difference", "program_difference", "program_of"]
+
+# Starting values of more numbers than this are not compared.
+_FEW = 1000
+
+
+def describe(tuner: Tuner, state: Any, steps_per_update: int) -> dict[str, Any]:
+    """The run that `fit` starts from `state`: its hyperparameters, ranges, leaves and key."""
+    leaves = jax.tree.leaves(state)
+    named = zip(leaf_names(state), leaves, strict=True)
+    return {
+        "hyper": {
+            name: [list(np.shape(leaf)) for leaf in jax.tree.leaves(part)]
+            for name, part in jax.eval_shape(tuner.best, state).items()
+        },
+        "ranges": _ranges(tuner, state),
+        "start": _few(tuner.best(state)),
+        "first": int(getattr(state, "updates", 0)),
+        "steps_per_update": steps_per_update,
+        "leaves": [[name, *_kind(leaf)] for name, leaf in named],
+        "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if _is_key(x)],
+    }
+
+
+def _kind(leaf: Any) -> tuple[str, list[int]]:
+    return str(jax.numpy.result_type(leaf) if not _is_key(leaf) else leaf.dtype), [*np.shape(leaf)]
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _ranges(tuner: Tuner, state: Any) -> dict[str, list[float]] | None:
+    """Each range's lower end, middle and upper end, in the user's units.
+
+    A tuner keeps its space to itself, but says what a position in unit coordinates means; None
+    where its state holds no such position.
+    """
+    average = getattr(state, "average", None)
+    if not hasattr(average, "unit") or not hasattr(getattr(state, "now", None), "unit"):
+        return None
+
+    def at(place: float) -> Any:
+        unit = jax.tree.map(lambda u: jax.numpy.full_like(u, place), state.average.unit)
+        return tuner.best(
+            state._replace(
+                average=state.average._replace(unit=unit), now=state.now._replace(unit=unit)
+            )
+        )
+
+    found = [at(place) for place in (0.0, 0.5, 1.0)]
+    # All numbers under one Float share its range.
+    return {
+        name: [float(np.ravel(jax.tree.leaves(hyper[name])[0])[0]) for hyper in found]
+        for name in found[0]
+        if jax.tree.leaves(found[0][name]) and np.size(jax.tree.leaves(found[0][name])[0])
+    }
+
+
+def _few(hyper: Any) -> dict[str, list[float]]:
+    values = {
+        name: [float(x) for leaf in jax.tree.leaves(part) for x in np.ravel(np.asarray(leaf))]
+        for name, part in hyper.items()
+        if sum(np.size(leaf) for leaf in jax.tree.leaves(part)) <= _FEW
+    }
+    return values
+
+
+def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """In words, how the run of a checkpoint differs from this one; None where it does not."""
+    for name in stored["hyper"]:
+        if name not in now["hyper"]:
+            return f"it tunes {name!r}, which this space lacks"
+    for name, shapes in now["hyper"].items():
+        if name not in stored["hyper"]:
+            return f"it does not tune {name!r}"
+        if stored["hyper"][name] != shapes:
+            return f"{name!r} has the shapes {stored['hyper'][name]} there and {shapes} here"
+    for name, ends in (now["ranges"] or {}).items():
+        there = (stored["ranges"] or {}).get(name, ends)
+        # Another machine's exp may differ in the last digit.
+        if not np.allclose(there, ends, rtol=1e-4, atol=1e-12):
+            return f"{name!r} ranges over {_range(there)} there and {_range(ends)} here"
+    for name, values in now["start"].items():
+        there = stored["start"].get(name, values)
+        if not np.allclose(there, values, rtol=1e-4, atol=1e-12, equal_nan=True):
+            return f"{name!r} starts at {_short(there)} there and at {_short(values)} here"
+    for name, words in (("steps_per_update", "K steps per update"), ("first", "first update")):
+        if stored[name] != now[name]:
+            return f"it has {stored[name]} as its {words}, and this run {now[name]}"
+    before = {leaf[0]: leaf[1:] for leaf in stored["leaves"]}
+    after = {leaf[0]: leaf[1:] for leaf in now["leaves"]}
+    for name in [*before, *after]:
+        if before.get(name) != after.get(name):
+            there, here = _leaf(before.get(name)), _leaf(after.get(name))
+            return f"the state's leaf {name} is {there} there and {here} here"
+    if stored["key"] != now["key"]:
+        return f"its key is {stored['key']} and this one's {now['key']}"
+    return None
+
+
+def _leaf(kind: Any) -> str:
+    return "missing" if kind is None else f"{kind[0]}{kind[1]}"
+
+
+def _range(ends: list[float]) -> str:
+    return f"[{ends[0]:.5g}, {ends[2]:.5g}] (middle {ends[1]:.5g})"
+
+
+def _short(values: list[float]) -> str:
+    shown = ", ".join(f"{x:.5g}" for x in values[:4])
+    return f"[{shown}, ...]" if len(values) > 4 else f"[{shown}]"
+
+
+def program_of(traced: Any) -> dict[str, Any]:
+    """A traced update as JSON: a digest of all it computes, and how often it uses what."""
+    digest, used = hashlib.sha256(), Counter[str]()
+    for line in _lines(traced.jaxpr):
+        digest.update(line.encode())
+        used[line.split(" ", 1)[0]] += 1
+    for const in traced.jaxpr.consts:
+        digest.update(np.asarray(const).tobytes())
+    backend = jax.default_backend()
+    return {"jax": f"{jax.__version__} on {backend}", "digest": digest.hexdigest(), "used": used}
+
+
+def program_difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """In words, how two updates differ; None where they do not, or by their JAX alone."""
+    if stored["jax"] != now["jax"] or stored["digest"] == now["digest"]:
+        return None
+    for name in sorted({*stored["used"], *now["used"]}):
+        there, here = stored["used"].get(name, 0), now["used"].get(name, 0)
+        if there != here:
+            return f"its update computes {name!r} {there} times and this one {here} times"
+    return "its update computes the same operations on other constants or in another order"
+
+
+def _lines(jaxpr: Any) -> Iterator[str]:
+    """What a jaxpr computes, line by line: operations, types, literals and who feeds whom.
+
+    Not its own text, in which functions have addresses and sets have no order.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    numbers: dict[Any, int] = {}
+    for var in [*jaxpr.constvars, *jaxpr.invars]:
+        numbers[var] = len(numbers)
+        yield f"in {var.aval.str_short()}"
+
+    def name(atom: Any) -> str:
+        if hasattr(atom, "val"):
+            return f"{np.asarray(atom.val).tolist()!r}:{atom.aval.str_short()}"
+        return str(numbers.setdefault(atom, len(numbers)))
+
+    for eqn in jaxpr.eqns:
+        ins = " ".join(name(v) for v in eqn.invars)
+        outs = " ".join(f"{name(v)}:{v.aval.str_short()}" for v in eqn.outvars)
+        yield f"{eqn.primitive.name} {ins} -> {outs} {sorted(_settings(eqn.params))}"
+        for _, sub in sorted(_subprograms(eqn.params)):
+            yield from _lines(sub)
+    yield "out " + " ".join(name(v) for v in jaxpr.outvars)
+
+
+def _settings(params: dict[str, Any]) -> Iterator[str]:
+    return (f"{k}={v!r}" for k, v in params.items() if k != "name" and _is_plain(v))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _subprograms(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        for i, item in enumerate(value if isinstance(value, tuple | list) else (value,)):
+            if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
+                yield f"{key}/{i:04}", item

@@ -1,0 +1,289 @@
+"""Batches from anything that yields them: stacked, checked, and found again after a restart."""
+
+import logging
+import pickle
+from base64 import b64decode, b64encode
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad.minibatches import Minibatches
+from hypergrad.problem import num_steps
+from hypergrad.trees import Tree, path_name
+
+__all__ = ["Fixed", "RanOut", "Stream", "open_source", "steps_of"]
+
+_log = logging.getLogger("hypergrad")
+
+
+class RanOut(Exception):
+    """A one-shot iterator has no whole group of batches left."""
+
+
+class Fixed:
+    """Data that every update gets anew: arrays, or a `Minibatches`."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = jax.device_put(data)
+
+    def take(self) -> Any:
+        """The data, on the device."""
+        return self._data
+
+
+class Stream:
+    """Batches of an iterable, `group` at a time stacked along a new first axis; None: one by one.
+
+    An iterable that can be started anew is, whenever it ends; an iterator that ends is `RanOut`.
+    Batches that are only shorter than the first are left out (the rest at the end of an epoch).
+
+    Args:
+      name: of the argument, for messages.
+      source: yields pytrees of what NumPy can read.
+      group: batches per `take`.
+      position: where an earlier run stood (`position` of its stream), to go on from.
+
+    Raises:
+      ValueError: no batch at all; a batch that is not like the first.
+      TypeError: a leaf that NumPy cannot read.
+    """
+
+    def __init__(
+        self, name: str, source: Iterable[Any], group: int | None, position: Any = None
+    ) -> None:
+        self._name, self._source, self._group = name, source, group
+        self._iterator: Any = None
+        self._protocol: Literal["loader", "iterator"] | None = None
+        self._like: Any = None
+        self._saved: str | None = None
+        self._read = self._since_saved = 0
+        self._warned = False
+        self._start = position
+
+    def take(self) -> Any:
+        """The next batches, on the device. Raises RanOut. The first call finds the position."""
+        if self._iterator is None:
+            self._open()
+        if self._group is None:
+            return jax.device_put(jax.tree.map(_copy, self._next()))
+        batches = [self._next() for _ in range(self._group)]
+        return jax.device_put(jax.tree.map(_stack, *batches))
+
+    def save(self) -> None:
+        """Ask the iterable for its state, where it has one, so that `position` is quick to find."""
+        if self._protocol == "loader":
+            self._saved = _pack(self._source.state_dict())  # type: ignore[attr-defined]
+        elif self._protocol == "iterator":
+            self._saved = _pack(self._iterator.get_state())
+        else:
+            return
+        self._since_saved = 0
+
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON: a state of the iterable, and batches read after it."""
+        like = [[list(shape), dtype] for shape, dtype in self._like[1]]
+        return {"saved": self._saved, "skip": self._since_saved, "read": self._read, "like": like}
+
+    def _open(self) -> None:
+        start = self._start
+        saved = None if start is None else start["saved"]
+        self._protocol = _protocol(self._source)
+        if saved is not None and self._protocol == "loader":
+            self._source.load_state_dict(_unpack(saved))  # type: ignore[attr-defined]
+        self._iterator = iter(self._source)
+        # An iterable whose iterators remember where they are, as grain's do.
+        self._protocol = self._protocol or _protocol(self._iterator)
+        if start is None:
+            return
+        if saved is not None:
+            if self._protocol is None:
+                raise ValueError(
+                    f"{self._name} has no state to restore (state_dict and load_state_dict, or "
+                    "get_state and set_state of its iterator), but had one when the checkpoint was "
+                    "written: give the same kind of iterable."
+                )
+            if self._protocol == "iterator":
+                self._iterator.set_state(_unpack(saved))
+            self._saved = saved
+            self._read = start["read"] - start["skip"]
+        for _ in range(start["skip"]):
+            self._raw()
+        self._since_saved = start["skip"]
+        self._like = None, [(tuple(shape), dtype) for shape, dtype in start["like"]]
+
+    def _raw(self) -> Any:
+        """The next batch as the iterable gives it, from its start again where it ends."""
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self._source)
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if self._read == 0:
+                    raise ValueError(
+                        f"{self._name}={self._source!r} yields no batch: give an iterable of at "
+                        "least one (an iterator that was used up stays empty)."
+                    ) from None
+                raise RanOut(
+                    f"{self._name} ran out after {self._read} batches. Give an iterable that can "
+                    "be started anew (a list, a DataLoader, a class whose __iter__ is a generator) "
+                    "or a longer one"
+                ) from None
+        self._read += 1
+        self._since_saved += 1
+        return batch
+
+    def _next(self) -> Any:
+        """The next whole batch, on the host."""
+        short = 0
+        while True:
+            batch = jax.tree_util.tree_map_with_path(self._array, self._raw())
+            shapes = [(np.shape(x), str(x.dtype)) for x in jax.tree.leaves(batch)]
+            if self._like is None or self._like[0] is None:
+                known = shapes if self._like is None else self._like[1]
+                self._like = jax.tree.structure(batch), known
+            if self._like == (jax.tree.structure(batch), shapes):
+                return batch
+            self._refuse_unlike(batch, shapes)
+            short += 1
+            if short > 1:
+                raise ValueError(
+                    f"{self._name} yields batches of {shapes[0][0][0]} examples in a row, after a "
+                    f"first one of {self._like[1][0][0][0]}. Only the last of an epoch may be "
+                    "shorter (it is left out): make all of one size, with drop_last=True."
+                )
+            if not self._warned:
+                _log.warning(
+                    "%s: a batch of %d examples instead of %d is left out, as all such at the end "
+                    "of an epoch.",
+                    self._name,
+                    shapes[0][0][0],
+                    self._like[1][0][0][0],
+                )
+                self._warned = True
+
+    def _refuse_unlike(self, batch: Any, shapes: list[Any]) -> None:
+        structure, known = self._like
+        if jax.tree.structure(batch) != structure or len(shapes) != len(known):
+            raise ValueError(
+                f"Batch {self._read} of {self._name} has the structure "
+                f"{jax.tree.structure(batch)}, the first one {structure}: give every batch the "
+                "same."
+            )
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
+        for path, now, first in zip(paths, shapes, known, strict=True):
+            (shape, dtype), (whole, kind) = now, first
+            shorter = bool(shape) and shape[1:] == whole[1:] and shape[0] < whole[0]
+            if now != first and not (dtype == kind and shorter):
+                raise ValueError(
+                    f"Batch {self._read} of {self._name} has {path} of {dtype}{list(shape)}, the "
+                    f"first one {kind}{list(whole)}: give every batch the same shapes (pad it)."
+                )
+
+    def _array(self, path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        try:
+            array = np.asarray(leaf)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._unreadable(path, leaf) from error
+        if array.dtype.kind in "OSUMm":
+            raise self._unreadable(path, leaf)
+        return array
+
+    def _unreadable(self, path: tuple[Any, ...], leaf: Any) -> TypeError:
+        return TypeError(
+            f"{self._name} yields {type(leaf).__name__} at {path_name(path)}, which is no array of "
+            "numbers: yield pytrees of NumPy arrays (a tensor: .cpu().numpy())."
+        )
+
+
+def open_source(
+    name: Literal["train", "valid"], data: Any, group: int | None, position: Any = None
+) -> Fixed | Stream:
+    """`data` as what updates take from: as it is, or `group` batches of it from `position` on.
+
+    Raises:
+      TypeError: neither arrays nor an iterable.
+    """
+    if isinstance(data, Minibatches) or _is_arrays(data):
+        return Fixed(data)
+    if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
+        raise TypeError(
+            f"{name}={data!r} is neither a pytree of arrays, nor a Minibatches, nor an iterable of "
+            "batches: give one of these."
+        )
+    return Stream(name, data, group, position)
+
+
+def steps_of(train: Any, steps_per_update: int | None) -> int:
+    """K, from the axis that `train` has, or as given where it is an iterable of single batches.
+
+    Raises:
+      ValueError: `steps_per_update` is no positive integer, missing for an iterable, or another
+        than the axis K of arrays.
+    """
+    if steps_per_update is not None:
+        _check_steps(steps_per_update)
+    if not isinstance(train, Minibatches) and not _is_arrays(train):
+        if steps_per_update is None:
+            raise ValueError(
+                f"train is a {type(train).__name__} of single batches, and fit cannot know how "
+                "many steps K an update takes: give steps_per_update=10, or so."
+            )
+        return steps_per_update
+    steps = num_steps(train)
+    if steps_per_update not in (None, steps):
+        raise ValueError(
+            f"steps_per_update={steps_per_update}, but train has its own axis K of {steps} steps, "
+            "of which every update gets all: leave steps_per_update out, or give an iterable of "
+            "single batches."
+        )
+    return steps
+
+
+def _check_steps(steps: Any) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(
+            f"steps_per_update={steps!r} must be a positive Python integer: it fixes a shape of "
+            "the compiled program."
+        )
+
+
+def _is_arrays(data: Any) -> bool:
+    """Whether this is one pytree of arrays. A list is always one of batches."""
+    if isinstance(data, list):
+        return False
+    leaves = jax.tree.leaves(data)
+    return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
+
+
+def _protocol(source: Any) -> Literal["loader", "iterator"] | None:
+    if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+        return "loader"
+    if hasattr(source, "get_state") and hasattr(source, "set_state"):
+        return "iterator"
+    return None
+
+
+def _stack(*leaves: Any) -> Tree:
+    if all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return jnp.stack(leaves)
+    return np.stack(leaves)
+
+
+def _copy(leaf: Any) -> Any:
+    # A device on the host may share an array's memory, which its owner may write to again.
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def _pack(state: Any) -> str:
+    return b64encode(pickle.dumps(state)).decode()
+
+
+def _unpack(text: str) -> Any:
+    return pickle.loads(b64decode(text))

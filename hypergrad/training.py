@@ -1,0 +1,318 @@
+"""The loop around a tuner, for runs that last: data, progress, callbacks, exact resume."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad.callbacks import check
+from hypergrad.checkpoints import Checkpoint, Saver
+from hypergrad.feed import Fed, feed
+from hypergrad.history import History, Record, observe
+from hypergrad.identity import describe, program_difference, program_of
+from hypergrad.progress import Progress
+from hypergrad.resume import Resumed, refusal, restore
+from hypergrad.streams import RanOut, open_source, steps_of
+from hypergrad.trees import all_finite
+from hypergrad.trust import REASONS
+from hypergrad.tuners.base import Tuner
+
+__all__ = ["Result", "fit"]
+
+_log = logging.getLogger("hypergrad")
+
+# Updates that the device has before it while the host looks at an older one.
+_AHEAD = 4
+# Updates without a finite loss, in a row, after which there is no hope: a start that diverges is
+# tried over a quarter of its steps, a sixteenth, ..., which 16 refusals bring down to a single one.
+_HOPELESS = 20
+
+
+class Result(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      state: the tuner's state after the last update: to evaluate (`state.inner.params`), to go on.
+      hyper: `tuner.best(state)`, the values to keep.
+      history: one `hypergrad.history.Record` per update of the run, on the host; under resume, of
+        the updates before it too.
+    """
+
+    state: Any
+    hyper: Any
+    history: History
+
+
+def fit(
+    tuner: Tuner,
+    state: Any,
+    train: Any,
+    valid: Any,
+    num_updates: int,
+    *,
+    steps_per_update: int | None = None,
+    callbacks: Sequence[Callable[[Record], Any]] = (),
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+) -> Result:
+    """Runs `num_updates` updates of a tuner, and can be killed at any time and started again.
+
+    The result is that of the plain loop over `jax.jit(tuner.update)`. The device is kept busy: data
+    are stacked and moved by a thread, and the host looks at an update when four more are under way.
+
+    Args:
+      tuner: `hypergrad.alternating` or `restarting`; compiled once per tuner, also over several
+        calls. A `tuner.update` that is jitted already (with compiler options) is used as it is.
+      state: where to start: `tuner.init(hyper, key)`, or the state of an earlier result.
+      train: a `Minibatches` or arrays with a leading axis K, used by every update; or an iterable
+        of single batches, pytrees of what NumPy can read (a generator, a PyTorch `DataLoader`,
+        grain, tf.data), of which `steps_per_update` are stacked. It is started anew when it ends;
+        a one-shot iterator that ends also ends the run, with a warning. The last batch of an epoch,
+        if shorter, is left out.
+      valid: a `Minibatches` or one batch, used by every update; or an iterable, one batch each,
+        started anew when it ends. A list is always one of batches: give a tuple or a dict instead
+        where you mean one batch.
+      num_updates: updates from `state` on, those done before a resume included.
+      steps_per_update: K, for an iterable `train`.
+      callbacks: functions of one `Record`, or objects, see `hypergrad.callbacks`.
+      checkpoint: a folder, or a `hypergrad.Checkpoint`: every 100 updates, at the end, and on
+        SIGTERM the whole state, the history and the position in the data are saved, and the same
+        command goes on from there, to the same bits.
+
+    On a terminal a progress bar; elsewhere a line a minute, see `hypergrad.progress`.
+
+    Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
+    nothing else. An iterable must give the same batches again when it is started anew in a new
+    process (seed its shuffling); its batches are then read and dropped up to the position. One with
+    `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`), or whose iterator has
+    `get_state` and `set_state` (grain), is set to its own state instead: unpickled, so do not
+    resume from a folder that others can write to. A checkpoint of another problem, space or start
+    is refused; one that is torn is dropped for the one before. SIGTERM saves, then ends the process
+    as its earlier handler does, else with exit status 143; only where `fit` runs in the main
+    thread.
+
+    Cost over the loop: see docs/benchmarks.md (`python -m benchmarks.fit`).
+
+    Raises:
+      ValueError: an argument that cannot be, a refused checkpoint, batches of unequal shape, data
+        that end before the first update.
+      FloatingPointError: parameters or hyperparameters that are not finite at the end, or a loss
+        that was not in any of the last 20 updates. Refused updates alone are no error.
+
+    >>> import jax, jax.numpy as jnp, numpy as np, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> tuner = hg.alternating(problem, hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")}))
+    >>> state = tuner.init({"lr": 1e-3}, jax.random.key(0))
+    >>> batches = [np.full(4, 1.0 + i) for i in range(3)]
+    >>> result = hg.fit(tuner, state, batches, batches, 8, steps_per_update=5)
+    >>> len(result.history), bool(result.history[-1].hyper["lr"] > 1e-3)
+    (8, True)
+    """
+    if not isinstance(num_updates, int) or isinstance(num_updates, bool) or num_updates < 1:
+        raise ValueError(f"num_updates={num_updates!r} must be an integer of at least 1.")
+    check(callbacks)
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = Checkpoint(checkpoint)
+    steps = steps_of(train, steps_per_update)
+    first = int(getattr(state, "updates", 0))
+    about: dict[str, Any] = {}
+    resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
+    if checkpoint is not None:
+        about = describe(tuner, state, steps)
+        resumed = restore(checkpoint, resumed, about, first + num_updates)
+    every = 1 if checkpoint is None else checkpoint.every
+    batches = feed(
+        open_source("train", train, steps, resumed.positions.get("train")),
+        open_source("valid", valid, None, resumed.positions.get("valid")),
+        resumed.done,
+        first + num_updates,
+        every,
+    )
+    run = _Run(tuner, resumed, first, num_updates, steps, about)
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(contextlib.closing(batches))
+        terminated = None
+        if checkpoint is not None:
+            run.saver = stack.enter_context(Saver(checkpoint))
+            run.every = checkpoint.every
+            terminated = stack.enter_context(_on_sigterm())
+        ahead = run.prepare(batches)
+        for callback in callbacks:
+            stack.callback(getattr(callback, "close", lambda: None))
+            getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
+        run.callbacks = callbacks
+        run.progress = stack.enter_context(Progress(resumed.done, first + num_updates, steps))
+        run.through(ahead, terminated)
+    if terminated is not None and terminated.is_set():
+        # A handler of the user's own has its turn; the usual one would end us without cleaning up.
+        if callable(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)
+    return run.result()
+
+
+class _Pending(NamedTuple):
+    """An update that the device may still be working on; `state` where it is to be saved."""
+
+    update: int
+    info: Any
+    train_loss: Any
+    state: Any
+    positions: dict[str, Any]
+
+
+class _Run:
+    """One call of `fit`: where it stands, and what happens to each update in turn."""
+
+    saver: Saver | None = None
+    every = 1
+    callbacks: Sequence[Callable[[Record], Any]] = ()
+    progress: Progress
+
+    def __init__(
+        self,
+        tuner: Tuner,
+        resumed: Resumed,
+        first: int,
+        num_updates: int,
+        steps: int,
+        about: dict[str, Any],
+    ) -> None:
+        self.tuner, self.first, self.num_updates = tuner, first, num_updates
+        self.steps, self.about = steps, about
+        self.state, self.done, self.history = resumed.state, resumed.done, resumed.history
+        self.positions, self.saved_program = resumed.positions, resumed.program
+        self.saved = resumed.done
+        self.bad_in_a_row = 0
+        self.update = _compiled(tuner.update)
+
+    def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
+        """`batches`, their first read, and the program checked against the checkpoint's."""
+        try:
+            fed = next(batches, None)
+        except RanOut as reason:
+            self._ran_out(reason)
+            return iter(())
+        if fed is None:
+            return iter(())
+        if self.saver is not None:
+            program = program_of(self.update.trace(self.state, fed.train, fed.valid))
+            if self.saved_program is not None:
+                differs = program_difference(self.saved_program, program)
+                if differs:
+                    raise refusal(self.saver.folder, self.done, differs)
+            self.about["program"] = program
+        return _chained(fed, batches)
+
+    def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
+        """All updates, as long as there are data and nobody wants an end."""
+        pending: deque[_Pending] = deque()
+        try:
+            for fed in batches:
+                self.state, info = self.update(self.state, fed.train, fed.valid)
+                loss = getattr(getattr(self.state, "inner", None), "loss", None)
+                self.done, self.positions = self.done + 1, fed.positions
+                due = self.saver is not None and self.done % self.every == 0
+                kept = self.state if due else None
+                pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
+                if len(pending) > _AHEAD:
+                    self._settle(pending.popleft())
+                if terminated is not None and terminated.is_set():
+                    break
+        except RanOut as reason:
+            self._ran_out(reason)
+        while pending:
+            self._settle(pending.popleft())
+        if self.saver is not None and self.saved != self.done:
+            self._save(self.done, self.state, self.positions)
+
+    def result(self) -> Result:
+        """What `fit` returns. Raises FloatingPointError."""
+        hyper = self.tuner.best(self.state)
+        params = getattr(getattr(self.state, "inner", None), "params", None)
+        if not jax.jit(all_finite)((params, hyper)):
+            raise self._not_finite("the final parameters or hyperparameters are not finite")
+        if 0 < len(self.history) == self.bad_in_a_row:
+            raise self._not_finite("no update had a finite loss and hypergradient")
+        return Result(self.state, hyper, self.history)
+
+    def _settle(self, pending: _Pending) -> None:
+        record = observe(pending.update, pending.info, pending.train_loss)
+        self.history.append(record)
+        finite = np.isfinite(record.loss) if record.finite is None else record.finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        for callback in self.callbacks:
+            callback(record)
+        self.progress.show(record)
+        if self.bad_in_a_row == _HOPELESS:
+            raise self._not_finite(f"{_HOPELESS} updates in a row had no finite loss")
+        if pending.state is not None:
+            self._save(pending.update + 1, pending.state, pending.positions)
+
+    def _save(self, done: int, state: Any, positions: dict[str, Any]) -> None:
+        assert self.saver is not None
+        about = self.about | {"positions": positions}
+        self.saver.submit(done, state, self.history.columns, about)
+        self.saved = done
+
+    def _ran_out(self, reason: RanOut) -> None:
+        if self.done == self.first:
+            raise ValueError(
+                f"{reason}: an update takes steps_per_update={self.steps} batches of train and one "
+                "of valid."
+            ) from reason
+        made = self.done - self.first
+        _log.warning("%s. The run ends after %d of %d updates.", reason, made, self.num_updates)
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        last = self.history[-1]
+        hyper = {name: np.asarray(value).tolist() for name, value in last.hyper.items()}
+        step = last.first_bad_step
+        where = (
+            f" (its training step {step} was the first bad one)" if step not in (None, -1) else ""
+        )
+        why = f": {REASONS[last.refused]}" if last.refused else ""
+        return FloatingPointError(
+            f"After update {last.update}{where} {what}{why}. It trained under {hyper}. Either "
+            "training diverges there: start from a lower learning rate; or the data or a loss give "
+            "NaN: hypergrad.check_hypergradient names the step, the leaf and the likely cause."
+        )
+
+
+@lru_cache(maxsize=8)
+def _compiled(update: Callable[..., Any]) -> Any:
+    """The compiled update, the same for each call of `fit` with one tuner."""
+    return update if hasattr(update, "trace") else jax.jit(update)
+
+
+def _chained(fed: Fed, batches: Iterator[Fed]) -> Iterator[Fed]:
+    yield fed
+    yield from batches
+
+
+@contextlib.contextmanager
+def _on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside the main thread, where no handler can be, it never is."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
