@@ -211,7 +211,7 @@ def crash(
     now = _finished(storage)
     lost += sum(now.get(number) != trial for number, trial in known.items())
     trials = _trials(storage)
-    slots = Counter(t.system_attrs.get("hypergrad:root", t.number) for t in _ended(trials))
+    slots = Counter(t.system_attrs.get("hypergrad:root", t.number) for t in with_result(trials))
     states = Counter(t.state for t in trials)
     return Outcome(
         finished=len(slots),
@@ -235,8 +235,8 @@ def _trials(storage: str) -> list[FrozenTrial]:
         return []
 
 
-def _ended(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials with a result; one whose process died has none and runs again."""
+def with_result(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that ended by themselves; one whose process died runs again as another."""
     return [
         t
         for t in trials
@@ -246,7 +246,7 @@ def _ended(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _finished(storage: str) -> dict[int, Any]:
-    found = _ended(_trials(storage))
+    found = ended(_trials(storage))
     return {t.number: (t.state, t.value, t.params, t.user_attrs["start"]) for t in found}
 
 

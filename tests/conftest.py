@@ -1,10 +1,14 @@
 """Fixtures shared by all tests."""
 
+import contextlib
+import uuid
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+from benchmarks.postgresql import UnavailableError, server
 
 # Two thirds of a run is XLA compiling tiny programs once each. Without the expensive passes it
 # takes half the time; values agree to rounding, and benchmarks/ and the examples run with all.
@@ -23,3 +27,26 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[jnp.dtype]:
     """Run the test twice: in float32, and in float64 with 64-bit types enabled."""
     with jax.enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """Give the URL of a PostgreSQL server that is started here, and installed where need be."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(server())
+        except UnavailableError as error:
+            pytest.skip(f"PostgreSQL: {error}")
+        yield url
+
+
+@pytest.fixture
+def postgresql(postgresql_server: str) -> str:
+    """Give the URL of a new, empty database."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    plain = postgresql_server.replace("+psycopg", "")
+    with psycopg.connect(plain, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgresql_server.rpartition('/')[0]}/{name}"

@@ -700,6 +700,27 @@ def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path
         assert process.exitcode == 0
 
 
+def test_postgresql_frees_the_locks_of_lost_machines_and_its_restart_is_survived(postgresql):
+    with open_study(FLAT, postgresql, "random", seed=0) as opened:
+        engine = opened._storage._backend.engine
+        with engine.connect() as connection:
+            limit = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
+            assert limit.scalar() == "1min"
+        proposal = opened.ask(record=False)
+        with engine.connect() as connection:
+            # All sessions but this one, as a restart of the server ends them.
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        assert opened.finish(proposal, 1.0)
+        attrs = {"trajectory": [math.nan, math.inf] + [1 / 3] * 10_000}
+        assert opened.finish(opened.ask(record=False), math.inf, None, attrs)
+        (_, last) = reopen(opened).trials
+        assert last.value == math.inf and math.isnan(last.user_attrs["trajectory"][0])
+        assert last.user_attrs["trajectory"][1:] == attrs["trajectory"][1:]
+
+
 def _work(storage, num_trials, log):
     """Run trials until nothing is left, waiting for those of others, which may die."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -718,9 +739,13 @@ def _work(storage, num_trials, log):
                 file.write("x\n")
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_two_processes_killed_at_random_moments_lose_and_double_nothing(tmp_path, spawn, kind):
-    storage, log, num_trials, kills = place(kind, tmp_path), str(tmp_path / "log"), 20, 6
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_two_processes_killed_at_random_moments_lose_and_double_nothing(
+    tmp_path, spawn, kind, request
+):
+    remote = kind == "postgresql"
+    storage = request.getfixturevalue(kind) if remote else place(kind, tmp_path)
+    log, num_trials, kills = str(tmp_path / "log"), 20, 6
     rng = random.Random(0)
     open_study(FLAT, storage).close()
     processes = [spawn(_work, storage, num_trials, log) for _ in range(2)]

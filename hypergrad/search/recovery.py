@@ -1,7 +1,9 @@
 """Trials whose worker died: they fail, and one successor each starts from the same values.
 
 Only one worker can set a running trial's state, and that one queues the successor. A worker that
-dies between the two has left its name in the trial, and the next one queues it in its place.
+dies between the two has left its name in the trial, and the next one queues it in its place. A
+trial whose error was written before its worker died has failed for good and gets no successor; what
+it holds cannot change once its state is set, so that all agree on it.
 """
 
 from __future__ import annotations
@@ -73,13 +75,15 @@ class Recovery:
                 self.queue_successor(trial)
 
     def lose(self, trial: FrozenTrial) -> bool:
-        """Mark a running trial as lost; False where another process was faster."""
+        """Mark a running trial as lost; False where somebody was faster or it has failed."""
         try:
             self._set(trial._trial_id, ledger.LOST, self._worker.id)
             if self._max_retries is not None and ledger.lineage(trial)[1] >= self._max_retries:
                 error = f"its process died {self._max_retries + 1} times while it ran"
                 self._storage.set_trial_user_attr(trial._trial_id, ledger.ERROR, error)
-            return self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            if not self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
+                return False
+            return ledger.is_lost(self._storage.get_trial(trial._trial_id))
         except UpdateFinishedTrialError:
             return False
 

@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import time
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,8 @@ def _open_database(url: str) -> BaseStorage:
         return _open_sqlite(url)
     # Connections that a server or a firewall has closed are noticed before they are used.
     database = _with_tables(url, {"pool_pre_ping": True})
+    # Sessions are ended, not dropped, when the storage is no longer used.
+    weakref.finalize(database, database.engine.dispose)
     if url.startswith("postgresql"):
         _free_locks_of_lost_machines(database)
     return optuna.storages.get_storage(database)
