@@ -102,7 +102,11 @@ class JSONLines:
 
 
 def _line(record: Record) -> str:
-    plain = jax.tree.map(lambda x: np.asarray(x).tolist(), record._asdict())
+    # Not one map over the whole dict, which would sort its keys.
+    plain = {
+        name: jax.tree.map(lambda x: np.asarray(x).tolist(), value)
+        for name, value in record._asdict().items()
+    }
     return json.dumps(plain) + "\n"
 
 

@@ -49,7 +49,8 @@ class Progress:
         self._file = sys.stderr if file is None else file
         self._clock = clock
         self._first = self._done = first
-        self._begin = self._shown = clock()
+        self._begin: float | None = None
+        self._shown = clock()
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -90,10 +91,10 @@ class Progress:
     def show(self, record: Record) -> None:
         """Take one record; costs next to nothing where nothing is due."""
         self._done = record.update + 1
-        if self._done == self._first + 1:
-            # What compiles is the first update, and no measure of the others.
-            self._begin, self._first = self._clock(), self._done
         now = self._clock()
+        if self._begin is None:
+            # What compiles is the first update, and no measure of the others.
+            self._begin, self._first = now, self._done
         ends = self._bar is not None and self._done == self._total
         between = _BETWEEN_LINES if self._bar is None else _BETWEEN_DRAWINGS
         if now - self._shown < between and not ends:
