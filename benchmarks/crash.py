@@ -246,7 +246,7 @@ def with_result(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _finished(storage: str) -> dict[int, Any]:
-    found = ended(_trials(storage))
+    found = with_result(_trials(storage))
     return {t.number: (t.state, t.value, t.params, t.user_attrs["start"]) for t in found}
 
 

@@ -1,6 +1,7 @@
 """A sweep that is killed, at any write of one process and at random moments of several."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -9,7 +10,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 import hypergrad as hg
-from benchmarks.crash import with_result
+from benchmarks.crash import crash, with_result
 from hypergrad.search import workers
 from hypergrad.search.study import open_study
 
