@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
-__all__ = ["Ledger", "Progress", "claimants", "is_lost", "lineage", "progress"]
+__all__ = ["Ledger", "Progress", "claimants", "counted", "is_lost", "lineage", "progress"]
 
 # Which workers may hold this trial, one key for each.
 CLAIM = "hypergrad:claim:"
@@ -67,6 +67,16 @@ def lineage(trial: FrozenTrial) -> tuple[int, int]:
     return attributes.get(ROOT, trial.number), attributes.get(ATTEMPT, 0)
 
 
+def counted(trials: Sequence[FrozenTrial], added: bool = False) -> list[FrozenTrial]:
+    """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
+    return [
+        trial
+        for trial in trials
+        if not (is_lost(trial) or CANCELLED in trial.system_attrs)
+        and (added or ADDED not in trial.system_attrs)
+    ]
+
+
 def is_slot(trial: FrozenTrial) -> bool:
     """Say whether a trial is the first one of a slot."""
     return not any(mark in trial.system_attrs for mark in (ROOT, ADDED, CANCELLED))
@@ -74,11 +84,7 @@ def is_slot(trial: FrozenTrial) -> bool:
 
 def progress(trials: Sequence[FrozenTrial]) -> Progress:
     """Count the trials that count."""
-    states = [
-        trial.state
-        for trial in trials
-        if not (ADDED in trial.system_attrs or CANCELLED in trial.system_attrs or is_lost(trial))
-    ]
+    states = [trial.state for trial in counted(trials)]
     complete, pruned, failed, running, waiting = (
         states.count(state)
         for state in (

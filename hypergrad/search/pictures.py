@@ -28,17 +28,18 @@ from hypergrad.panels import (
     legend_above,
     log_scale,
     new_panels,
+    png,
     set_hyper_axis,
 )
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
+from hypergrad.search.ledger import counted
 from hypergrad.search.parallel import plot_parallel
 from hypergrad.search.scored import (
     BEST_COLOR,
     OTHER_COLOR,
     Colors,
     best_of,
-    own_trials,
     refined_trials,
     scored_trials,
     sign_of,
@@ -64,7 +65,11 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     axis = new_panels(1)[0] if axes is None else axes
     full = [(s.trial.number, s.score) for s in scored if s.complete]
     stopped = [(s.trial.number, s.score) for s in scored if not s.complete]
-    failed = [(t.number, 0.03) for t in own_trials(study) if t.state == TrialState.FAIL]
+    failed = [
+        (t.number, 0.03)
+        for t in counted(study.get_trials(deepcopy=False))
+        if t.state == TrialState.FAIL
+    ]
     if full:
         numbers, scores = zip(*full, strict=True)
         better = np.minimum if sign_of(study) > 0 else np.maximum
@@ -201,7 +206,7 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     """Writes the pictures that the study has data for into `folder`; returns their paths.
 
     `scores.png`, `parallel.png`, `importance.png` (from ten trials that trained in full on) and
-    `refinement.png` (for a sweep that refined), about 900 pixels wide. The folder is made.
+    `refinement.png` (for a sweep that refined), to be shown about 900 pixels wide. The folder is made.
 
     Raises:
       ValueError: no trial has a score, or no sweep has opened the study.
@@ -220,5 +225,5 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     for name, draw in pictures.items():
         figure: Figure = np.atleast_1d(draw(study))[0].figure
         written.append(Path(folder) / f"{name}.png")
-        figure.savefig(written[-1], dpi=100)
+        written[-1].write_bytes(png(figure))
     return written

@@ -1,4 +1,4 @@
-"""What a sweep found: the best trial, a table, and an audit on fresh seeds."""
+"""What a sweep found: the best trial, a table, an audit on fresh seeds, pictures."""
 
 import dataclasses
 import os
@@ -13,23 +13,8 @@ import optuna
 
 from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
+from hypergrad.search.ranking import Best, best_of, table
 from hypergrad.search.study import OpenStudy
-
-
-class Best(NamedTuple):
-    """One trial that trained in full.
-
-    Attributes:
-      hyper: all active hyperparameters, discrete ones too, in the user's units.
-      score: the validation score it was selected by: flattering, as selected scores are.
-      held_out: its own run's loss on the test split; NaN without one.
-      number: the trial's number in the study.
-    """
-
-    hyper: dict[str, Any]
-    score: float
-    held_out: float
-    number: int
 
 
 class Audit(NamedTuple):
@@ -69,19 +54,11 @@ class Result:
         Raises:
           ValueError: no trial did.
         """
-        return self._ranked(1)[0]
+        return best_of(self.study)
 
     def table(self, count: int = 10) -> str:
         """The best trials as text, one line each, and how many there are of each state."""
-        trials = self._opened.trials()
-        states = [t.state.name.lower() for t in trials]
-        lines = [f"{len(trials)} trials: " + _counted(states)]
-        for best in self._ranked(count) if "complete" in states else []:
-            values = "  ".join(f"{n}={_short(v)}" for n, v in best.hyper.items())
-            lines.append(
-                f"#{best.number:<5} score {best.score:.4f}  test {best.held_out:.4f}  {values}"
-            )
-        return "\n".join(lines)
+        return table(self.study, count)
 
     def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
         """Values frozen and retrained in full on `seeds` fresh seeds, scored on the test split.
@@ -133,34 +110,3 @@ class Result:
           ValueError: a storage that no other process can open, such as memory.
         """
         return dashboard_command(self.study._storage)
-
-    def _ranked(self, count: int) -> list[Best]:
-        complete = [
-            (t.value, t)
-            for t in self._opened.trials()
-            if t.state == optuna.trial.TrialState.COMPLETE and t.value is not None
-        ]
-        if not complete:
-            raise ValueError(
-                "No trial has trained in full: see the trials' user attribute 'error' "
-                "(result.study.trials)."
-            )
-        sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
-        complete.sort(key=lambda pair: sign * pair[0])
-        return [
-            Best(
-                self._opened.values(t),
-                value,
-                float(t.user_attrs.get("held_out", "nan")),
-                t.number,
-            )
-            for value, t in complete[:count]
-        ]
-
-
-def _counted(states: list[str]) -> str:
-    return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from optuna.trial import FrozenTrial, TrialState
 
 from hypergrad.panels import PALETTE, Axes
-from hypergrad.search.ledger import ADDED, CANCELLED, is_lost
+from hypergrad.search.ledger import counted
 
 BEST_COLOR, OTHER_COLOR = PALETTE[1], "#555555"
 
@@ -30,15 +30,6 @@ class Scored(NamedTuple):
     complete: bool
 
 
-def own_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The study's own trials: not lost with a worker, not added from another study."""
-    return [
-        t
-        for t in study.get_trials(deepcopy=False)
-        if not (is_lost(t) or CANCELLED in t.system_attrs or ADDED in t.system_attrs)
-    ]
-
-
 def scored_trials(study: optuna.Study) -> list[Scored]:
     """Trials with a finite score; a stopped one's is its last.
 
@@ -46,7 +37,7 @@ def scored_trials(study: optuna.Study) -> list[Scored]:
       ValueError: there is none.
     """
     scored = []
-    for trial in own_trials(study):
+    for trial in counted(study.get_trials(deepcopy=False)):
         score = None
         if trial.state == TrialState.COMPLETE:
             score = trial.value

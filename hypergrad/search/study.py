@@ -270,13 +270,7 @@ class OpenStudy:
 
     def trials(self, added: bool = False) -> list[FrozenTrial]:
         """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
-        return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False)
-            if not ledger.is_lost(trial)
-            and ledger.CANCELLED not in trial.system_attrs
-            and (added or ledger.ADDED not in trial.system_attrs)
-        ]
+        return ledger.counted(self.study.get_trials(deepcopy=False), added)
 
     def progress(self) -> Progress:
         """Count finished, running and queued trials of all processes."""
