@@ -13,6 +13,7 @@ and fewer runs, in under one.
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import digits200 as task
@@ -26,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hypergrad as hg
-from hypergrad.panels import PALETTE, new_panels
+from hypergrad.panels import PALETTE, new_panels, png
 from hypergrad.plotting import plot_losses, plot_trajectories
 
 WINDOW = 10
@@ -187,7 +188,7 @@ def draw(runs: list[Run], results: list[Result], path: str) -> None:
     axis.set_xlabel("test loss on fresh seeds (cut at 0.3)")
     figure = axes[0].figure
     figure.suptitle("One training run of 500 steps tunes seven hyperparameters (digits-200)")
-    figure.savefig(path, dpi=100)
+    Path(path).write_bytes(png(figure))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Axes for pictures: colours, panels, legends, and a hyperparameter's own scale."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, Locator
+
+    # matplotlib's own dependency
+    from PIL import Image
 except ImportError as error:
     raise ImportError(
         "hypergrad's pictures need matplotlib: pip install 'hypergrad-jax[plots]'."
@@ -33,9 +37,9 @@ def given_or_new(axes: Any, names: Sequence[str]) -> dict[str, Axes]:
 
 
 def new_panels(count: int, size: tuple[float, float] | None = None) -> np.ndarray:
-    """The axes `[count]` of a new figure, up to three in a row, 900 pixels wide at 100 dpi.
+    """The axes `[count]` of a new figure, up to three in a row, 9 inches wide.
 
-    One panel is 600 pixels wide. `size` is another size of the figure, in inches.
+    One panel is 6 inches wide. `size` is another size of the figure, in inches.
     """
     columns = min(count, 2 if count == 4 else 3)
     rows = -(-count // columns)
@@ -67,6 +71,18 @@ def log_scale(axis: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
     axis.yaxis.set_major_formatter(plain)
     axis.yaxis.set_minor_formatter(plain)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of at most 256 colours, 150 dpi: a third of matplotlib's own in size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    image = Image.open(buffer).convert("RGB")
+    # The palette that keeps far apart colours, and so thin lines, true.
+    small = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    result = io.BytesIO()
+    small.save(result, format="png", optimize=True)
+    return result.getvalue()
 
 
 def legend_above(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:

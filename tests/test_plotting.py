@@ -15,6 +15,8 @@ import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
 
+from matplotlib.image import imread  # noqa: E402
+
 import hypergrad as hg  # noqa: E402
 from hypergrad.panels import ReverseLogLocator, new_panels  # noqa: E402
 from hypergrad.plotting import (  # noqa: E402
@@ -364,7 +366,12 @@ def test_refinement_paths_run_from_start_to_end(study: Any):
 def test_pictures_are_saved_for_what_the_study_holds(study: Any, tmp_path: Any):
     written = pictures.save_pictures(study, tmp_path / "new" / "folder")
     assert [p.stem for p in written] == ["scores", "parallel", "importance", "refinement"]
-    assert all(p.stat().st_size > 5_000 for p in written)
+    for path in written:
+        image = imread(path)
+        assert 900 <= image.shape[1] <= 1350
+        assert path.stat().st_size < 150_000
+        # something is drawn on the white
+        assert 0.5 < (image[..., :3].min(axis=-1) > 0.99).mean() < 0.98
     with swept(3, refined=False) as opened:
         few = pictures.save_pictures(opened.study, tmp_path)
         assert [p.stem for p in few] == ["scores", "parallel"]

@@ -31,8 +31,8 @@ def plot_parallel(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     """Draws each trial as a line through its hyperparameters, on their own scales.
 
     The values are those the study was told, in the user's units. Better scores are darker and in
-    front; the best trial that trained in full is red, stopped trials are dashed. A hyperparameter
-    that is inactive in a trial is passed below its axis. Lines through one choice fan out.
+    front; the best trial that trained in full is vermilion, stopped trials are dashed. An inactive
+    hyperparameter is passed below its axis. Lines through one choice fan out.
 
     Raises:
       ValueError: no trial has a score, or no sweep has opened the study.

@@ -135,7 +135,7 @@ def plot_refinement(
     One panel per Float, in its own units and on its scale. A trial starts at a ring, where the
     sampler proposed it, and ends at a dot, or at a cross where a scheduler stopped it; between them
     are the means of blocks of updates. Better scores are darker; the best trial that trained in
-    full is red. A new figure has a legend and a scale of colours.
+    full is vermilion. A new figure has a legend and a scale of colours.
 
     Args:
       study: the sweep's.
@@ -206,7 +206,8 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     """Writes the pictures that the study has data for into `folder`; returns their paths.
 
     `scores.png`, `parallel.png`, `importance.png` (from ten trials that trained in full on) and
-    `refinement.png` (for a sweep that refined), to be shown about 900 pixels wide. The folder is made.
+    `refinement.png` (for a sweep that refined), to be shown up to 900 pixels wide. The folder is
+    made.
 
     Raises:
       ValueError: no trial has a score, or no sweep has opened the study.
