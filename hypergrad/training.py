@@ -1,6 +1,7 @@
 """The loop around a tuner, for runs that last: data, progress, callbacks, exact resume."""
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -130,13 +131,16 @@ def fit(
     if checkpoint is not None:
         about = describe(tuner, state, steps)
         resumed = restore(checkpoint, resumed, about, first + num_updates)
-    every = 1 if checkpoint is None else checkpoint.every
+    stop = first + num_updates
+    # A run that is complete gets the data of one update too: to see that it is of this program.
+    complete = resumed.done == stop
+    positions = {} if complete else resumed.positions
     batches = feed(
-        open_source("train", train, steps, resumed.positions.get("train")),
-        open_source("valid", valid, None, resumed.positions.get("valid")),
-        resumed.done,
-        first + num_updates,
-        every,
+        open_source("train", train, steps, positions.get("train")),
+        open_source("valid", valid, None, positions.get("valid")),
+        resumed.done - complete,
+        stop,
+        1 if checkpoint is None else checkpoint.every,
     )
     run = _Run(tuner, resumed, first, num_updates, steps, about)
     with contextlib.ExitStack() as stack:
@@ -151,7 +155,7 @@ def fit(
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
-        run.progress = stack.enter_context(Progress(resumed.done, first + num_updates, steps))
+        run.progress = stack.enter_context(Progress(resumed.done, stop, steps))
         run.through(ahead, terminated)
     if terminated is not None and terminated.is_set():
         # A handler of the user's own has its turn; the usual one would end us without cleaning up.
@@ -197,22 +201,20 @@ class _Run:
         self.update = _compiled(tuner.update)
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
-        """`batches`, their first read, and the program checked against the checkpoint's."""
+        """What is left of `batches`, once the program is seen to be the checkpoint's."""
         try:
-            fed = next(batches, None)
+            fed = next(batches)
         except RanOut as reason:
             self._ran_out(reason)
             return iter(())
-        if fed is None:
-            return iter(())
         if self.saver is not None:
             program = program_of(self.update.trace(self.state, fed.train, fed.valid))
-            if self.saved_program is not None:
-                differs = program_difference(self.saved_program, program)
-                if differs:
-                    raise refusal(self.saver.folder, self.done, differs)
+            differs = self.saved_program and program_difference(self.saved_program, program)
+            if differs:
+                raise refusal(self.saver.folder, self.done, differs)
             self.about["program"] = program
-        return _chained(fed, batches)
+        complete = self.done == self.first + self.num_updates
+        return iter(()) if complete else itertools.chain([fed], batches)
 
     def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
         """All updates, as long as there are data and nobody wants an end."""
@@ -293,11 +295,6 @@ class _Run:
 def _compiled(update: Callable[..., Any]) -> Any:
     """The compiled update, the same for each call of `fit` with one tuner."""
     return update if hasattr(update, "trace") else jax.jit(update)
-
-
-def _chained(fed: Fed, batches: Iterator[Fed]) -> Iterator[Fed]:
-    yield fed
-    yield from batches
 
 
 @contextlib.contextmanager
