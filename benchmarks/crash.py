@@ -6,9 +6,9 @@ journal and SQLite, four minutes; `--storage`, `--kills`, `--trials` choose).
 The sweep: 60 trials of a regression with two programs (sgd with a conditional momentum, adam),
 refined by hypergradients, in populations of two; without a scheduler and with Hyperband. A quarter
 of the kills falls at a random moment of the start (imports done: opening, recovery, proposing,
-compiling), the others at a random moment between rungs (training, telling, halving). With two
-processes at once they fall on both in turn. After every kill the finished trials are read by
-Optuna alone.
+compiling), the others at a random moment between rungs (training, telling, halving). Of two
+processes at once, three kills in four take both, one after the other. After every kill the finished
+trials are read by Optuna alone.
 
 Columns: finished trials of the 60; lost: finished trials that a later reading lacks or that
 changed; doubled: finished trials beyond one per slot; zombies: trials left RUNNING or WAITING;
@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
@@ -73,7 +73,7 @@ def make_problem(choices: dict[str, Any]) -> hg.Problem:
     return hg.bilevel(lambda key: jnp.zeros(4), loss, loss, optimizer)
 
 
-def sweep(storage: str, num_trials: int, hyperband: bool, programs: int) -> None:
+def sweep(storage: str, num_trials: int, hyperband: bool, programs: int, population: int) -> None:
     """Run the sweep that is killed: the same call every time."""
     random_state = np.random.RandomState(0)
     inputs = random_state.normal(size=(60, 4)).astype(np.float32)
@@ -96,7 +96,7 @@ def sweep(storage: str, num_trials: int, hyperband: bool, programs: int) -> None
         refine=hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5),
         scheduler=hg.Hyperband(min_steps=5, eta=2) if hyperband else None,
         storage=storage,
-        population=2,
+        population=population,
     )
 
 
@@ -114,13 +114,15 @@ class Process:
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self.output: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
-        for line in self._popen.stdout:
-            self.output.append(line)
-            self._lines.put(line)
+        with self._popen.stdout as lines:
+            for line in lines:
+                self.output.append(line)
+                self._lines.put(line)
         self._lines.put(None)
 
     def await_lines(self, count: int, having: str) -> bool:
@@ -141,6 +143,7 @@ class Process:
     def kill(self) -> None:
         self._popen.kill()
         self._popen.wait()
+        self._reader.join()
 
     def finish(self) -> None:
         """Wait for its end.
@@ -160,6 +163,7 @@ def crash(
     folder: Path,
     hyperband: bool = False,
     programs: int = 2,
+    population: int = 2,
     processes: int = 1,
     seed: int = 0,
 ) -> Outcome:
@@ -173,6 +177,7 @@ def crash(
     """
     command = [sys.executable, "-m", "benchmarks.crash", "--sweep", storage]
     command += ["--trials", str(num_trials), "--programs", str(programs)]
+    command += ["--population", str(population)]
     command += ["--hyperband"] if hyperband else []
     environment = {
         **os.environ,
@@ -197,12 +202,16 @@ def crash(
                 ended = ended or victim.ends_within(rng.uniform(0.0, 0.3))
             if ended:
                 break
-            victim.kill()
             done += 1
+            # Mostly all at once: a survivor would have finished before the others are back.
+            dying = [victim] if rng.random() < 0.25 else alive
+            for process in dying:
+                process.kill()
+                time.sleep(rng.uniform(0.0, 0.1))
             now = _finished(storage)
             lost += sum(now.get(number) != trial for number, trial in known.items())
             known = now
-            alive[i % processes] = Process(command, environment)
+            alive = [Process(command, environment) if p in dying else p for p in alive]
         for process in alive:
             process.finish()
     finally:
@@ -226,13 +235,15 @@ def crash(
 
 def _trials(storage: str) -> list[FrozenTrial]:
     """All trials as Optuna alone reads them."""
-    place: Any = storage
-    if "://" not in storage:
-        place = JournalStorage(JournalFileBackend(storage))
+    database = "://" in storage
+    place = RDBStorage(storage) if database else JournalStorage(JournalFileBackend(storage))
     try:
         return optuna.load_study(study_name="hypergrad", storage=place).trials
     except KeyError:  # Killed before it was made.
         return []
+    finally:
+        if isinstance(place, RDBStorage):
+            place.engine.dispose()
 
 
 def with_result(trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -315,11 +326,18 @@ if __name__ == "__main__":
     parser.add_argument("--sweep", help="be the sweep that is killed, on this storage")
     parser.add_argument("--hyperband", action="store_true")
     parser.add_argument("--programs", type=int, default=2)
+    parser.add_argument("--population", type=int, default=2)
     options = parser.parse_args()
     if options.sweep:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
         logging.getLogger("hypergrad").setLevel(logging.INFO)
         print(IMPORTED, flush=True)
-        sweep(options.sweep, options.trials, options.hyperband, options.programs)
+        sweep(
+            options.sweep,
+            options.trials,
+            options.hyperband,
+            options.programs,
+            options.population,
+        )
     else:
         main(options.quick, options.storage, options.kills, options.trials)

@@ -10,7 +10,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 import hypergrad as hg
-from benchmarks.crash import crash, with_result
+from benchmarks.crash import Outcome, crash, with_result
 from hypergrad.search import workers
 from hypergrad.search.study import open_study
 
@@ -127,21 +127,30 @@ def test_deaths_in_a_row_change_nothing() -> None:
         assert results(storage) == expected, f"died before writes {deaths}"
 
 
-def test_two_processes_on_one_journal_killed_three_times(tmp_path: Path) -> None:
-    outcome = crash(
-        str(tmp_path / "a.journal"),
-        num_trials=16,
-        kills=3,
-        folder=tmp_path,
-        hyperband=True,
-        programs=1,
-        processes=2,
-    )
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which processes find the programs of those before them."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def crash_one_program(storage: str, **options: Any) -> Outcome:
+    """Spare the second program and the timed choice between ways to train two members."""
+    return crash(storage, programs=1, population=1, **options)
+
+
+def test_a_sweep_killed_three_times(tmp_path: Path, compiled: Path) -> None:
+    storage = str(tmp_path / "a.journal")
+    outcome = crash_one_program(storage, num_trials=16, kills=3, folder=compiled, hyperband=True)
     assert outcome.kills == 3
     assert (outcome.finished, outcome.lost, outcome.doubled, outcome.zombies) == (16, 0, 0, 0)
 
 
-def test_two_processes_on_one_postgresql(postgresql: str, tmp_path: Path) -> None:
-    outcome = crash(postgresql, num_trials=12, kills=0, folder=tmp_path, programs=1, processes=2)
+@pytest.mark.parametrize("kind", ["journal", "postgresql"])
+def test_two_processes_share_a_sweep(
+    kind: str, tmp_path: Path, compiled: Path, request: pytest.FixtureRequest
+) -> None:
+    remote = kind == "postgresql"
+    storage = request.getfixturevalue(kind) if remote else str(tmp_path / "a.journal")
+    outcome = crash_one_program(storage, num_trials=12, kills=0, folder=compiled, processes=2)
     assert (outcome.finished, outcome.lost, outcome.doubled, outcome.zombies) == (12, 0, 0, 0)
     assert outcome.restarted == 0
