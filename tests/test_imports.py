@@ -62,6 +62,7 @@ ORDER = (
     "training",
     "nn.*",
     "testing",
+    "cli",
 )
 # An estimator sees a problem and its hyperparameters, never who asks for the hypergradient.
 HIDDEN_FROM_ESTIMATORS = (

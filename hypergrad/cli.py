@@ -1,0 +1,210 @@
+"""The command line: start or join a sweep that stands in a user's own file, show it, report it.
+
+Exit codes: 0 done; 1 the user's file raised, or no trial has trained in full; 2 an argument, a file
+or a storage that cannot be used; 130 interrupted, with running trials back in the queue.
+"""
+
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, NOTHING_FOUND, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+_EXAMPLE = """\
+A sweep's file holds a function `sweep` that takes the keywords of hypergrad.sweep:
+
+    # my_sweep.py
+    import functools, jax, jax.numpy as jnp, optax, hypergrad as hg
+
+    def loss(w, hyper, batch, key):
+        return jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    def make_problem(choices):
+        make = {"sgd": optax.sgd, "adam": optax.adam}[choices["optimizer"]]
+        return hg.bilevel(lambda key: jnp.zeros(8), loss, loss, lambda hyper: make(hyper["rate"]))
+
+    space = hg.Space({
+        "optimizer": hg.Categorical(["sgd", "adam"]), "rate": hg.Float(1e-3, 0.3, scale="log"),
+    })
+    x = jax.random.normal(jax.random.key(0), (96, 8))
+    y = x @ jnp.arange(8.0)
+    data = hg.Splits((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
+    sweep = functools.partial(
+        hg.sweep, make_problem, space, data, num_trials=6, num_steps=60, batch_size=16,
+    )
+
+Run it as often as there are workers, on any host that reaches the storage:
+
+    hypergrad sweep my_sweep.py --storage sweep.journal --trials 12
+    hypergrad show sweep.journal
+    hypergrad report sweep.journal --out sweep.html
+
+Exit codes: 0 done, 1 the file raised or no trial trained in full, 2 something that was given cannot
+be used, 130 interrupted.
+"""
+
+
+class _Ended(Exception):
+    """A command ends with a line for the person who gave it, and an exit code."""
+
+    def __init__(self, message: str, code: int = UNUSABLE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Errors are one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except _Ended as end:
+        message, code = end, end.code
+    except KeyboardInterrupt:
+        message, code = _Ended("interrupted: running trials are in the queue again."), INTERRUPTED
+    print(f"hypergrad: {message}", file=sys.stderr)
+    return code
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    function = _load(options.file)
+    given: dict[str, Any] = {"storage": options.storage, "num_trials": options.trials}
+    given |= {"name": options.name, "seed": options.seed}
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hypergrad").setLevel(logging.INFO)
+    _quiet_optuna()
+    try:
+        result = function(**{key: value for key, value in given.items() if value is not None})
+    except Exception as error:
+        raise _Ended(f"{options.file}: {_short(error)}", NOTHING_FOUND) from error
+    if not hasattr(result, "study"):
+        raise _Ended(
+            f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."
+        )
+    return _print_table(result.study, options.count)
+
+
+def _show(options: argparse.Namespace) -> int:
+    return _print_table(_study(options), options.count)
+
+
+def _report(options: argparse.Namespace) -> int:
+    study = _study(options)
+    try:
+        from hypergrad.search.report import write_report
+    except ImportError as error:
+        raise _Ended(f"{error}: pip install 'hypergrad-jax[plots]'.") from error
+    try:
+        print(write_report(study, options.out))
+    except (OSError, ValueError) as error:
+        raise _Ended(f"--out {options.out}: {_short(error)}") from error
+    return DONE
+
+
+def _print_table(study: Any, count: int) -> int:
+    from hypergrad.search.ranking import ranked, table
+
+    print(table(study, count))
+    return DONE if ranked(study) else NOTHING_FOUND
+
+
+def _load(file: str) -> Any:
+    """The function `sweep` of a Python file, which may import from its folder, as a script may."""
+    path = Path(file)
+    if not path.is_file():
+        raise _Ended(f"{file} is no file: give the Python file that holds `sweep`.")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    if specification is None or specification.loader is None:
+        raise _Ended(f"{file} is no Python file: end its name in .py.")
+    module = importlib.util.module_from_spec(specification)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise _Ended(f"{file}: {_short(error)}", NOTHING_FOUND) from error
+    function = getattr(module, "sweep", None)
+    if not callable(function):
+        raise _Ended(
+            f"{file} holds no function `sweep`: write sweep = functools.partial(hypergrad.sweep, "
+            "make_problem, space, data, num_trials=..., num_steps=..., batch_size=...)."
+        )
+    return function
+
+
+def _study(options: argparse.Namespace) -> Any:
+    """The study of a storage that is there; the only one, or the one that is named."""
+    import optuna
+
+    from hypergrad.search.fingerprint import stored_space
+    from hypergrad.search.storage import open_storage
+
+    _quiet_optuna()
+    # Opening a file that is not there would make it.
+    path = options.storage.removeprefix("sqlite:///")
+    if "://" not in path and not Path(path).is_file():
+        raise _Ended(f"{options.storage} is no file: give the --storage of a sweep.")
+    try:
+        storage = open_storage(options.storage)
+        names = optuna.get_all_study_names(storage)
+    except Exception as error:
+        raise _Ended(f"{options.storage}: {_short(error)}") from error
+    name = options.name or (names[0] if len(names) == 1 else None)
+    if name not in names:
+        asked = "it holds several studies" if options.name is None else f"it holds no {name!r}"
+        raise _Ended(
+            f"{options.storage}: {asked if names else 'it holds no study'}; give --name, one of "
+            f"{names}."
+        )
+    study = optuna.load_study(study_name=name, storage=storage)
+    try:
+        stored_space(study)
+    except ValueError as error:
+        raise _Ended(str(error)) from error
+    return study
+
+
+def _quiet_optuna() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hypergrad",
+        description="Sweeps of hypergrad: start or join one, show it, report it.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sweep = commands.add_parser("sweep", help="start or join the sweep of a Python file")
+    sweep.set_defaults(run=_sweep)
+    sweep.add_argument("file", help="a Python file that holds a function `sweep`")
+    sweep.add_argument("--storage", help="a path such as sweep.journal, or a database's URL")
+    sweep.add_argument("--trials", type=int, help="in all, over all workers")
+    sweep.add_argument("--name", help="of the study")
+    sweep.add_argument("--seed", type=int, help="of the sampler and of training")
+    show = commands.add_parser("show", help="print a sweep's table")
+    show.set_defaults(run=_show)
+    report = commands.add_parser("report", help="write a sweep's tables and pictures as HTML")
+    report.set_defaults(run=_report)
+    for reader in (show, report):
+        reader.add_argument("storage", help="the --storage of a sweep")
+        reader.add_argument("--name", help="of the study, where there are several")
+    for printer in (sweep, show):
+        printer.add_argument("--count", type=int, default=10, help="rows of the table")
+    report.add_argument("--out", default="sweep.html", help="the page's path")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

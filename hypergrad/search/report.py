@@ -1,0 +1,139 @@
+"""A study as one self-contained HTML page: tables, pictures, and what failed."""
+
+import base64
+import html
+import tempfile
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from hypergrad.dimensions import Categorical
+from hypergrad.search.fingerprint import stored_space
+from hypergrad.search.ledger import ERROR, counted
+from hypergrad.search.pictures import save_pictures
+from hypergrad.search.ranking import ranked, short, states
+
+_CAPTIONS = {
+    "scores": "Every trial's score, and the best so far.",
+    "parallel": "Every trial as a line through its hyperparameters; dark is good.",
+    "importance": "How much each hyperparameter explains of the scores' variance (fANOVA).",
+    "refinement": "Where hypergradients led each trial while it trained, from its start (hollow).",
+}
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { text-align: left; background: var(--soft); white-space: nowrap; }
+tr.best { font-weight: 600; } figure { margin: 1rem 0 2rem; }
+img { max-width: 100%; height: auto; background: white; } figcaption { font-size: .9rem; }
+pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .8rem; }
+"""
+
+
+def report(study: optuna.Study, count: int = 20) -> str:
+    """The page's HTML, pictures included (half a megabyte or so).
+
+    Args:
+      study: one that `hypergrad.sweep` has opened.
+      count: how many of the best trials the table holds.
+
+    Raises:
+      ValueError: no sweep has opened the study.
+    """
+    name = html.escape(study.study_name)
+    direction = study.direction.name.lower() + "d"
+    sections = [
+        f"<h1>{name}</h1><p>{states(study)}; the validation score is {direction}.</p>",
+        _best(study, count),
+        *_pictures(study),
+        _space(study),
+        _failures(study),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _best(study: optuna.Study, count: int) -> str:
+    best = ranked(study)[:count]
+    if not best:
+        return "<h2>Best trials</h2><p>No trial has trained in full yet.</p>"
+    names = [name for name in stored_space(study) if any(name in b.hyper for b in best)]
+    rows = [["trial", "score", "test", *names]]
+    rows += [
+        [f"#{b.number}", f"{b.score:.4f}", _held_out(b.held_out)]
+        + [short(b.hyper[name]) if name in b.hyper else "" for name in names]
+        for b in best
+    ]
+    return (
+        f"<h2>Best trials</h2>{_table(rows, best=True)}<p>Scores are what trials were selected by, "
+        "and flatter; <code>test</code> is the same run's loss on the held-out split. "
+        "<code>result.audit()</code> retrains the best on fresh seeds.</p>"
+    )
+
+
+def _pictures(study: optuna.Study) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            paths = save_pictures(study, folder)
+        except ValueError:  # nothing to draw yet
+            return []
+        figures = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in paths]
+    return [
+        f'<figure><img alt="{_CAPTIONS[stem]}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{_CAPTIONS[stem]}</figcaption></figure>"
+        for stem, data in figures
+    ]
+
+
+def _space(study: optuna.Study) -> str:
+    rows = [["hyperparameter", "kind", "range", "scale", "only when"]]
+    for name, dimension in stored_space(study).items():
+        when = ", ".join(f"{n} in {list(v)}" for n, v in (dimension.when or {}).items())
+        if isinstance(dimension, Categorical):
+            middle = [", ".join(map(str, dimension.choices)), ""]
+        else:
+            middle = [f"{dimension.low:g} to {dimension.high:g}", dimension.scale]
+        rows.append([name, type(dimension).__name__, *middle, when])
+    return f"<h2>Space</h2>{_table(rows)}"
+
+
+def _failures(study: optuna.Study) -> str:
+    failed = [t for t in counted(study.get_trials(deepcopy=False)) if t.state == TrialState.FAIL]
+    if not failed:
+        return ""
+    texts = [
+        f"<p>#{t.number}: {html.escape(str(t.params))}</p>"
+        f"<pre>{html.escape(str(t.user_attrs.get(ERROR, 'no traceback was recorded')))}</pre>"
+        for t in failed[:10]
+    ]
+    shown = f", the first {len(texts)} of {len(failed)}" if len(failed) > len(texts) else ""
+    return f"<h2>Failed trials{shown}</h2>{''.join(texts)}"
+
+
+def _held_out(loss: float) -> str:
+    return "" if loss != loss else f"{loss:.4f}"
+
+
+def _table(rows: list[list[str]], best: bool = False) -> str:
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + "</tr>"]
+    for i, row in enumerate(body):
+        mark = ' class="best"' if best and i == 0 else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def write_report(study: optuna.Study, path: str | Path) -> Path:
+    """Writes `report(study)` to `path`, in one piece; returns the path."""
+    path = Path(path)
+    text = report(study)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path

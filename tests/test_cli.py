@@ -1,0 +1,82 @@
+"""The command line on the file that its help shows: sweep, join, show, report, and refusals."""
+
+import base64
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypergrad.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Path:
+    """A folder with the file of the help's example."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    code = text[text.index("    # my_sweep.py") : text.index("Run it as often")]
+    (tmp_path / "my_sweep.py").write_text(textwrap.dedent(code))
+    (tmp_path / "help.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_the_commands_of_the_help_run(folder: Path, capsys: Any) -> None:
+    commands = re.findall(r"^    hypergrad (.*)$", (folder / "help.txt").read_text(), re.M)
+    assert len(commands) == 3
+    assert main(commands[0].split()) == 0
+    out = capsys.readouterr().out
+    assert "12 trials: 12 complete" in out and "optimizer=" in out
+    assert main(commands[1].split()) == 0
+    assert capsys.readouterr().out == out
+    assert main(commands[2].split()) == 0
+    page = (folder / "sweep.html").read_text()
+    assert "12 trials: 12 complete" in page and "learning" not in page
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 3
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    # the same command has nothing left to do; a larger number goes on
+    assert main(commands[0].split()) == 0
+    assert main([*commands[0].split()[:-1], "13", "--count", "1"]) == 0
+    assert capsys.readouterr().out.count("\n#") == 2 * 1 + 10 - 1
+
+
+def test_failures_are_one_line_with_a_remedy_and_a_code(folder: Path, capsys: Any) -> None:
+    def fails(arguments: str, code: int, text: str) -> None:
+        assert main(arguments.split()) == code
+        err = capsys.readouterr().err
+        assert err.startswith("hypergrad: ") and err.count("\n") == 1
+        assert text in err
+
+    (folder / "empty.py").write_text("")
+    (folder / "broken.py").write_text("import hypergrad\nhypergrad.Float(2.0, 1.0)")
+    (folder / "raises.py").write_text("def sweep(**options):\n    raise KeyError('rate')")
+    (folder / "other.py").write_text("def sweep(**options):\n    return 3")
+    (folder / "text.journal").write_text("")
+    fails("sweep missing.py", 2, "missing.py is no file")
+    fails("sweep empty.py", 2, "holds no function `sweep`")
+    fails("sweep broken.py", 1, "broken.py: ")
+    fails("sweep raises.py", 1, "raises.py: KeyError: 'rate'")
+    fails("sweep other.py", 2, "returned 3: return what hypergrad.sweep returns")
+    fails("sweep my_sweep.py --trials 0", 1, "num_trials=0")
+    fails("sweep my_sweep.py --storage nowhere/a.journal", 1, "nowhere")
+    fails("show missing.journal", 2, "missing.journal is no file")
+    fails("show text.journal", 2, "it holds no study")
+    fails("show sqlite:///none.db --name x", 2, "sqlite:///none.db is no file")
+
+
+def test_failed_trials_stand_in_the_page(folder: Path, capsys: Any) -> None:
+    code = (folder / "my_sweep.py").read_text()
+    broken = code.replace("make = {", "assert choices['optimizer'] == '<no>', 'a <b> c'; make = {")
+    (folder / "my_sweep.py").write_text(broken)
+    assert main(["sweep", "my_sweep.py", "--storage", "f.journal", "--trials", "2"]) == 1
+    assert "2 trials: 2 fail" in capsys.readouterr().out
+    assert main(["report", "f.journal", "--out", "page.html"]) == 0
+    page = (folder / "page.html").read_text()
+    assert "AssertionError: a &lt;b&gt; c" in page and "Failed trials" in page
+    assert main(["report", "f.journal", "--out", "nowhere/page.html"]) == 2
