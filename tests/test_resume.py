@@ -162,6 +162,45 @@ def test_a_one_shot_generator_is_found_again(tmp_path: Path, whole: Any) -> None
     assert_same_run(_fit(20, tmp_path / "run", train=stream()), whole)
 
 
+def _torch_loader() -> Any:
+    torch = pytest.importorskip("torch")
+    shuffled = torch.Generator().manual_seed(3)
+    return torch.utils.data.DataLoader(BATCHES, batch_size=4, shuffle=True, generator=shuffled)
+
+
+def _stateful_loader() -> Any:
+    torch = pytest.importorskip("torch")
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+    torch.manual_seed(3)
+    return stateful.StatefulDataLoader(BATCHES, batch_size=4, shuffle=True)
+
+
+def _grain() -> Any:
+    grain = pytest.importorskip("grain")
+    return (
+        grain.MapDataset.source(BATCHES).seed(1).shuffle().repeat(None).batch(4).to_iter_dataset()
+    )
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("make", [_torch_loader, _stateful_loader, _grain])
+def test_real_loaders_resume(tmp_path: Path, make: Any) -> None:
+    checkpoint = hg.Checkpoint(tmp_path / "run", every=4)
+    problem = _problem(lambda p, hyper, batch, key: jnp.mean((p - batch) ** 2))
+    tuner = hg.alternating(problem, SPACE)
+
+    def run(num_updates: int, checkpoint: Any) -> Any:
+        state = tuner.init(START, jax.random.key(0))
+        valid = np.ones((4, 2), np.float32)
+        return hg.fit(
+            tuner, state, make(), valid, num_updates, steps_per_update=3, checkpoint=checkpoint
+        )
+
+    for num_updates in (9, 13):
+        run(num_updates, checkpoint)
+    assert_same_run(run(20, checkpoint), run(20, None))
+
+
 def test_sigterm_saves_and_stops(tmp_path: Path, whole: Any) -> None:
     checkpoint = hg.Checkpoint(tmp_path / "run", every=1000)
     closed: list[bool] = []
