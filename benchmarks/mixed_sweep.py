@@ -137,7 +137,15 @@ def optuna_alone(seed: int, budget: float) -> tuple[Any, list[Any]]:
 
 
 METHODS: dict[str, Callable[[int, float], tuple[Any, list[Any]]]] = {
-    "hybrid": lambda seed, budget: swept(seed, budget / 4, hg.Refine(), population=1),
+    "hybrid": lambda seed, budget: swept(
+        seed, budget / 4, hg.Refine(), population=1, told="last", polish=10
+    ),
+    "hybrid, nothing polished": lambda seed, budget: swept(
+        seed, budget / 4, hg.Refine(), population=1, told="last"
+    ),
+    "hybrid, the trusted mean told": lambda seed, budget: swept(
+        seed, budget / 4, hg.Refine(), population=1, told="best", polish=10
+    ),
     "hybrid + Hyperband": lambda seed, budget: swept(
         seed, budget / 4, hg.Refine(), HYPERBAND, population=4
     ),

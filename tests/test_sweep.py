@@ -328,3 +328,19 @@ def test_one_line_per_rung_and_a_live_view_on_terminals_only(
     assert "80 steps" in last and "trials/s" in last and "left" in last
     run(num_trials=4, progress=False)
     assert capfd.readouterr().err == ""
+
+
+def test_the_last_trials_polish_the_best() -> None:
+    refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
+    result = run(refine=refine, num_trials=6, polish=3, population=1, told="last")
+    trials = result.study.trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 6
+    for number in (3, 4, 5):
+        best = min(trials[:number], key=lambda t: t.value)
+        assert trials[number].params["optimizer"] == best.params["optimizer"]
+        assert trials[number].user_attrs["start"]["rate"] == pytest.approx(best.params["rate"])
+        assert trials[number].params["rate"] != best.params["rate"]
+    with pytest.raises(ValueError, match="polish=6 with num_trials=6"):
+        run(refine=refine, polish=6)
+    with pytest.raises(ValueError, match="refine=None"):
+        run(polish=1)

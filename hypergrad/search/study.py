@@ -217,16 +217,17 @@ class OpenStudy:
         attrs = {ledger.ERROR: error[-_LONGEST_ERROR:]}
         return self._tell(proposal, TrialState.FAIL, None, None, attrs)
 
-    def enqueue(self, hyper: Mapping[str, Any]) -> bool:
+    def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
 
-        `hyper` holds values of Floats, Ints and Categoricals in the user's units; what is left out
-        is proposed by the sampler. It takes one of the `num_trials` slots. Raises ValueError for
-        unknown names, values outside the space and values that are inactive beside the others.
+        With `again` it is queued once more. `hyper` holds values of Floats, Ints and Categoricals
+        in the user's units; what is left out is proposed by the sampler. It takes one of the
+        `num_trials` slots. Raises ValueError for unknown names, values outside the space and values
+        that are inactive beside the others.
         """
         self._coordinates.check(hyper, "hyper", complete=False)
         params = self._coordinates.to_study(hyper)
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in () if again else self.study.get_trials(deepcopy=False):
             known = ledger.ENQUEUED in trial.system_attrs
             if known and trial.system_attrs.get("fixed_params") == params:
                 return False

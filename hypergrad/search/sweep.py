@@ -16,6 +16,7 @@ from hypergrad.problem import Problem
 from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
 from hypergrad.search.live import live_view
 from hypergrad.search.program import ProblemError, Programs
+from hypergrad.search.ranking import ranked
 from hypergrad.search.result import Result
 from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.search.splits import Splits
@@ -43,6 +44,7 @@ def sweep(
     metric: str | None = None,
     direction: Literal["minimize", "maximize"] = "minimize",
     told: Told = "best",
+    polish: int = 0,
     enqueue: Iterable[Mapping[str, Any]] = (),
     seed: int = 0,
     name: str = "hypergrad",
@@ -77,6 +79,8 @@ def sweep(
       direction: of the score; "maximize" needs a metric.
       told: which of a refined trial's values the study learns: "start", "last", "best" (the mean of
         the trusted iterates, later ones counting more) or "mean" (of the second half).
+      polish: so many of the last trials are not proposed but start, under new seeds, where the best
+        trials so far ended: the same choices, the values that were told. Needs `refine`.
       enqueue: known good points, tried first; what a point leaves out is proposed.
       seed: of the sampler and of training.
       name: the study's.
@@ -108,6 +112,11 @@ def sweep(
     if exploit is not None and population < 2:
         raise ValueError(
             f"population={population} leaves {scheduler!r} nobody to copy from: give at least 4."
+        )
+    if not 0 <= polish < num_trials or (polish and refine is None):
+        raise ValueError(
+            f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
+            "and fewer than all trials, as there must be something to polish."
         )
     if told not in TOLD_FIELDS:
         raise ValueError(f"told={told!r} is unknown: give one of {', '.join(TOLD_FIELDS)}.")
@@ -142,6 +151,7 @@ def sweep(
                 _log.info,
             )
             for ladder in _from_where_it_stopped(ladders, opened, population):
+                _queue_best(opened, ladder[0].members, polish, num_trials)
                 teams = _ask(opened, ladder[0].members, population, record=not moves)
                 if teams:
                     cohort.run(teams, ladder, population)
@@ -183,6 +193,15 @@ def _from_where_it_stopped(
         skipped += 1
     # Beyond the plan, when other processes have died: once more from its beginning.
     return itertools.chain(ladders[skipped:], itertools.cycle(ladders))
+
+
+def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> None:
+    """Queues where the best trials ended, up to `count` of them, once the rest is proposed."""
+    progress = opened.progress()
+    left = num_trials - progress.finished - progress.running - progress.waiting
+    if left <= polish:
+        for best in ranked(opened.study)[: max(min(left, count - progress.waiting), 0)]:
+            opened.enqueue(best.hyper, again=True)
 
 
 def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[list[Proposal]]:
