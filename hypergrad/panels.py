@@ -9,7 +9,7 @@ import numpy as np
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, Locator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, Locator
 
     # matplotlib's own dependency
     from PIL import Image
@@ -53,7 +53,8 @@ def new_panels(count: int, size: tuple[float, float] | None = None) -> np.ndarra
 
 def set_hyper_axis(axis: Axes, name: str, dimension: Float) -> None:
     """Sets the vertical axis to a hyperparameter's name, its scale and its range."""
-    axis.set_ylabel(name)
+    # A long name shrinks to the height of its panel.
+    axis.set_ylabel(name, fontsize=10 * min(1, 22 / len(name)))
     if dimension.scale == "log":
         axis.set_yscale("log")
     elif dimension.scale == "reverse_log":
@@ -63,6 +64,13 @@ def set_hyper_axis(axis: Axes, name: str, dimension: Float) -> None:
     if dimension.low is not None:
         # A little beyond the bounds, so that a value that lies on one is seen.
         axis.set_ylim(*(float(dimension.from_unit(u)) for u in (-0.04, 1.04)))
+
+
+def set_step_axis(axis: Axes, label: str) -> None:
+    """Sets the horizontal axis to steps, 250000 written as 250k."""
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
 
 
 def log_scale(axis: Axes) -> None:

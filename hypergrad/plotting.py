@@ -24,6 +24,7 @@ from hypergrad.panels import (
     log_scale,
     new_panels,
     set_hyper_axis,
+    set_step_axis,
 )
 from hypergrad.space import Space
 from hypergrad.trust import REASONS
@@ -37,10 +38,10 @@ _MOST_LINES = len(PALETTE)
 REFUSALS = (
     ("trusted", "", ""),
     ("not finite", "s", PALETTE[6]),
-    ("norm far above its median", "^", PALETTE[4]),
-    ("adjoint grew (chaos)", "X", PALETTE[1]),
-    ("training learned too little", "v", PALETTE[3]),
-    ("linear system not solved", "D", PALETTE[2]),
+    ("norm spike", "^", PALETTE[4]),
+    ("adjoint grew", "X", PALETTE[1]),
+    ("learned too little", "v", PALETTE[3]),
+    ("system not solved", "D", PALETTE[2]),
 )
 assert len(REFUSALS) == len(REASONS)
 
@@ -224,6 +225,8 @@ def plot_run(
     plot_losses(history, train_losses=train_losses, axes=axes[count], **common)
     if with_norms:
         plot_norms(history, axes=axes[-1], **common)
+        # The marks are explained there, beside it.
+        _legend(axes[count], without="refused")
     figure = axes[0].figure
     if title:
         figure.suptitle(title)
@@ -300,9 +303,10 @@ def _draw(
         text = " ".join(t for t in (label, part) if t) or None
         if values.ndim > 1:
             low, quarter, values, upper, high = np.percentile(values, [5, 25, 50, 75, 95], axis=1)
-            for bottom, top, between in ((low, high, "5-95%"), (quarter, upper, "25-75%")):
+            bands = ((low, high, "5-95%", 0.15), (quarter, upper, "25-75%", 0.35))
+            for bottom, top, between, alpha in bands:
                 axis.fill_between(
-                    x, bottom, top, color=line_color, alpha=0.2, lw=0, step=step, label=between
+                    x, bottom, top, color=line_color, alpha=alpha, lw=0, step=step, label=between
                 )
             text = " ".join(t for t in (label, "median") if t)
         drawstyle = "default" if step is None else f"steps-{step}"
@@ -337,10 +341,19 @@ def _mark_refused(axis: Axes, x: np.ndarray, y: np.ndarray, history: Sequence[An
 
 
 def _finish(axis: Axes, steps_per_update: int | None) -> None:
-    axis.set_xlabel("training step" if steps_per_update else "outer update")
-    axis.grid(alpha=0.25)
+    set_step_axis(axis, "training step" if steps_per_update else "outer update")
+    _legend(axis)
+
+
+def _legend(axis: Axes, without: str | None = None) -> None:
+    """A legend, unless it would hold one run's only line."""
     handles, labels = axis.get_legend_handles_labels()
     # Several runs on one axis share the marks of refusals.
     unique = dict(zip(labels, handles, strict=True))
+    if without:
+        unique = {text: h for text, h in unique.items() if not text.startswith(without)}
+    old = axis.get_legend()
+    if old is not None:
+        old.remove()
     if unique.keys() - {"validation", "trusted"}:
         legend_above(axis, list(unique.values()), list(unique))

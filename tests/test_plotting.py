@@ -222,6 +222,15 @@ def test_what_fit_records_has_its_place_and_its_training_loss():
     assert losses.lines[1].get_ydata().tolist() == [0.5] * 3
 
 
+def test_the_overview_explains_refusals_once_and_large_steps_shortly():
+    figure = plot_run([*HISTORY, info(6, NORM_SPIKE)], SPACE, steps_per_update=100_000)
+    drawn(figure)
+    *_, losses, norms = figure.axes
+    assert len(losses.lines) == 2 and losses.get_legend() is None
+    assert legend(norms) == ["trusted", f"refused: {REFUSALS[NORM_SPIKE][0]}"]
+    assert "400k" in [t.get_text() for t in norms.get_xticklabels()]
+
+
 def test_a_tuner_of_ones_own_may_report_less():
     history = [SimpleNamespace(hyper=one.hyper, loss=one.loss) for one in HISTORY]
     assert len(plot_run(history, SPACE).axes) == 5

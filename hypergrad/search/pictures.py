@@ -30,6 +30,7 @@ from hypergrad.panels import (
     new_panels,
     png,
     set_hyper_axis,
+    set_step_axis,
 )
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
@@ -177,8 +178,7 @@ def plot_refinement(
             axis.plot(x, y, color=color, lw=2 if one is best else 1)
             axis.plot(x[:1], y[:1], "o", color=color, markerfacecolor="white", ms=4)
             axis.plot(x[-1:], y[-1:], "o" if one.complete else "x", color=color, ms=4)
-        axis.set_xlabel("training step")
-        axis.grid(alpha=0.25)
+        set_step_axis(axis, "training step")
     used = list(panels.values())
     if axes is None:
         colors.bar(used)
