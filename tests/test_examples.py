@@ -39,3 +39,18 @@ def test_data_cleaning(tmp_path: Path) -> None:
     # 75% and .86 after 30 of the 100 updates; a random half has an F1 of .47 and closes nothing
     assert float(row[1]) > 50 and float(row[2]) > 0.75
     assert picture.stat().st_size > 10_000
+
+
+def test_cross_validated_l2(tmp_path: Path) -> None:
+    picture = tmp_path / "l2.png"
+    text = printed_by("cross_validated_l2", "--out", str(picture))
+    number = r"\W+([\d.,]+)"
+    zoomed = re.findall(rf"3 zooms{number}{number}%{number}{number}{number}", text)
+    found = re.findall(rf"from 1{number}{number}%{number}{number}{number}", text)
+    optima = [float(l2) for l2 in re.findall(rf"optimum, to 0.8%, is{number}", text)]
+    assert len(found) == len(zoomed) == len(optima) == 2, text
+    for ours, grid, optimum in zip(found, zoomed, optima, strict=True):
+        assert abs(float(ours[0]) / optimum - 1) < 0.05
+        assert float(ours[1]) < 5
+        assert int(ours[4].replace(",", "")) < int(grid[4].replace(",", ""))
+    assert picture.stat().st_size > 10_000

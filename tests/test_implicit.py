@@ -206,6 +206,8 @@ def test_a_point_that_is_not_stationary_is_said() -> None:
     assert float(estimate.info["residual"]) < 1e-8
     missing = float(estimate.info["unconverged"])
     assert missing == pytest.approx(abs(oracle.loss - float(estimate.loss)), rel=0.1)
+    converged = float(estimate.info["converged_loss"])
+    assert abs(converged - oracle.loss) < 0.1 * abs(float(estimate.loss) - oracle.loss)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,19 @@ def test_nystrom_in_float32() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+def test_warm_conjugate_gradients_go_on_for_another_right_hand_side() -> None:
+    matvec, b, a = system()
+    cold, warm = hg.ConjugateGradient(5), hg.ConjugateGradient(5, warm_start=True)
+    assert cold.solve(matvec, as_tree(b), KEY, cold.init(as_tree(b)))[1] == ()
+    first, state = warm.solve(matvec, as_tree(b), KEY, warm.init(as_tree(b)))
+    assert error(flatten(first), solve(cold, matvec, b)) < 1e-12
+    other = 1.01 * b  # the state is of the system, not of the scaled one that is solved
+    second, _ = warm.solve(matvec, as_tree(other), KEY, state)
+    reference = np.linalg.solve(a, other)
+    assert error(flatten(second), reference) < 0.1 * error(solve(cold, matvec, other), reference)
+
+
+@pytest.mark.usefixtures("x64")
 def test_cold_richardson_is_neumann_and_warm_goes_on() -> None:
     matvec, b, a = system()
     ten = solve(hg.Neumann(10, 0.2), matvec, b)

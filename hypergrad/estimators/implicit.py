@@ -49,7 +49,10 @@ class Implicit(Estimator):
     worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over
     the parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the
     change of the validation loss, to first order, if training went on until F = 0: set it against
-    `loss`. At a point that is not stationary different solvers give different, plausible numbers.
+    `loss`. `info["converged_loss"]` is `loss` after that change, with an error of second order: the
+    value for an outer line search, which a loss short of convergence misleads sooner than its
+    gradient does. At a point that is not stationary different solvers give different, plausible
+    numbers.
 
     Entries that training does not move (frozen parameters, batch statistics, the rows of an
     embedding that no batch holds) are found by one derivative along a random direction and left
@@ -155,7 +158,9 @@ class Implicit(Estimator):
         name = "inner_gradient_norm" if self.of == "stationary" else "update_norm"
         # of the parameters alone: the state also holds the last loss, which is never at rest
         info[name] = norm(inner_at(only(value)).params)
-        info["unconverged"] = jnp.abs(inner_product(x, value))
+        gain = inner_product(x, value)
+        info["unconverged"] = jnp.abs(gain)
+        info["converged_loss"] = loss - gain.astype(loss.dtype)
         return Estimate(loss, grad, end.inner, info), state
 
     def check_structure(
