@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from hypergrad.tuners.base import Tuner
 
 __all__ = ["describe", "difference", "program_difference", "program_of"]
 
+_PLAIN = (bool, int, float, str, type(None))
 # Starting values of more numbers than this are not compared.
 _FEW = 1000
 
@@ -154,37 +156,43 @@ def _lines(jaxpr: Any) -> Iterator[str]:
     Not its own text, in which functions have addresses and sets have no order.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    numbers: dict[Any, int] = {}
+    names: dict[Any, str] = {}
     for var in [*jaxpr.constvars, *jaxpr.invars]:
-        numbers[var] = len(numbers)
-        yield f"in {var.aval.str_short()}"
+        names[var] = str(len(names))
+        yield f"in {_type(var.aval)}"
 
     def name(atom: Any) -> str:
         if hasattr(atom, "val"):
-            return f"{np.asarray(atom.val).tolist()!r}:{atom.aval.str_short()}"
-        return str(numbers.setdefault(atom, len(numbers)))
+            return f"{np.asarray(atom.val).tolist()!r}:{_type(atom.aval)}"
+        return names.get(atom, "")
 
     for eqn in jaxpr.eqns:
-        ins = " ".join(name(v) for v in eqn.invars)
-        outs = " ".join(f"{name(v)}:{v.aval.str_short()}" for v in eqn.outvars)
-        yield f"{eqn.primitive.name} {ins} -> {outs} {sorted(_settings(eqn.params))}"
+        ins = " ".join(map(name, eqn.invars))
+        for var in eqn.outvars:
+            names[var] = str(len(names))
+        outs = " ".join(_type(var.aval) for var in eqn.outvars)
+        settings = [f"{k}={v!r}" for k, v in eqn.params.items() if k != "name" and _is_plain(v)]
+        yield f"{eqn.primitive.name} {ins} -> {outs} {sorted(settings)}"
         for _, sub in sorted(_subprograms(eqn.params)):
             yield from _lines(sub)
-    yield "out " + " ".join(name(v) for v in jaxpr.outvars)
+    yield "out " + " ".join(map(name, jaxpr.outvars))
 
 
-def _settings(params: dict[str, Any]) -> Iterator[str]:
-    return (f"{k}={v!r}" for k, v in params.items() if k != "name" and _is_plain(v))
+@cache
+def _type(aval: Any) -> str:
+    return aval.str_short()
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+    return isinstance(value, _PLAIN)
 
 
 def _subprograms(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in params.items():
+        if isinstance(value, _PLAIN):
+            continue
         for i, item in enumerate(value if isinstance(value, tuple | list) else (value,)):
             if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
                 yield f"{key}/{i:04}", item

@@ -96,10 +96,11 @@ def fit(
     `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`), or whose iterator has
     `get_state` and `set_state` (grain), is set to its own state instead: unpickled, so do not
     resume from a folder that others can write to. (A `StatefulDataLoader` forgets its `generator`
-    at the end of an epoch: use `torch.manual_seed`.) A checkpoint of another problem, space or start
-    is refused; one that is torn is dropped for the one before. SIGTERM saves, then ends the process
-    as its earlier handler does, else with exit status 143; only where `fit` runs in the main
-    thread.
+    at the end of an epoch: use `torch.manual_seed`.)
+
+    A checkpoint of another problem, space or start is refused; one that is torn is dropped for the
+    one before. SIGTERM saves, then ends the process as its earlier handler does, else with exit
+    status 143; only where `fit` runs in the main thread.
 
     Cost over the loop: see docs/benchmarks.md (`python -m benchmarks.fit`).
 

@@ -1,0 +1,92 @@
+"""Runs killed at random moments end with the bits of one that nobody disturbed.
+
+Run: `python -m benchmarks.resume` (about eight minutes on two cores; `main(quick=True)`, 3 kills,
+one and a half). Needs `tests/resume_worker.py`, the run that is killed: 60 updates of 3 steps from
+a shuffled iterable, a checkpoint every 7 updates, JSON lines.
+
+Each of 20 runs is killed once, by SIGKILL and SIGTERM in turn, after a time drawn at random between
+the process's start and its usual end: while it imports and compiles, between updates, while a
+checkpoint is written. Then the same command is run again, and its final state, history and JSON
+lines are compared byte by byte with those of a run that was never killed. Prints a line per kill:
+signal, moment, the update it had reached, the newest checkpoint found, whether all bytes are equal.
+Target: 20 of 20.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hypergrad.checkpoints import saved_updates
+
+ROOT = Path(__file__).resolve().parent.parent
+# Seconds that the source waits per batch: they spread the updates over a time that can be hit.
+PAUSE = 0.01
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """The run that is killed, in a process of its own."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.resume_worker", str(folder), str(PAUSE)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """Run the command to its end: the bytes of its JSON lines, and its arrays."""
+    process = start(folder)
+    out, error = process.communicate()
+    if process.returncode or not out.endswith("done\n"):
+        raise RuntimeError(f"the run in {folder} failed: {error}")
+    with np.load(folder / "result.npz") as arrays:
+        return (folder / "history.jsonl").read_bytes(), {k: arrays[k] for k in arrays.files}
+
+
+def equal(one: tuple[bytes, dict[str, Any]], other: tuple[bytes, dict[str, Any]]) -> bool:
+    """Whether two ends are the same, byte by byte."""
+    return (
+        one[0] == other[0]
+        and list(one[1]) == list(other[1])
+        and all(a.tobytes() == other[1][k].tobytes() for k, a in one[1].items())
+    )
+
+
+def main(quick: bool = False) -> int:
+    """Print a line per kill; returns how many ended with the same bytes."""
+    kills = 3 if quick else 20
+    random = np.random.default_rng()
+    same = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        begin = time.perf_counter()
+        reference = finish(folder / "undisturbed")
+        usual = time.perf_counter() - begin
+        print(f"{'kill':>4} {'signal':8}{'after s':>8}{'update':>8}{'checkpoint':>11}  same bytes")
+        for i in range(kills):
+            number = (signal.SIGKILL, signal.SIGTERM)[i % 2]
+            run = folder / f"run-{i}"
+            # Most of the time goes into imports and compiling: aim at what comes after, mostly.
+            moment = usual * random.uniform(0.3 if i % 4 == 3 else 0.6, 1.0)
+            process = start(run)
+            time.sleep(moment)
+            process.send_signal(number)
+            out, _ = process.communicate()
+            reached = out.split("at ")[-1].split("\n")[0] if "at " in out else "-"
+            found = (saved_updates(run / "run") or ["-"])[0]
+            ended = equal(reference, finish(run))
+            same += ended
+            print(
+                f"{i + 1:4} {number.name:8}{moment:8.2f}{reached:>8}{found:>11}  {ended}",
+                flush=True,
+            )
+    print(f"{same} of {kills} with the same bytes")
+    return same
+
+
+if __name__ == "__main__":
+    main()
