@@ -1,7 +1,7 @@
 """Kill a sweep (SIGKILL) at random moments, start it again with the same command, count its trials.
 
-Run: `python -m benchmarks.crash` (20 to 40 minutes on two cores; `--quick`: 3 kills of 20 trials on
-journal and SQLite, four minutes; `--storage`, `--kills`, `--trials` choose).
+Run: `python -m benchmarks.crash` (20 to 40 minutes on two cores; `--quick`: 3 kills of 20 trials,
+two processes, on journal and SQLite, a minute or two; `--storage`, `--kills`, `--trials` choose).
 
 The sweep: 60 trials of a regression with two programs (sgd with a conditional momentum, adam),
 refined by hypergradients, in populations of two; without a scheduler and with Hyperband. A quarter
@@ -195,10 +195,12 @@ def crash(
             victim = alive[i % processes]
             if not victim.await_lines(1, IMPORTED):
                 break
-            if rng.random() < 0.25:
+            # No further than its share of the trials, so that all kills find something to kill.
+            share = num_trials * (i + 1) / (kills + 1)
+            if rng.random() < 0.25 or len(known) > share:
                 ended = victim.ends_within(rng.uniform(0.0, 3.0))
             else:
-                ended = not victim.await_lines(rng.randint(1, 3), " steps: ")
+                ended = not victim.await_lines(rng.randint(1, 2), " steps: ")
                 ended = ended or victim.ends_within(rng.uniform(0.0, 0.3))
             if ended:
                 break
@@ -283,13 +285,13 @@ def main(
     """Print the table; returns every row by its label."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     kills, num_trials = kills or (3 if quick else 20), num_trials or (20 if quick else 60)
-    names = kinds.split(",") if kinds else ["journal", "sqlite", *([] if quick else ["postgresql"])]
+    names = kinds.split(",") if kinds else ["journal", "sqlite"] + ([] if quick else ["postgresql"])
     rows = {}
     columns = "".join(f"{name:>10}" for name in Outcome._fields)
     print(f"{'storage':12}{'scheduler':12}{'processes':10}{columns}", flush=True)
     with tempfile.TemporaryDirectory() as name, places(Path(name), names) as found:
         for kind, pattern in found.items():
-            for hyperband, processes in ((False, 1), (True, 1), (True, 2)):
+            for hyperband, processes in ((False, 1), (True, 1), (True, 2))[2 * quick :]:
                 label = f"{kind}-{'hyperband' if hyperband else 'none'}-{processes}"
                 if "{}" not in pattern:
                     _empty(pattern)

@@ -6,9 +6,11 @@ The same TPE, seed and space (three Floats, an Int, a Categorical) by Optuna alo
 its distributions, `study.tell`) and by `OpenStudy` (`ask`, `finish`), one trial of each in turn so
 that both meet the same load and history; medians in ms after 20 trials. "recorded" is
 `ask(record=True)`, which also must propose the same values; "refined" is `ask(record=False)` with
-the start told as the refined value. Target: <= 2 ms over Optuna in memory.
+the start told as the refined value. Target: <= 2 ms over Optuna in memory. PostgreSQL, where there
+is one or it can be installed, on the loopback interface and with fsync.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 import optuna
 
 import hypergrad as hg
+from benchmarks.postgresql import UnavailableError, server
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.storage import open_storage
 from hypergrad.search.study import open_study
@@ -38,14 +41,15 @@ def value(params: dict) -> float:
     return params["dropout"] + params["learning_rate"] + params["width"] / 256
 
 
-def measure(kind: str, folder: Path, num_trials: int) -> dict[str, list[float]]:
-    """Return ms per trial of each way."""
+def measure(kind: str, folder: Path, num_trials: int, url: str | None) -> dict[str, list[float]]:
+    """Return ms per trial of each way; `url` is that of PostgreSQL."""
 
     def storage(name: str) -> object:
         place = {
             "memory": None,
             "journal": f"{folder}/{name}.journal",
             "sqlite": f"sqlite:///{folder}/{name}.db",
+            "postgresql": url,
         }[kind]
         return open_storage(place)
 
@@ -54,7 +58,8 @@ def measure(kind: str, folder: Path, num_trials: int) -> dict[str, list[float]]:
         storage=storage("alone"), sampler=optuna.samplers.TPESampler(seed=0)
     )
     ours = {
-        name: open_study(SPACE, storage(name), "tpe", seed=0) for name in ("recorded", "refined")
+        name: open_study(SPACE, storage(name), "tpe", seed=0, name=name)
+        for name in ("recorded", "refined")
     }
     times: dict[str, list[float]] = {"Optuna": [], "recorded": [], "refined": []}
     for i in range(num_trials):
@@ -79,19 +84,25 @@ def main(quick: bool = False) -> dict[str, float]:
     """Print ms per trial by storage; returns the medians over Optuna's own."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sizes = {"memory": 100, "journal": 50, "sqlite": 30} if quick else {
-        "memory": 500, "journal": 200, "sqlite": 50}  # fmt: skip
-    print(f"{'storage':10}{'trials':>7}{'Optuna':>9}{'recorded':>10}{'refined':>9}  ms per trial")
+        "memory": 500, "journal": 200, "sqlite": 50, "postgresql": 100}  # fmt: skip
+    print(f"{'storage':11}{'trials':>7}{'Optuna':>9}{'recorded':>10}{'refined':>9}  ms per trial")
     extra = {}
     for kind, num_trials in sizes.items():
-        with tempfile.TemporaryDirectory() as folder:
-            times = measure(kind, Path(folder), num_trials)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            try:
+                url = stack.enter_context(server(durable=True)) if kind == "postgresql" else None
+            except UnavailableError as error:
+                print(f"{kind} is left out: {error}")
+                continue
+            times = measure(kind, Path(folder), num_trials, url)
         medians = {name: statistics.median(ms[WARM:]) for name, ms in times.items()}
         # Trial by trial, as a history's length and the machine's load change both.
         pairs = list(zip(times["Optuna"], times["recorded"], strict=True))[WARM:]
         extra[kind] = statistics.median(ours - theirs for theirs, ours in pairs)
         missed = "   MISSED" if kind == "memory" and extra[kind] > TARGET else ""
         print(
-            f"{kind:10}{num_trials:7d}{medians['Optuna']:9.2f}{medians['recorded']:10.2f}"
+            f"{kind:11}{num_trials:7d}{medians['Optuna']:9.2f}{medians['recorded']:10.2f}"
             f"{medians['refined']:9.2f}  recorded: {extra[kind]:+.2f}{missed}",
             flush=True,
         )

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,6 +31,15 @@ def test_hybrid_sweep(tmp_path: Path) -> None:
     assert f"optuna-dashboard {storage}" in text
     for name in ("scores", "parallel", "refinement"):
         assert (tmp_path / f"{name}.png").stat().st_size > 4_000
+
+
+def test_ray_sweep(tmp_path: Path) -> None:
+    """Two actors, one journal: nothing is trained twice."""
+    pytest.importorskip("ray")
+    text = printed_by("ray_sweep", "--workers", "2", "--storage", str(tmp_path / "sweep.journal"))
+    assert "4 trials: 4 complete" in text
+    steps = [int(number) for number in re.findall(r"worker \d: (\d+) training steps", text)]
+    assert len(steps) == 2 and sum(steps) == 4 * 60
 
 
 def test_data_cleaning(tmp_path: Path) -> None:
