@@ -24,7 +24,10 @@ NAMES = (
     "optimizers",
     "data_cleaning",
     "study",
+    "crash",
     "populations",
+    "fit",
+    "resume",
     "arena",
 )
 

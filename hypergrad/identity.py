@@ -14,6 +14,8 @@ from hypergrad.tuners.base import Tuner
 
 __all__ = ["describe", "difference", "program_difference", "program_of"]
 
+# Of what is written here and in `resume`; another one is refused.
+_FORMAT = 1
 _PLAIN = (bool, int, float, str, type(None))
 # Starting values of more numbers than this are not compared.
 _FEW = 1000
@@ -24,6 +26,7 @@ def describe(tuner: Tuner, state: Any, steps_per_update: int) -> dict[str, Any]:
     leaves = jax.tree.leaves(state)
     named = zip(leaf_names(state), leaves, strict=True)
     return {
+        "format": _FORMAT,
         "hyper": {
             name: [list(np.shape(leaf)) for leaf in jax.tree.leaves(part)]
             for name, part in jax.eval_shape(tuner.best, state).items()
@@ -83,6 +86,8 @@ def _few(hyper: Any) -> dict[str, list[float]]:
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """In words, how the run of a checkpoint differs from this one; None where it does not."""
+    if stored.get("format") != now["format"]:
+        return "it was written by another version of hypergrad"
     for name in stored["hyper"]:
         if name not in now["hyper"]:
             return f"it tunes {name!r}, which this space lacks"

@@ -25,8 +25,8 @@ _MOST_NAMED = 4
 class Progress:
     """Shows records as they come in; a context.
 
-    On a terminal a rich bar on `file` with the loss, up to four hyperparameters, updates and steps
-    per second and the time left. Elsewhere one line a minute to the logger "hypergrad" (level
+    On a terminal a rich bar on `file` with the time left, the loss, training steps per second and up
+    to four hyperparameters. Elsewhere one line a minute to the logger "hypergrad" (level
     INFO), or to `file` where no logging is set up.
 
     Args:
@@ -72,12 +72,15 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
+        fixed, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._bar = Bar(
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}", markup=False),
-            TimeRemainingColumn(compact=True),
+            MofNCompleteColumn(table_column=fixed),
+            BarColumn(bar_width=10),
+            TimeRemainingColumn(table_column=fixed),
+            TextColumn("{task.description}", markup=False, table_column=rest),
+            expand=True,
             console=Console(file=self._file),
             auto_refresh=False,
             # Lets a message of the user's own appear above the bar.
@@ -119,9 +122,10 @@ def summary(record: Record, rate: float, steps_per_update: int) -> str:
 
     >>> record = Record(0, 0.25, 0.5, {"rate": np.array(0.1), "l2": np.array([1.0, 3.0])}, None)
     >>> summary(record, 20.0, 10)
-    'loss 0.25, rate 0.1, l2 1..3, 20 updates/s (200 steps/s)'
+    'loss 0.25, 200 steps/s, rate 0.1, l2 1..3'
     """
-    parts = [f"loss {record.loss:.4g}"]
+    speed = f"{rate * steps_per_update:.3g} steps/s"
+    parts = [f"loss {record.loss:.4g}", *(["refused"] if record.refused else []), speed]
     hyper = record.hyper if isinstance(record.hyper, dict) else {"hyper": record.hyper}
     for name, tree in list(hyper.items())[:_MOST_NAMED]:
         leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(tree)]
@@ -129,9 +133,6 @@ def summary(record: Record, rate: float, steps_per_update: int) -> str:
             values = np.concatenate(leaves)
             low, high = f"{values.min():.3g}", f"{values.max():.3g}"
             parts.append(f"{name} {low}" if low == high else f"{name} {low}..{high}")
-    if record.refused:
-        parts.append("refused")
-    parts.append(f"{rate:.3g} updates/s ({rate * steps_per_update:.3g} steps/s)")
     return ", ".join(parts)
 
 

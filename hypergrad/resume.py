@@ -37,7 +37,7 @@ class Resumed(NamedTuple):
 def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop: int) -> Resumed:
     """The newest whole checkpoint of the run that `about` describes; `start` where there is none.
 
-    Torn ones are deleted. Raises ValueError where it is of another run, or beyond `stop` updates.
+    Torn ones are put aside. Raises ValueError where it is of another run, or beyond `stop` updates.
     """
     folder = checkpoint.path
     for done in saved_updates(folder):
@@ -45,13 +45,16 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
             arrays, stored = load(folder, done)
         except TornError as error:
             _log.warning(
-                "checkpoint: update %d in %s is torn (%s); it is deleted, and the one before "
-                "taken.",
+                "checkpoint: update %d in %s is torn (%s); it is put aside as %d.torn, and the one "
+                "before taken.",
                 done,
                 folder,
                 error,
+                done,
             )
-            shutil.rmtree(folder / str(done), ignore_errors=True)
+            # Not deleted: it may be somebody else's, if this is the wrong folder.
+            shutil.rmtree(folder / f"{done}.torn", ignore_errors=True)
+            (folder / str(done)).rename(folder / f"{done}.torn")
             continue
         differs = difference(stored, about)
         if differs:

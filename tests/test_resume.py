@@ -253,6 +253,7 @@ def test_a_torn_checkpoint_is_skipped(
         os.truncate(path, 0)
     assert_same_run(_fit(20, checkpoint), whole)
     assert "update 11" in caplog.text and "update 8" in caplog.text and "torn" in caplog.text
+    assert (checkpoint.path / "11.torn").is_dir() and (checkpoint.path / "8.torn").is_dir()
     # all of them torn: from the start
     for path in _files(checkpoint.path):
         os.truncate(path, 0)
