@@ -25,7 +25,7 @@ _MOST_NAMED = 4
 class Progress:
     """Shows records as they come in; a context.
 
-    On a terminal a rich bar on `file` with the time left, the loss, training steps per second and up
+    On a terminal a rich bar on `file` with the time left, the loss, steps per second and up
     to four hyperparameters. Elsewhere one line a minute to the logger "hypergrad" (level
     INFO), or to `file` where no logging is set up.
 
