@@ -17,7 +17,7 @@ from hypergrad.search.ranking import ranked, short, states
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",
     "parallel": "Every trial as a line through its hyperparameters; dark is good.",
-    "importance": "How much each hyperparameter explains of the scores' variance (fANOVA).",
+    "importance": "What sets the best tenth of the trials apart, by hyperparameter (PED-ANOVA).",
     "refinement": "Where hypergradients led each trial while it trained, from its start (hollow).",
 }
 _STYLE = """
@@ -26,7 +26,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { text-align: left; background: var(--soft); white-space: nowrap; }
+th { background: var(--soft); white-space: nowrap; }
 tr.best { font-weight: 600; } figure { margin: 1rem 0 2rem; }
 img { max-width: 100%; height: auto; background: white; } figcaption { font-size: .9rem; }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .8rem; }
