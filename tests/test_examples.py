@@ -65,3 +65,13 @@ def test_cross_validated_l2(tmp_path: Path) -> None:
         assert float(ours[1]) < 5
         assert int(ours[4].replace(",", "")) < int(grid[4].replace(",", ""))
     assert picture.stat().st_size > 10_000
+
+
+def test_drop_in(tmp_path: Path) -> None:
+    picture = tmp_path / "drop_in.png"
+    text = printed_by("drop_in", "--out", str(picture))
+    lines = re.search(r"(\d+) new or changed", text)
+    losses = [float(loss) for loss in re.findall(r"test loss ([\d.]+)", text)]
+    assert lines is not None and int(lines[1]) <= 10, text
+    assert losses[1] < 0.85 * losses[0]
+    assert picture.stat().st_size > 10_000
