@@ -87,6 +87,10 @@ def bilevel(
     The training gradient is `inner_gradient`'s (mixed mode), and passes through
     `nonzero_gradient`, so that Adam's square root has a derivative everywhere.
 
+    Parameters of bfloat16 keep their dtype, hypergradients that of `hyper`: within 5% of those of
+    float32 parameters over 10 steps (tests/test_adapters.py); over 100 the runs themselves part.
+    Float32 parameters that compute in bfloat16 (flax's `dtype=`) do not lose small updates.
+
     Raises:
       ValueError: a loss that is no scalar; an optimiser that keeps its rates in its state; a
         `trainable` key that `params` lacks; an `absorb` that changes the structure of `params`.
