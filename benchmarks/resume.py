@@ -1,14 +1,15 @@
 """Runs killed at random moments end with the bits of one that nobody disturbed.
 
-Run: `python -m benchmarks.resume` (about eight minutes on two cores; `main(quick=True)`, 3 kills,
-one and a half). Needs `tests/resume_worker.py`, the run that is killed: 60 updates of 3 steps from
-a shuffled iterable, a checkpoint every 7 updates, JSON lines.
+Run: `python -m benchmarks.resume` (six minutes on two cores; `main(quick=True)`, 3 kills, one).
+Needs `tests/resume_worker.py`, the run that is killed: 60 updates of 3 steps from a shuffled
+iterable, a checkpoint every 7 updates, JSON lines.
 
-Each of 20 runs is killed once, by SIGKILL and SIGTERM in turn, after a time drawn at random between
-the process's start and its usual end: while it imports and compiles, between updates, while a
-checkpoint is written. Then the same command is run again, and its final state, history and JSON
-lines are compared byte by byte with those of a run that was never killed. Prints a line per kill:
-signal, moment, the update it had reached, the newest checkpoint found, whether all bytes are equal.
+Each of 20 runs is killed once, by SIGKILL and SIGTERM in turn: up to 0.1 s after an update drawn at
+random, whatever it does then (an update, reading, writing a checkpoint); every fifth one while it
+still imports and compiles. Then the same command is run again, and its final state, history and
+JSON lines are compared byte by byte with those of a run that was never killed. Prints a line per
+kill: signal, the update aimed at and the last one printed, the newest checkpoint found, whether all
+bytes are equal.
 Target: 20 of 20.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from hypergrad.checkpoints import saved_updates
+from tests.resume_worker import UPDATES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds that the source waits per batch: they spread the updates over a time that can be hit.
@@ -35,6 +37,15 @@ def start(folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.resume_worker", str(folder), str(PAUSE)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], update: int | None) -> str:
+    """What a run has printed once it has come to an update; nothing where None is waited for."""
+    seen = ""
+    while update is not None and f"at {update}\n" not in seen:
+        assert process.stdout is not None
+        seen += process.stdout.readline()
+    return seen
 
 
 def finish(folder: Path) -> tuple[bytes, dict[str, Any]]:
@@ -66,24 +77,25 @@ def main(quick: bool = False) -> int:
         begin = time.perf_counter()
         reference = finish(folder / "undisturbed")
         usual = time.perf_counter() - begin
-        print(f"{'kill':>4} {'signal':8}{'after s':>8}{'update':>8}{'checkpoint':>11}  same bytes")
+        print(
+            f"{'kill':>4} {'signal':8}{'aimed at':>9}{'reached':>8}{'checkpoint':>11}  same bytes"
+        )
         for i in range(kills):
             number = (signal.SIGKILL, signal.SIGTERM)[i % 2]
             run = folder / f"run-{i}"
-            # Most of the time goes into imports and compiling: aim at what comes after, mostly.
-            moment = usual * random.uniform(0.3 if i % 4 == 3 else 0.6, 1.0)
             process = start(run)
-            time.sleep(moment)
+            aim = None if i % 5 == 4 else int(random.integers(UPDATES - 5))
+            seen = wait_for(process, aim)
+            time.sleep(random.uniform(0.0, 0.5 * usual if aim is None else 0.1))
             process.send_signal(number)
-            out, _ = process.communicate()
-            reached = out.split("at ")[-1].split("\n")[0] if "at " in out else "-"
+            seen += process.communicate()[0]
+            reached = seen.split("at ")[-1].split("\n")[0] if "at " in seen else "-"
             found = (saved_updates(run / "run") or ["-"])[0]
             ended = equal(reference, finish(run))
             same += ended
-            print(
-                f"{i + 1:4} {number.name:8}{moment:8.2f}{reached:>8}{found:>11}  {ended}",
-                flush=True,
-            )
+            target = "start" if aim is None else aim
+            line = f"{i + 1:4} {number.name:8}{target:>9}{reached:>8}{found:>11}  {ended}"
+            print(line, flush=True)
     print(f"{same} of {kills} with the same bytes")
     return same
 
