@@ -8,11 +8,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.callbacks import check
@@ -127,6 +128,7 @@ def fit(
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpoint(checkpoint)
     steps = steps_of(train, steps_per_update)
+    state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
@@ -214,6 +216,12 @@ class _Run:
             differs = self.saved_program and program_difference(self.saved_program, program)
             if differs:
                 raise refusal(self.saver.folder, self.done, differs)
+            if self.saved_program and self.saved_program["jax"] != program["jax"]:
+                _log.warning(
+                    "checkpoint: written under JAX %s, going on under %s: bits may differ.",
+                    self.saved_program["jax"],
+                    program["jax"],
+                )
             self.about["program"] = program
         complete = self.done == self.first + self.num_updates
         return iter(()) if complete else itertools.chain([fed], batches)
@@ -280,7 +288,8 @@ class _Run:
 
     def _not_finite(self, what: str) -> FloatingPointError:
         last = self.history[-1]
-        hyper = {name: np.asarray(value).tolist() for name, value in last.hyper.items()}
+        show = partial(np.array2string, precision=4, threshold=8, edgeitems=2)
+        hyper = jax.tree.map(show, last.hyper)
         step = last.first_bad_step
         where = (
             f" (its training step {step} was the first bad one)" if step not in (None, -1) else ""
@@ -297,6 +306,13 @@ class _Run:
 def _compiled(update: Callable[..., Any]) -> Any:
     """The compiled update, the same for each call of `fit` with one tuner."""
     return update if hasattr(update, "trace") else jax.jit(update)
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """A leaf without a weak type, which a checkpoint could not give back."""
+    if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
+        return leaf
+    return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -323,6 +323,42 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     refused("its update computes", loss=doubled)
     refused("other constants or in another order", tuner={"max_move": 0.04})
     assert saved_updates(tmp_path / "run") == [6]
+
+
+def test_a_weakly_typed_start_is_no_other_program(tmp_path: Path) -> None:
+    """Under `jnp.array(0.0)` the first update is another program than every later one."""
+
+    class State(NamedTuple):
+        params: Any
+        seen: Any
+
+    def step(inner: State, hyper: Any, batch: Any, key: Any) -> State:
+        slope = jax.grad(loss)(inner.params, hyper, batch, key)
+        return State(inner.params - hyper["rate"] * slope, inner.seen + 1)
+
+    def loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((params - batch) ** 2)
+
+    init = lambda hyper, key: State(jnp.array(0.0), jnp.asarray(0))  # noqa: E731
+    assert init(None, None).params.weak_type
+    tuner = hg.alternating(hg.Problem(init, step, loss, loss), SPACE)
+
+    def run(num_updates: int, checkpoint: Any) -> Any:
+        state = tuner.init(START, jax.random.key(0))
+        data = jnp.ones((3, 2)), jnp.ones(2)
+        return hg.fit(tuner, state, *data, num_updates, checkpoint=checkpoint)
+
+    run(3, tmp_path / "run")
+    assert_same_run(run(8, tmp_path / "run"), run(8, None))
+
+
+def test_another_jax_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fit(3, tmp_path / "run")
+    monkeypatch.setattr(jax, "__version__", "0.99")
+    _fit(4, tmp_path / "run")
+    assert "going on under 0.99" in caplog.text
 
 
 def test_what_goes_wrong_while_saving_is_raised(tmp_path: Path) -> None:
