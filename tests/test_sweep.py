@@ -344,3 +344,24 @@ def test_the_last_trials_polish_the_best() -> None:
         run(refine=refine, polish=6)
     with pytest.raises(ValueError, match="refine=None"):
         run(polish=1)
+
+
+def test_choices_without_an_active_float_are_trained_plainly() -> None:
+    rate = hg.Float(1e-3, 0.3, scale="log", when={"optimizer": "sgd"})
+    space = hg.Space({"optimizer": hg.Categorical(["sgd", "default"]), "rate": rate})
+
+    def problem(choices: dict[str, Any]) -> hg.Problem:
+        optimizer = lambda hyper: optax.sgd(hyper.get("rate", 0.05))  # noqa: E731
+        return hg.bilevel(lambda key: jnp.zeros(4), loss, loss, optimizer)
+
+    refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
+    points = [{"optimizer": "default"}, {"optimizer": "sgd"}]
+    arguments = {"num_trials": 2, "num_steps": 20, "batch_size": 8, "refine": refine}
+    result = hg.sweep(problem, space, DATA, enqueue=points, **arguments)
+    assert [t.state.name for t in result.study.trials] == ["COMPLETE"] * 2
+    assert result.top()[0].score <= result.top()[1].score
+    # what one sweep found starts another one
+    again = hg.sweep(
+        problem, space, DATA, enqueue=[best.hyper for best in result.top(2)], **arguments
+    )
+    assert {b.hyper["optimizer"] for b in again.top()} == {"sgd", "default"}

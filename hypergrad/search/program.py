@@ -85,7 +85,9 @@ class Programs:
             )
         space = continuous_part(self._space, choices)
         self._check(problem, space, choices)
-        return Program(problem, space, self._population(problem, space, self._refine))
+        # Choices under which no Float is active leave nothing to refine.
+        refine = self._refine if space.continuous else None
+        return Program(problem, space, self._population(problem, space, refine))
 
     def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
         return population(

@@ -13,7 +13,7 @@ import optuna
 
 from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
-from hypergrad.search.ranking import Best, best_of, table
+from hypergrad.search.ranking import Best, best_of, ranked, table
 from hypergrad.search.study import OpenStudy
 
 
@@ -55,6 +55,10 @@ class Result:
           ValueError: no trial did.
         """
         return best_of(self.study)
+
+    def top(self, count: int = 10) -> list[Best]:
+        """The best trials that trained in full, such as to enqueue in a sweep on other data."""
+        return ranked(self.study)[:count]
 
     def table(self, count: int = 10) -> str:
         """The best trials as text, one line each, and how many there are of each state."""
