@@ -340,6 +340,14 @@ def test_the_last_trials_polish_the_best() -> None:
         assert trials[number].params["optimizer"] == best.params["optimizer"]
         assert trials[number].user_attrs["start"]["rate"] == pytest.approx(best.params["rate"])
         assert trials[number].params["rate"] != best.params["rate"]
+    found = result.confirm(count=3, seeds=2)
+    assert found.number in {best.number for best in result.top(3)}
+    assert found.score != next(b.score for b in result.top(3) if b.number == found.number)
+    # after a scheduler's brackets, full runs
+    scheduler = hg.SuccessiveHalving(min_steps=5, eta=2)
+    halved = run(refine=refine, num_trials=6, polish=2, population=1, scheduler=scheduler)
+    reached = [max(t.intermediate_values) for t in halved.study.trials]
+    assert sorted(reached[:4]) == [5, 5, 10, 20] and reached[4:] == [20, 20]
     with pytest.raises(ValueError, match="polish=6 with num_trials=6"):
         run(refine=refine, polish=6)
     with pytest.raises(ValueError, match="refine=None"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,10 @@ from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
 from hypergrad.search.ranking import Best, best_of, ranked, table
 from hypergrad.search.study import OpenStudy
+from hypergrad.tuners.member import Report
+
+# Streams of seeds, far from the trials' own, which are folded in by their numbers.
+_AUDIT, _CONFIRM = 2**31, 2**31 + 1
 
 
 class Audit(NamedTuple):
@@ -44,6 +48,7 @@ class Result:
     steps_spent: int
     _opened: OpenStudy
     _programs: Programs
+    _score: Callable[[Report], jax.Array]
     _num_steps: int
     _seed: int
 
@@ -76,14 +81,7 @@ class Result:
           ValueError: the data have no test split; no trial trained in full.
         """
         values = self.best.hyper if hyper is None else hyper
-        choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
-        program = self._programs.plain(choices)
-        hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
-        # far from the trials' own, which are folded in by their numbers
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), 2**31), seeds)
-        state = program.members.init(hypers, keys)
-        updates = self._num_steps // program.members.steps_per_update
-        losses = program.members.report(program.members.advance(state, updates)).test_score
+        losses = self._retrained(values, seeds, _AUDIT).test_score
         if losses is None:
             raise ValueError(
                 "data.test=None: an audit is taken on a split that nothing was tuned on."
@@ -92,6 +90,41 @@ class Result:
         found = np.where(np.isfinite(found), found, np.inf)
         error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
         return Audit(found, float(found.mean()), error)
+
+    def confirm(self, count: int = 3, seeds: int = 2) -> Best:
+        """The trial whose frozen values score best on validation when trained again.
+
+        A trial's own score flatters it: it is the best of many, under one seed, and a refined
+        trial's values moved while it trained. So the best `count` are retrained in full with their
+        values frozen, under `seeds` fresh seeds that `audit` does not use; the mean of their scores
+        decides, and is the `score` of what is returned. Cost: count * seeds full runs.
+
+        Raises:
+          ValueError: no trial trained in full, or none of them again.
+        """
+        sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
+        found = []
+        for best in self.top(count):
+            report = self._retrained(best.hyper, seeds, _CONFIRM)
+            score = float(np.where(report.finite, self._score(report), np.nan).mean())
+            if np.isfinite(score):
+                found.append((sign * score, best._replace(score=score)))
+        if not found:
+            raise ValueError(
+                f"None of the best {count} trials trains again with its values frozen: see "
+                "result.table(), and give a larger count."
+            )
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> Report:
+        """Reports of full runs under frozen values and seeds that no trial has used."""
+        choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
+        program = self._programs.plain(choices)
+        hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), stream), seeds)
+        state = program.members.init(hypers, keys)
+        updates = self._num_steps // program.members.steps_per_update
+        return jax.device_get(program.members.report(program.members.advance(state, updates)))
 
     def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Writes pictures of the sweep into `folder` as PNG; returns their paths.

@@ -79,8 +79,9 @@ def sweep(
       direction: of the score; "maximize" needs a metric.
       told: which of a refined trial's values the study learns: "start", "last", "best" (the mean of
         the trusted iterates, later ones counting more) or "mean" (of the second half).
-      polish: so many of the last trials are not proposed but start, under new seeds, where the best
-        trials so far ended: the same choices, the values that were told. Needs `refine`.
+      polish: so many of the last trials are not proposed: full runs that start, under new seeds,
+        where the best trials so far ended (their choices, the values told). Needs `refine`. After a
+        scheduler has picked among many short runs, this is what lowered losses most (docs/sweeps).
       enqueue: known good points, tried first; what a point leaves out is proposed.
       seed: of the sampler and of training.
       name: the study's.
@@ -113,7 +114,7 @@ def sweep(
         raise ValueError(
             f"population={population} leaves {scheduler!r} nobody to copy from: give at least 4."
         )
-    if not 0 <= polish < num_trials or (polish and refine is None):
+    if polish and not (0 < polish < num_trials and refine is not None):
         raise ValueError(
             f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
             "and fewer than all trials, as there must be something to polish."
@@ -123,7 +124,7 @@ def sweep(
     steps = _steps_per_update(refine, num_steps)
     ladders = [
         tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
-        for ladder in brackets(scheduler, num_steps, num_trials)
+        for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)
@@ -150,7 +151,8 @@ def sweep(
                 show,
                 _log.info,
             )
-            for ladder in _from_where_it_stopped(ladders, opened, population):
+            full = (Rung(population, num_steps),)
+            for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
                 teams = _ask(opened, ladder[0].members, population, record=not moves)
                 if teams:
@@ -162,7 +164,7 @@ def sweep(
                     opened.recover()
     finally:
         opened.close()
-    return Result(opened.study, cohort.spent, opened, programs, num_steps, seed)
+    return Result(opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed)
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
@@ -178,13 +180,13 @@ def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
 
 def _from_where_it_stopped(
     ladders: Sequence[tuple[Rung, ...]],
+    full: tuple[Rung, ...],
+    polish: int,
     opened: OpenStudy,
-    population: int,
 ) -> Iterator[tuple[Rung, ...]]:
     """The brackets still to run; where all runs are full ones, as many at a time as fit."""
     if len(ladders[0]) == 1:
-        steps = ladders[0][-1].steps
-        return itertools.repeat((Rung(population, steps),))
+        return itertools.repeat(full)
     finished, skipped = opened.progress().finished, 0
     for ladder in ladders:
         if finished < ladder[0].members:
@@ -192,7 +194,8 @@ def _from_where_it_stopped(
         finished -= ladder[0].members
         skipped += 1
     # Beyond the plan, when other processes have died: once more from its beginning.
-    return itertools.chain(ladders[skipped:], itertools.cycle(ladders))
+    beyond = itertools.repeat(full) if polish else itertools.cycle(ladders)
+    return itertools.chain(ladders[skipped:], beyond)
 
 
 def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> None:
