@@ -18,9 +18,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Into site/: open site/index.html. Strict: a broken link is an error.
+# Into site/: open site/index.html. A broken link is an error (not under --quiet, which hides it).
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench-quick: $(VENV)/.installed-examples
 	$(BIN)/python -m benchmarks.quick
