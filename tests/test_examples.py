@@ -75,3 +75,19 @@ def test_drop_in(tmp_path: Path) -> None:
     assert lines is not None and int(lines[1]) <= 10, text
     assert losses[1] < 0.85 * losses[0]
     assert picture.stat().st_size > 10_000
+
+
+def test_per_weight_l2(tmp_path: Path) -> None:
+    picture = tmp_path / "l2.png"
+    text = printed_by("per_weight_l2", "--out", str(picture))
+
+    def losses(row: str) -> list[float]:
+        found = re.search(row + r" +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +([\d.]+)", text)
+        assert found is not None, text
+        return [float(number) for number in found.groups()]
+
+    one, free, penalised = (losses(row) for row in ("grid of 5", "│ weight", "penalised"))
+    # column 1: what was tuned on, 3: the test images
+    assert free[1] < penalised[1] < 0.7 * one[1]
+    assert penalised[3] < min(free[3], 0.95 * one[3])
+    assert picture.stat().st_size > 10_000
