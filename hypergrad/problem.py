@@ -154,12 +154,13 @@ def zero_loss(params: Any) -> jax.Array:
 
 
 def nonzero_gradient(grads: Tree) -> Tree:
-    """Gradients with every exactly zero entry moved to 1e-16, its derivative kept.
+    """Gradients with every entry below 1e-16 in size moved to that size, its derivative kept.
 
     `sqrt(v)` has no finite derivative at v = 0, and optax's Adam and its kin take it of every
-    squared gradient that was never anything but zero (constant input columns, dead units): the
-    hypergradient is then NaN. With entries of 1e-16 the square is 1e-32, representable in float32,
-    and an Adam step with eps=1e-8 moves such a weight by 1e-8 of a step; nothing else changes.
+    squared gradient that was never anything but zero (constant input columns, dead units), or so
+    small that its square is zero in float32: the hypergradient is then NaN. With entries of 1e-16
+    the square is 1e-32, representable in float32, and an Adam step with eps=1e-8 moves such a
+    weight by 1e-8 of a step; nothing else changes.
     `bilevel` applies it; use it in a hand-filled `step` in front of an Adam-like optimiser.
     float16 cannot hold 1e-16 and gets no protection.
 
@@ -170,7 +171,9 @@ def nonzero_gradient(grads: Tree) -> Tree:
     def lift(g: jax.Array) -> jax.Array:
         if not is_inexact(g):
             return g
-        return g + jax.lax.stop_gradient(jnp.where(g == 0, jnp.asarray(1e-16, g.dtype), 0))
+        least = jnp.asarray(1e-16, g.dtype)
+        lifted = jnp.where(g < 0, -least, least)
+        return g + jax.lax.stop_gradient(jnp.where(jnp.abs(g) < least, lifted, 0))
 
     return jax.tree.map(lift, grads)
 

@@ -1,8 +1,14 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
+
+# Read when the backend starts. Two thirds of a run is XLA compiling tiny programs once each: with
+# the older emitters, and without the expensive passes below, it takes a third of the time. Values
+# agree to rounding, and benchmarks/ and the examples run with all.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +16,6 @@ import pytest
 
 from benchmarks.postgresql import UnavailableError, server
 
-# Two thirds of a run is XLA compiling tiny programs once each. Without the expensive passes it
-# takes half the time; values agree to rounding, and benchmarks/ and the examples run with all.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
