@@ -5,13 +5,13 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs bench-quick clean
+.PHONY: demo test check docs bench bench-quick clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=30 --doctest-modules tests hypergrad
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30 --doctest-modules tests hypergrad
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -22,8 +22,12 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-bench-quick: $(VENV)/.installed-examples
-	$(BIN)/python -m benchmarks.quick
+# The extra brings the PostgreSQL driver, too; without a server its rows say so.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.every
+
+bench-quick: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.every --quick
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

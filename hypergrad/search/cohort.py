@@ -222,7 +222,7 @@ class Cohort:
                 "refused": int(report.refused[i]),
                 "trajectory": {
                     "steps": report.trail_steps[i][used].tolist(),
-                    **{n: v[i][used].tolist() for n, v in report.trail.items()},
+                    **{n: _rounded(v[i][used]) for n, v in report.trail.items()},
                 },
             }
             if report.test_score is not None:
@@ -274,6 +274,11 @@ class Cohort:
         if self._show is not None:
             done = self._finished + self._partial
             self._show(Moment(done, self._running, self._spent, self._best))
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """To the digits of a float32: as JSON they are half as long, and MySQL's texts are limited."""
+    return [float(f"{value:.7g}") for value in values]
 
 
 def _widths(most: int) -> list[int]:

@@ -154,14 +154,10 @@ def sweep(
             full = (Rung(population, num_steps),)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
-                teams = _ask(opened, ladder[0].members, population, record=not moves)
-                if teams:
-                    cohort.run(teams, ladder, population)
-                elif not opened.progress().running:
+                teams = _ask_or_wait(opened, ladder[0].members, population, record=not moves)
+                if not teams:
                     break
-                else:
-                    time.sleep(1.0)  # others' trials may yet come back to the queue
-                    opened.recover()
+                cohort.run(teams, ladder, population)
     finally:
         opened.close()
     return Result(opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed)
@@ -205,6 +201,21 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> 
     if left <= polish:
         for best in ranked(opened.study)[: max(min(left, count - progress.waiting), 0)]:
             opened.enqueue(best.hyper, again=True)
+
+
+def _ask_or_wait(
+    opened: OpenStudy, count: int, population: int, record: bool
+) -> list[list[Proposal]]:
+    """Proposals as of `_ask`; where none are left, those of others that die, till all have ended."""
+    ended = False
+    while True:
+        teams = _ask(opened, count, population, record)
+        # Others may have given trials back between our asking and our looking: ask once more.
+        if teams or ended:
+            return teams
+        if not opened.recover():
+            ended = not opened.progress().running
+            time.sleep(0.0 if ended else 1.0)
 
 
 def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[list[Proposal]]:

@@ -1,12 +1,12 @@
-"""Run all benchmarks in quick mode and print their tables.
+"""Run all benchmarks and print their tables.
 
-Run: `python -m benchmarks.quick`, or `make bench-quick` (under ten minutes on two cores). Every
-benchmark also runs by itself, in full, as `python -m benchmarks.NAME`; its header says what its
-columns are. Prints each table under its name, with the seconds it took.
+Run: `make bench` (hours on two cores), or `make bench-quick`, shortened: `python -m
+benchmarks.every [--quick]`. Every benchmark also runs by itself as `python -m benchmarks.NAME`; its
+header says what its columns are. Prints each table under its name, with the seconds it took.
 """
 
+import argparse
 import importlib
-import importlib.util
 import time
 
 import jax
@@ -28,18 +28,16 @@ NAMES = (
     "populations",
     "fit",
     "resume",
+    "mixed_sweep",
     "arena",
 )
 
 
-def main(quick: bool = True) -> dict[str, float]:
-    """Run every benchmark; returns the seconds of each that exists."""
+def main(quick: bool) -> dict[str, float]:
+    """Run every benchmark; returns the seconds of each."""
     seconds = {}
     for name in NAMES:
         print(f"\n== benchmarks.{name}", flush=True)
-        if importlib.util.find_spec(f"benchmarks.{name}") is None:
-            print("skipped: it does not exist in this checkout")
-            continue
         begin = time.perf_counter()
         importlib.import_module(f"benchmarks.{name}").main(quick=quick)
         seconds[name] = time.perf_counter() - begin
@@ -50,4 +48,6 @@ def main(quick: bool = True) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    main(parser.parse_args().quick)
