@@ -82,7 +82,7 @@ def make_problem(choices: dict[str, Any]) -> hg.Problem:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--storage", help="a path such as sweep.journal, or a database's URL")
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=33)
     parser.add_argument("--black-box", action="store_true", help="no hypergradients")
     parser.add_argument("--quick", action="store_true", help="4 short trials")
     parser.add_argument("--pictures", help="a folder for pictures of the sweep")
@@ -91,6 +91,12 @@ def main() -> None:
     logging.getLogger("hypergrad").setLevel(logging.INFO)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     begin = time.perf_counter()
+    recipe: dict[str, Any] = {"scheduler": hg.SuccessiveHalving(min_steps=50)}
+    if not options.black_box:
+        # short runs choose, the last fifth starts where the best ended
+        recipe |= {"refine": hg.Refine(), "polish": options.trials // 5}
+    if options.quick:
+        recipe = {"refine": hg.Refine(), "polish": 1}
     result = hg.sweep(
         make_problem,
         SPACE,
@@ -98,13 +104,14 @@ def main() -> None:
         num_trials=4 if options.quick else options.trials,
         num_steps=60 if options.quick else digits200.STEPS,
         batch_size=digits200.BATCH,
-        refine=None if options.black_box else hg.Refine(),
-        population=4,
+        population=3,
         storage=options.storage,
+        **recipe,
     )
     print(result.table(5))
     print(f"{result.steps_spent} training steps, {time.perf_counter() - begin:.0f} s")
-    audit = result.audit(seeds=3 if options.quick else 10)
+    found = result.confirm(count=1 if options.quick else 3)
+    audit = result.audit(seeds=3 if options.quick else 10, hyper=found.hyper)
     print(f"fresh seeds: test loss {audit.mean:.3f} +- {audit.std_error:.3f}")
     if options.pictures:
         print("pictures:", *result.save_pictures(options.pictures))

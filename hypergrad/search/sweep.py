@@ -43,7 +43,7 @@ def sweep(
     population: int = 8,
     metric: str | None = None,
     direction: Literal["minimize", "maximize"] = "minimize",
-    told: Told = "best",
+    told: Told = "last",
     polish: int = 0,
     enqueue: Iterable[Mapping[str, Any]] = (),
     seed: int = 0,
@@ -77,11 +77,12 @@ def sweep(
         of them is told: 1 makes the same proposals as Optuna alone.
       metric: the name of one of `problem.metrics`; None for the validation loss.
       direction: of the score; "maximize" needs a metric.
-      told: which of a refined trial's values the study learns: "start", "last", "best" (the mean of
-        the trusted iterates, later ones counting more) or "mean" (of the second half).
+      told: which of a refined trial's values the study learns: "start", "last" (better than "best"
+        on digits: a short run is still on its way), "best" (the mean of the trusted iterates, later
+        ones counting more) or "mean" (of the second half).
       polish: so many of the last trials are not proposed: full runs that start, under new seeds,
-        where the best trials so far ended (their choices, the values told). Needs `refine`. After a
-        scheduler has picked among many short runs, this is what lowered losses most (docs/sweeps).
+        where the best trials so far ended (their choices, the values told). Needs `refine`. Worth
+        a fifth of the trials, after a scheduler has picked among many short runs.
       enqueue: known good points, tried first; what a point leaves out is proposed.
       seed: of the sampler and of training.
       name: the study's.
@@ -206,7 +207,7 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> 
 def _ask_or_wait(
     opened: OpenStudy, count: int, population: int, record: bool
 ) -> list[list[Proposal]]:
-    """Proposals as of `_ask`; where none are left, those of others that die, till all have ended."""
+    """Proposals as of `_ask`; where none are left, others', if they die, until all have ended."""
     ended = False
     while True:
         teams = _ask(opened, count, population, record)
