@@ -774,3 +774,19 @@ def test_many_processes_never_run_more_than_asked_for(tmp_path, spawn):
         process.join(60)
     with open(log) as file:
         assert len(file.readlines()) == 9
+
+
+def test_a_point_queued_again_is_dropped_where_no_slot_is_left() -> None:
+    """Two processes may both queue what a sweep polishes."""
+    space = hg.Space({"rate": hg.Float(0.0, 1.0)})
+    with open_study(space, sampler="random", seed=0, num_trials=2) as opened:
+        assert opened.enqueue({"rate": 0.5})
+        assert not opened.enqueue({"rate": 0.5})
+        assert all(opened.enqueue({"rate": 0.5}, again=True) for _ in range(2))
+        starts = []
+        while proposal := opened.ask():
+            starts.append(proposal.start["rate"])
+            opened.finish(proposal, 1.0)
+        assert starts == [0.5, 0.5]
+        assert opened.progress()[:2] == (2, 2)
+        assert opened.progress().waiting == 0

@@ -27,6 +27,8 @@ ATTEMPT = "hypergrad:attempt"
 # A known good point that was queued by hand; a finished trial of another study.
 ENQUEUED = "hypergrad:enqueued"
 ADDED = "hypergrad:added"
+# A good point of this study that is queued to be run again: of no use without a slot.
+AGAIN = "hypergrad:again"
 # Made by mistake in a race, with the reason; it never ran.
 CANCELLED = "hypergrad:cancelled"
 # A user attribute: why a trial failed.

@@ -65,9 +65,10 @@ class Slots:
             if any(name in wanted and asked[name] != wanted[name] for name in asked):
                 continue
             if self._is_over(self._ledger.slots(trials, ledger.lineage(trial)[0])):
-                # A point queued by hand may wait for a larger num_trials. A successor had no right
-                # to its slot: its worker died before it could cancel the first trial.
-                if not ledger.is_slot(trial):
+                # A point queued by hand may wait for a larger num_trials. One queued again was
+                # queued by two processes; a successor had no right to its slot: its worker died
+                # before it could cancel the first trial.
+                if not ledger.is_slot(trial) or ledger.AGAIN in trial.system_attrs:
                     self._recovery.cancel(trial._trial_id, "every slot is taken")
                 continue
             if self._ledger.is_duplicate(trial, trials):

@@ -220,10 +220,11 @@ class OpenStudy:
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
 
-        With `again` it is queued once more. `hyper` holds values of Floats, Ints and Categoricals
-        in the user's units; what is left out is proposed by the sampler. It takes one of the
-        `num_trials` slots. Raises ValueError for unknown names, values outside the space and values
-        that are inactive beside the others.
+        With `again` it is queued once more, and dropped where no slot is left.
+
+        `hyper` holds values of Floats, Ints and Categoricals in the user's units; what is left out
+        is proposed by the sampler. It takes one of the `num_trials` slots. Raises ValueError for
+        unknown names, values outside the space and values that are inactive beside the others.
         """
         self._coordinates.check(hyper, "hyper", complete=False)
         params = self._coordinates.to_study(hyper)
@@ -232,6 +233,7 @@ class OpenStudy:
             if known and trial.system_attrs.get("fixed_params") == params:
                 return False
         attrs = {"fixed_params": params, ledger.ENQUEUED: True}
+        attrs |= {ledger.AGAIN: True} if again else {}
         self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
         return True
 
