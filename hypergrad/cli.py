@@ -7,6 +7,7 @@ or a storage that cannot be used; 130 interrupted, with running trials back in t
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except _Ended as end:
         message, code = end, end.code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         message, code = _Ended("interrupted: running trials are in the queue again."), INTERRUPTED
     print(f"hypergrad: {message}", file=sys.stderr)
@@ -70,9 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from hypergrad.search.storage import open_storage
+
     function = _load(options.file)
     given: dict[str, Any] = {"storage": options.storage, "num_trials": options.trials}
     given |= {"name": options.name, "seed": options.seed}
+    if options.storage is not None:
+        try:
+            open_storage(options.storage)
+        except Exception as error:
+            raise _Ended(f"--storage {options.storage}: {_short(error)}") from error
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hypergrad").setLevel(logging.INFO)
     _quiet_optuna()
@@ -97,6 +108,8 @@ def _report(options: argparse.Namespace) -> int:
         from hypergrad.search.report import write_report
     except ImportError as error:
         raise _Ended(f"{error}: pip install 'hypergrad-jax[plots]'.") from error
+    if not Path(options.out).absolute().parent.is_dir():
+        raise _Ended(f"--out {options.out} lies in a folder that does not exist: make it.")
     try:
         print(write_report(study, options.out))
     except (OSError, ValueError) as error:

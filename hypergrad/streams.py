@@ -246,6 +246,27 @@ def steps_of(train: Any, steps_per_update: int | None) -> int:
     return steps
 
 
+def refuse_missing_axis(train: Any, valid: Any) -> None:
+    """Refuses a data set where K stacked batches belong: it would train on single examples.
+
+    Raises:
+      ValueError: `train` and `valid` are arrays of one structure with equal numbers of axes.
+    """
+    if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
+        return
+    if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
+        return
+    leaves = [
+        (x.shape, v.shape) for x, v in zip(*map(jax.tree.leaves, (train, valid)), strict=True)
+    ]
+    if all(len(x) == len(v) for x, v in leaves):
+        raise ValueError(
+            f"train's leaves have as many axes as valid's, {leaves}, and lack the leading axis K of "
+            "steps: give hypergrad.Minibatches(train, batch_size=32, num_steps=10), or stack K "
+            "batches, [K, batch, ...]."
+        )
+
+
 def _check_steps(steps: Any) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(

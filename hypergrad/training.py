@@ -23,7 +23,7 @@ from hypergrad.history import History, Record, observe
 from hypergrad.identity import describe, program_difference, program_of
 from hypergrad.progress import Progress
 from hypergrad.resume import Resumed, refusal, restore
-from hypergrad.streams import RanOut, open_source, steps_of
+from hypergrad.streams import RanOut, open_source, refuse_missing_axis, steps_of
 from hypergrad.trees import all_finite
 from hypergrad.trust import REASONS
 from hypergrad.tuners.base import Tuner
@@ -52,6 +52,21 @@ class Result(NamedTuple):
     state: Any
     hyper: Any
     history: History
+
+
+def _check_types(tuner: Any, state: Any, train: Any) -> None:
+    if not isinstance(tuner, Tuner):
+        raise TypeError(
+            f"tuner is a {type(tuner).__name__}: give what hypergrad.alternating or restarting "
+            "returns."
+        )
+    if not hasattr(state, "updates"):
+        raise TypeError(
+            f"state is a {type(state).__name__}: give tuner.init(hyper, key), or the state of an "
+            "earlier result."
+        )
+    if callable(train) and not hasattr(train, "__iter__"):
+        raise TypeError(f"train is the function {train!r}: call it, or give what it returns.")
 
 
 def fit(
@@ -122,12 +137,14 @@ def fit(
     >>> len(result.history), bool(result.history[-1].hyper["lr"] > 1e-3)
     (8, True)
     """
+    _check_types(tuner, state, train)
     if not isinstance(num_updates, int) or isinstance(num_updates, bool) or num_updates < 1:
         raise ValueError(f"num_updates={num_updates!r} must be an integer of at least 1.")
     check(callbacks)
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpoint(checkpoint)
     steps = steps_of(train, steps_per_update)
+    refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
     about: dict[str, Any] = {}

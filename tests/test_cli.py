@@ -64,7 +64,7 @@ def test_failures_are_one_line_with_a_remedy_and_a_code(folder: Path, capsys: An
     fails("sweep raises.py", 1, "raises.py: KeyError: 'rate'")
     fails("sweep other.py", 2, "returned 3: return what hypergrad.sweep returns")
     fails("sweep my_sweep.py --trials 0", 1, "num_trials=0")
-    fails("sweep my_sweep.py --storage nowhere/a.journal", 1, "nowhere")
+    fails("sweep my_sweep.py --storage nowhere/a.journal", 2, "no folder: make it")
     fails("show missing.journal", 2, "missing.journal is no file")
     fails("show text.journal", 2, "it holds no study")
     fails("show sqlite:///none.db --name x", 2, "sqlite:///none.db is no file")
@@ -75,7 +75,7 @@ def test_failed_trials_stand_in_the_page(folder: Path, capsys: Any) -> None:
     broken = code.replace("make = {", "assert choices['optimizer'] == '<no>', 'a <b> c'; make = {")
     (folder / "my_sweep.py").write_text(broken)
     assert main(["sweep", "my_sweep.py", "--storage", "f.journal", "--trials", "2"]) == 1
-    assert "2 trials: 2 fail" in capsys.readouterr().out
+    assert "2 trials: 2 fail\nthe last error: AssertionError: a <b> c" in capsys.readouterr().out
     assert main(["report", "f.journal", "--out", "page.html"]) == 0
     page = (folder / "page.html").read_text()
     assert "AssertionError: a &lt;b&gt; c" in page and "Failed trials" in page

@@ -126,7 +126,7 @@ def test_the_same_call_goes_on_where_it_stopped(tmp_path: Any) -> None:
     assert run(storage=storage, num_trials=7).steps_spent == 0
 
 
-def test_a_trial_that_fails_fails_alone() -> None:
+def test_a_trial_that_fails_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     def broken(choices: dict[str, Any]) -> hg.Problem:
         if choices["optimizer"] == "adam":
             raise RuntimeError("no such optimizer here")
@@ -145,6 +145,7 @@ def test_a_trial_that_fails_fails_alone() -> None:
     failed = [t for t in result.study.trials if t.state.name == "FAIL"]
     assert 0 < len(failed) < 8
     assert all("no such optimizer here" in t.user_attrs["error"] for t in failed)
+    assert f"#{failed[0].number}" in caplog.text and "no such optimizer here" in caplog.text
     assert result.best.hyper["optimizer"] == "sgd"
 
 
@@ -167,6 +168,10 @@ def test_audit_retrains_on_fresh_seeds() -> None:
     assert audit.test_losses.shape == (5,)
     assert len(set(audit.test_losses.tolist())) == 5
     assert audit.mean == pytest.approx(audit.test_losses.mean())
+    with pytest.raises(ValueError, match="hyper holds 'lr'"):
+        result.audit(hyper={"lr": 0.1})
+    with pytest.raises(ValueError, match="seeds=0"):
+        result.audit(seeds=0)
     with pytest.raises(ValueError, match=r"data.test=None"):
         hg.sweep(
             make_problem, SPACE, DATA._replace(test=None), num_trials=2, num_steps=20, batch_size=8
@@ -221,6 +226,11 @@ def test_bad_input_is_named(tmp_path: Any) -> None:
     less = hg.Space({name: SPACE[name] for name in ("optimizer", "momentum")})
     with pytest.raises(ValueError, match=r"reads hyper\['rate'\], which hyper lacks"):
         hg.sweep(make_problem, less, DATA, **arguments)
+    for wrong in ({"refine": True}, {"scheduler": "hyperband"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} is a "):
+            run(**wrong)
+    with pytest.raises(ValueError, match="num_steps=40, but the trials .* have num_steps=20"):
+        run(storage=storage, num_trials=2, num_steps=40)
     with pytest.raises(ValueError, match="told='first' is unknown"):
         run(told="first")
     with pytest.raises(ValueError, match="batch_size=80"):

@@ -400,3 +400,14 @@ def test_without_a_checkpoint_sigterm_is_left_alone() -> None:
         callbacks=[lambda record: seen.append(signal.getsignal(signal.SIGTERM))],
     )
     assert seen == [signal.getsignal(signal.SIGTERM)] * 2
+
+
+def test_what_is_mixed_up_is_named() -> None:
+    with pytest.raises(TypeError, match="state is a dict: give tuner.init"):
+        hg.fit(TUNER, START, ARRAYS, VALID, 2)
+    with pytest.raises(TypeError, match="tuner is a AlternatingState"):
+        hg.fit(_start(), TUNER, ARRAYS, VALID, 2)
+    with pytest.raises(TypeError, match="call it"):
+        hg.fit(TUNER, _start(), lambda: BATCHES, VALID, 2)
+    with pytest.raises(ValueError, match="lack the leading axis K"):
+        hg.fit(TUNER, _start(), VALID, VALID, 2)

@@ -1,5 +1,6 @@
 """A cohort: the trials of one bracket, trained in groups of one program and halved at its rungs."""
 
+import logging
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -63,7 +64,7 @@ class Cohort:
       num_steps: of a full run.
       seed: of the members' training.
       show: is told where the sweep stands, if anybody looks.
-      log: called with one line per rung.
+      log: gets one line per rung, and a warning where trials fail.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Cohort:
         num_steps: int,
         seed: int,
         show: Show | None,
-        log: Callable[[str], None],
+        log: logging.Logger,
     ) -> None:
         self._opened, self._programs, self._score = opened, programs, score
         self._told, self._exploit, self._seed = told, exploit, seed
-        self._num_steps, self._show, self._log = num_steps, show, log
+        self._num_steps, self._show = num_steps, show
+        self._log, self._warn = log.info, log.warning
         self._maximize = opened.study.direction.name == "MAXIMIZE"
         self._spent = 0
         self._running = 0
@@ -254,8 +256,11 @@ class Cohort:
         return group._replace(state=state, proposals=tuple(group.proposals[i] for i in slots))
 
     def _fail(self, proposals: Sequence[Proposal]) -> None:
+        error = traceback.format_exc()
         for proposal in proposals:
-            self._opened.fail(proposal, traceback.format_exc())
+            self._opened.fail(proposal, error)
+        numbers = ", ".join(f"#{proposal.number}" for proposal in proposals)
+        self._warn(f"{numbers} failed: {error.strip().splitlines()[-1]}")
 
     def _rank(self, standing: Standing) -> float:
         return -standing.score if self._maximize else standing.score

@@ -13,8 +13,9 @@ from hypergrad.space import Space
 
 __all__ = ["check_same", "fingerprint", "first_difference", "stored_space"]
 
-# A user attribute of the study.
+# User attributes of the study.
 _SPACE = "hypergrad:space"
+_RECIPE = "hypergrad:recipe"
 
 
 def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) -> None:
@@ -49,6 +50,24 @@ def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) ->
                     f"{distribution!r} and this space as {ours[name]!r}: {other}."
                 )
     study.set_user_attr(_SPACE, now)
+
+
+def check_recipe(study: optuna.Study, **recipe: Any) -> None:
+    """Refuse to go on with what makes scores incomparable; sign a study that is new.
+
+    Raises ValueError naming what differs.
+    """
+    stored = study.user_attrs.get(_RECIPE)
+    if stored is None:
+        study.set_user_attr(_RECIPE, recipe)
+        return
+    for name, value in recipe.items():
+        if stored.get(name, value) != value:
+            raise ValueError(
+                f"{name}={value!r}, but the trials of the study {study.study_name!r} in this "
+                f"storage have {name}={stored[name]!r}, so that their scores are of another kind: "
+                "go on as it began, or give another name or storage."
+            )
 
 
 def fingerprint(space: Space) -> dict[str, dict[str, Any]]:

@@ -41,10 +41,10 @@ def live_view(num_trials: int, enabled: bool = True) -> Iterator[Show | None]:
 
     progress = Progress(
         TextColumn("{task.completed:.0f}/{task.total} trials"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
         TextColumn("left"),
-        TimeRemainingColumn(),
         console=Console(stderr=True),
     )
     begin = time.perf_counter()
@@ -65,6 +65,5 @@ def live_view(num_trials: int, enabled: bool = True) -> Iterator[Show | None]:
 def _text(moment: Moment, trials_per_second: float) -> str:
     best = "none yet" if moment.best is None else f"{moment.best:.4g}"
     return (
-        f"best {best}, {moment.running} running, {trials_per_second:.2g} trials/s, "
-        f"{moment.steps:,} steps"
+        f"best {best}, {moment.running} run, {trials_per_second:.2g} trials/s, {moment.steps} steps"
     )

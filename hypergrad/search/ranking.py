@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
-from hypergrad.search.ledger import counted
+from hypergrad.search.ledger import ERROR, counted
 
 
 class Best(NamedTuple):
@@ -73,9 +73,17 @@ def table(study: optuna.Study, count: int = 10) -> str:
     for best in ranked(study)[:count]:
         values = "  ".join(f"{name}={short(value)}" for name, value in best.hyper.items())
         lines.append(
-            f"#{best.number:<5} score {best.score:.4f}  test {best.held_out:.4f}  {values}"
+            f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
         )
+    if len(lines) == 1 and (errors := _errors(study)):
+        lines.append(f"the last error: {errors[-1]}")
     return "\n".join(lines)
+
+
+def _errors(study: optuna.Study) -> list[str]:
+    """The last line of each failed trial's traceback."""
+    texts = [t.user_attrs.get(ERROR) for t in counted(study.get_trials(deepcopy=False))]
+    return [text.strip().splitlines()[-1] for text in texts if text]
 
 
 def short(value: Any) -> str:

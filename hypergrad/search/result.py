@@ -13,7 +13,7 @@ import optuna
 
 from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
-from hypergrad.search.ranking import Best, best_of, ranked, table
+from hypergrad.search.ranking import Best, best_of, ranked, states, table
 from hypergrad.search.study import OpenStudy
 from hypergrad.tuners.member import Report
 
@@ -35,7 +35,7 @@ class Audit(NamedTuple):
     std_error: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """What `sweep` returns.
 
@@ -51,6 +51,9 @@ class Result:
     _score: Callable[[Report], jax.Array]
     _num_steps: int
     _seed: int
+
+    def __repr__(self) -> str:
+        return f"<Result of {self.study.study_name!r}: {states(self.study)}>"
 
     @property
     def best(self) -> Best:
@@ -78,9 +81,11 @@ class Result:
             None for the best trial's.
 
         Raises:
-          ValueError: the data have no test split; no trial trained in full.
+          ValueError: the data have no test split; no trial trained in full; values that are not
+            all active ones of the space; no seeds.
         """
         values = self.best.hyper if hyper is None else hyper
+        self._opened.check(values)
         losses = self._retrained(values, seeds, _AUDIT).test_score
         if losses is None:
             raise ValueError(
@@ -97,18 +102,21 @@ class Result:
         A trial's own score flatters it: it is the best of many, under one seed, and a refined
         trial's values moved while it trained. So the best `count` are retrained in full with their
         values frozen, under `seeds` fresh seeds that `audit` does not use; the mean of their scores
-        decides, and is the `score` of what is returned. Cost: count * seeds full runs.
+        decides, and is the `score` of what is returned, as the mean of their test losses is its
+        `held_out`. Cost: count * seeds full runs.
 
         Raises:
           ValueError: no trial trained in full, or none of them again.
         """
         sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
         found = []
-        for best in self.top(count):
+        for best in self.top(count) or [self.best]:
             report = self._retrained(best.hyper, seeds, _CONFIRM)
             score = float(np.where(report.finite, self._score(report), np.nan).mean())
             if np.isfinite(score):
-                found.append((sign * score, best._replace(score=score)))
+                tests = np.nan if report.test_score is None else np.mean(report.test_score)
+                again = best._replace(score=score, held_out=float(tests))
+                found.append((sign * score, again))
         if not found:
             raise ValueError(
                 f"None of the best {count} trials trains again with its values frozen: see "
@@ -118,6 +126,8 @@ class Result:
 
     def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> Report:
         """Reports of full runs under frozen values and seeds that no trial has used."""
+        if seeds < 1:
+            raise ValueError(f"seeds={seeds!r} leaves nothing to retrain: give at least 1.")
         choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
         program = self._programs.plain(choices)
         hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}

@@ -182,7 +182,10 @@ def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
             race = isinstance(error, IntegrityError) or "already exists" in str(error)
             attempts -= 1
             if not race or not attempts:
-                raise
+                raise ValueError(
+                    f"storage={url!r} cannot be opened: {error.orig}. Check that the server runs, "
+                    "or that the file's folder exists, and that this user may write there."
+                ) from error
         time.sleep(random.uniform(0.01, 0.2))
 
 

@@ -237,6 +237,10 @@ class OpenStudy:
         self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
         return True
 
+    def check(self, hyper: Mapping[str, Any]) -> None:
+        """Raise ValueError unless `hyper` holds all active values, each within the space."""
+        self._coordinates.check(hyper, "hyper", complete=True)
+
     def add_finished(
         self,
         hyper: Mapping[str, Any],
