@@ -256,13 +256,11 @@ def refuse_missing_axis(train: Any, valid: Any) -> None:
         return
     if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
         return
-    leaves = [
-        (x.shape, v.shape) for x, v in zip(*map(jax.tree.leaves, (train, valid)), strict=True)
-    ]
-    if all(len(x) == len(v) for x, v in leaves):
+    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (train, valid)]
+    if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):
         raise ValueError(
-            f"train's leaves have as many axes as valid's, {leaves}, and lack the leading axis K of "
-            "steps: give hypergrad.Minibatches(train, batch_size=32, num_steps=10), or stack K "
+            f"train's leaves {shapes[0]} have as many axes as valid's {shapes[1]}, and lack the "
+            "leading axis K of steps: give hypergrad.Minibatches(train, batch_size=32, num_steps=10), or stack K "
             "batches, [K, batch, ...]."
         )
 

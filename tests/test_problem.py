@@ -336,7 +336,8 @@ def test_nonzero_gradient_keeps_dtype_and_derivative(narrow: Any) -> None:
     small = lifted["g"][jnp.array([0, 1, 4, 5])].astype(jnp.float32)
     np.testing.assert_allclose(small, [1e-16, 1e-16, 1e-16, -1e-16], rtol=1e-2)
     size = lambda g: jnp.sum(jnp.sqrt(hg.nonzero_gradient(g) ** 2))  # noqa: E731
-    np.testing.assert_allclose(jax.grad(size)(at).astype(jnp.float32), [1, 1, 1, -1, 1, -1], rtol=1e-2)
+    slopes = jax.grad(size)(at).astype(jnp.float32)
+    np.testing.assert_allclose(slopes, [1, 1, 1, -1, 1, -1], rtol=1e-2)
     np.testing.assert_allclose(jax.jvp(size, (at,), (jnp.ones_like(at),))[1], 2, rtol=1e-2)
 
 

@@ -229,7 +229,7 @@ def test_bad_input_is_named(tmp_path: Any) -> None:
     for wrong in ({"refine": True}, {"scheduler": "hyperband"}):
         with pytest.raises(TypeError, match=f"{next(iter(wrong))} is a "):
             run(**wrong)
-    with pytest.raises(ValueError, match="num_steps=40, but the trials .* have num_steps=20"):
+    with pytest.raises(ValueError, match=r"num_steps=40, but the trials .* have num_steps=20"):
         run(storage=storage, num_trials=2, num_steps=40)
     with pytest.raises(ValueError, match="told='first' is unknown"):
         run(told="first")
