@@ -260,8 +260,8 @@ def refuse_missing_axis(train: Any, valid: Any) -> None:
     if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):
         raise ValueError(
             f"train's leaves {shapes[0]} have as many axes as valid's {shapes[1]}, and lack the "
-            "leading axis K of steps: give hypergrad.Minibatches(train, batch_size=32, num_steps=10), or stack K "
-            "batches, [K, batch, ...]."
+            "leading axis K of steps: give hypergrad.Minibatches(train, batch_size=32, "
+            "num_steps=10), or stack K batches, [K, batch, ...]."
         )
 
 
