@@ -4,7 +4,8 @@ A derivative that is zero by structure is a silent zero: the tuner would sit sti
 converged. The path is read from the traced program (a jaxpr), before anything runs.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,21 @@ _EXPLANATIONS = {
 
 class StructureError(ValueError):
     """A hyperparameter that is missing, or has no gradient, by how the problem is written."""
+
+
+@contextlib.contextmanager
+def naming_missing(hyper: Any) -> Iterator[None]:
+    """Turns the KeyError of a function that reads what `hyper` lacks into one that says so."""
+    try:
+        yield
+    except KeyError as error:
+        missing = error.args[0]
+        if not isinstance(hyper, Mapping) or missing in hyper:
+            raise
+        raise StructureError(
+            f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
+            f"{list(hyper)}. Give it a value, or take it out of the problem."
+        ) from error
 
 
 class Reach(NamedTuple):

@@ -327,3 +327,15 @@ def test_norm_adam_keeps_proportions() -> None:
     assert float(jnp.linalg.norm(huge)) < 0.2
     nothing, _ = optimizer.update(jnp.zeros(3), optimizer.init(grads))
     assert bool((nothing == 0).all())
+
+
+def test_a_hyperparameter_that_is_missing_is_named() -> None:
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(3),
+        lambda w, hyper, batch, key: jnp.sum((w - batch) ** 2),
+        lambda w, hyper, batch, key: jnp.sum((w - batch) ** 2),
+        lambda hyper: optax.sgd(hyper["learning_rate"]),
+    )
+    tuner = hg.alternating(problem, hg.Space({"rate": hg.Float(1e-3, 1.0, scale="log")}))
+    with pytest.raises(ValueError, match=r"reads hyper\['learning_rate'\], which hyper lacks"):
+        tuner.init({"rate": 0.1}, jax.random.key(0))

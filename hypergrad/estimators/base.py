@@ -2,7 +2,6 @@
 
 import abc
 import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from hypergrad.memory import compiled_for, shapes_of
 from hypergrad.problem import Problem
-from hypergrad.structure import StructureError, require_reach, require_use
+from hypergrad.structure import naming_missing, require_reach, require_use
 from hypergrad.trees import all_finite, is_inexact, widen
 from hypergrad.window import objective
 
@@ -126,16 +125,8 @@ def require_structure(
       ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
         missing by structure.
     """
-    try:
+    with naming_missing(hyper):
         estimator.check_structure(problem, hyper, inner, train, valid, key)
-    except KeyError as error:
-        missing = error.args[0]
-        if not isinstance(hyper, Mapping) or missing in hyper:
-            raise
-        raise StructureError(
-            f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
-            f"{list(hyper)}. Give it a value, or take it out of the problem."
-        ) from error
 
 
 def compiled_estimate(

@@ -11,6 +11,7 @@ from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem, num_steps
 from hypergrad.space import Space
+from hypergrad.structure import naming_missing
 from hypergrad.trees import cast_like, norm, path_name, select
 from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (
@@ -114,7 +115,8 @@ def alternating(
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         if inner is None:
-            inner = problem.init(hyper, key)
+            with naming_missing(hyper):
+                inner = problem.init(hyper, key)
         else:
             inner = _checked(inner, jax.eval_shape(problem.init, hyper, key))
         estimator_state = unit_state(estimator, problem, space, unit, inner, key)
