@@ -24,7 +24,7 @@ MNIST-10k, 200 steps: mean of 3 fresh seeds
 factors of the layers: {'conv_1': 3.4, 'conv_2': 2.4, 'dense_1': 4.6, 'dense_2': 1.4}
 
 (seconds on a busy machine). From a flat start a warm-up, a decay and a smaller rate for the last
-layer are found, and the default's losses fall by 40 to 50%; but who thinks of trying a cosine gets a
+layer are found, and the losses of the default fall by 40 to 50%; but who tries a cosine gets a
 lower test loss from five runs. From update 4 on runs are at the edge of chaos: hypergradients are
 refused there, and the validation loss of single runs no longer falls.
 """

@@ -7,7 +7,24 @@ The first 90% of the text are trained on, the next 5% tuned on, the last 5% only
 
   python examples/tiny_transformer.py --data FOLDER [--quick] [--out tiny_transformer.png]
 
-FOLDER holds tinyshakespeare.txt (Karpathy's char-rnn; any plain text under that name will do).
+FOLDER holds tinyshakespeare.txt (Karpathy's char-rnn; any plain text under that name will do). It
+prints, in 95 seconds of processor time, on a busy machine,
+
+cross-entropy per character after 300 steps
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━┳━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━━━━━━━━━┓
+┃                           ┃ runs ┃ validation ┃  test ┃ gradient evals ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━╇━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━━━━━━━━━┩
+│ the default, untuned      │    3 │      2.626 │ 2.631 │              0 │
+│ one alternating run       │    1 │      2.364 │ 2.380 │            920 │
+│   settled, replayed       │    3 │      2.383 │ 2.386 │            920 │
+│   its best values, frozen │    3 │      2.361 │ 2.365 │            920 │
+└───────────────────────────┴──────┴────────────┴───────┴────────────────┘
+best values: {'decay': 440.0, 'dropout': 0.0015, 'final': 0.34,
+  'peak': 0.0089, 'warmup': 11.0, 'weight_decay': 0.0026}
+compiling 110 s, tuning 26 s
+
+A run costs 300 gradient evaluations, so the tuned one costs three. Against random search, and with
+a second run that starts from what the first one found: `python -m benchmarks.tiny_transformer`.
 """
 
 import argparse
