@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,3 +92,51 @@ def test_per_weight_l2(tmp_path: Path) -> None:
     assert free[1] < penalised[1] < 0.7 * one[1]
     assert penalised[3] < min(free[3], 0.95 * one[3])
     assert picture.stat().st_size > 10_000
+
+
+def test_mnist_schedule(tmp_path: Path) -> None:
+    """On ten blurred prototypes in MNIST's file format."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 500).astype(np.uint8)
+    prototypes = rng.integers(0, 256, (10, 7, 7)).repeat(4, 1).repeat(4, 2)
+    images = np.clip(100 + prototypes[labels] / 9 + rng.normal(0, 60, (500, 28, 28)), 0, 255)
+    for name, array in (("images-idx3", images.astype(np.uint8)), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + array.tobytes())
+    picture = tmp_path / "schedule.png"
+    text = printed_by("mnist_schedule", "--data", str(tmp_path), "--out", str(picture))
+    number = r"\W+([\d.]+)"
+    default, tuned = (
+        re.search(rf"{row}{number}{number}", text) for row in ("0.01, kept", "hypergradients")
+    )
+    assert default is not None and tuned is not None, text
+    assert 0 < float(tuned[1]) < float(default[1])
+    assert picture.stat().st_size > 10_000
+
+
+def test_tiny_transformer(tmp_path: Path) -> None:
+    """On random sentences of eleven words, one layer, 120 steps."""
+    rng = np.random.default_rng(0)
+    words = ["the", "king", "and", "queen", "shall", "not", "speak", "to", "thee", "again", "lord"]
+    text = " ".join(
+        word + end
+        for word, end in zip(
+            rng.choice(words, 1500), rng.choice(["", "", ",", ".\n"], 1500), strict=True
+        )
+    )
+    (tmp_path / "tinyshakespeare.txt").write_text(text)
+    picture = tmp_path / "transformer.png"
+    text = printed_by("tiny_transformer", "--data", str(tmp_path), "--out", str(picture))
+    number = r" +│ +1 │ +([\d.]+) │ +([\d.]+)"
+    default, tuned = (re.search(row + number, text) for row in ("untuned", "one alternating run"))
+    assert default is not None and tuned is not None, text
+    assert float(tuned[2]) < 0.85 * float(default[2])
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["mnist_schedule", "tiny_transformer"])
+def test_missing_data_is_named(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, f"examples/{name}.py", "--data", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"--data {tmp_path}: ") and run.stderr.count("\n") == 1
