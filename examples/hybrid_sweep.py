@@ -111,7 +111,7 @@ def main() -> None:
     print(result.table(5))
     print(f"{result.steps_spent} training steps, {time.perf_counter() - begin:.0f} s")
     found = result.confirm(count=1 if options.quick else 3)
-    audit = result.audit(seeds=3 if options.quick else 10, hyper=found.hyper)
+    audit = result.audit(seeds=2 if options.quick else 10, hyper=found.hyper)
     print(f"fresh seeds: test loss {audit.mean:.3f} +- {audit.std_error:.3f}")
     if options.pictures:
         print("pictures:", *result.save_pictures(options.pictures))
