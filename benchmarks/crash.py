@@ -198,7 +198,7 @@ def crash(
             # No further than its share of the trials, so that all kills find something to kill.
             share = num_trials * (i + 1) / (kills + 1)
             if rng.random() < 0.25 or len(known) > share:
-                ended = victim.ends_within(rng.uniform(0.0, 3.0))
+                ended = victim.ends_within(rng.uniform(0.0, 1.0))
             else:
                 ended = not victim.await_lines(rng.randint(1, 2), " steps: ")
                 ended = ended or victim.ends_within(rng.uniform(0.0, 0.3))

@@ -140,9 +140,9 @@ def crash_one_program(storage: str, **options: Any) -> Outcome:
 
 def test_a_sweep_killed_three_times(tmp_path: Path, compiled: Path) -> None:
     storage = str(tmp_path / "a.journal")
-    outcome = crash_one_program(storage, num_trials=16, kills=3, folder=compiled, hyperband=True)
+    outcome = crash_one_program(storage, num_trials=32, kills=3, folder=compiled, hyperband=True)
     assert outcome.kills == 3
-    assert (outcome.finished, outcome.lost, outcome.doubled, outcome.zombies) == (16, 0, 0, 0)
+    assert (outcome.finished, outcome.lost, outcome.doubled, outcome.zombies) == (32, 0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["journal", "postgresql"])
