@@ -60,11 +60,13 @@ def _check_types(tuner: Any, state: Any, train: Any) -> None:
             f"tuner is a {type(tuner).__name__}: give what hypergrad.alternating or restarting "
             "returns."
         )
-    if not hasattr(state, "updates"):
+    try:
+        jax.eval_shape(tuner.best, state)
+    except (AttributeError, KeyError, TypeError) as error:
         raise TypeError(
-            f"state is a {type(state).__name__}: give tuner.init(hyper, key), or the state of an "
-            "earlier result."
-        )
+            f"state is a {type(state).__name__} that this tuner does not know: give "
+            "tuner.init(hyper, key), or the state of an earlier result."
+        ) from error
     if callable(train) and not hasattr(train, "__iter__"):
         raise TypeError(f"train is the function {train!r}: call it, or give what it returns.")
 

@@ -205,9 +205,12 @@ class Cohort:
             -scores if self._maximize else scores,
         )
         copied = {number: list(history) for number, history in group.copied.items()}
-        for i, proposal in enumerate(group.proposals):
-            if int(parents[i]) != i:
-                parent = group.proposals[int(parents[i])].number
+        # The slots beyond the proposals only fill up the width.
+        for i, (proposal, slot) in enumerate(
+            zip(group.proposals, np.asarray(parents), strict=False)
+        ):
+            if slot != i:
+                parent = group.proposals[slot].number
                 copied.setdefault(proposal.number, []).append((done, parent))
         return group._replace(state=state, copied=copied)
 

@@ -215,8 +215,9 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> 
     """Queues where the best trials ended, up to `count` of them, once the rest is proposed."""
     progress = opened.progress()
     left = num_trials - progress.finished - progress.running - progress.waiting
-    if left <= polish:
-        for best in ranked(opened.study)[: max(min(left, count - progress.waiting), 0)]:
+    wanted = min(left, count - progress.waiting)
+    if left <= polish and wanted > 0:
+        for best in ranked(opened.study)[:wanted]:
             opened.enqueue(best.hyper, again=True)
 
 
