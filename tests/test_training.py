@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -411,3 +411,18 @@ def test_what_is_mixed_up_is_named() -> None:
         hg.fit(TUNER, _start(), lambda: BATCHES, VALID, 2)
     with pytest.raises(ValueError, match="lack the leading axis K"):
         hg.fit(TUNER, _start(), VALID, VALID, 2)
+
+
+class _Info(NamedTuple):
+    loss: jax.Array
+    hyper: Any
+
+
+def test_a_tuner_of_ones_own_keeps_any_state() -> None:
+    def update(state: Any, train: Any, valid: Any) -> Any:
+        return {"rate": state["rate"] / 2}, _Info(jnp.mean(valid["y"] ** 2), state)
+
+    tuner = hg.Tuner(lambda hyper, key: hyper, update, lambda state: state)
+    result = hg.fit(tuner, {"rate": jnp.float32(1.0)}, ARRAYS, VALID, 3)
+    assert float(result.hyper["rate"]) == 0.125
+    assert [float(record.hyper["rate"]) for record in result.history] == [1.0, 0.5, 0.25]
