@@ -1,17 +1,18 @@
 """What `hypergrad.fit` costs over the bare loop, checkpoints every 100 updates included.
 
-Run: `python -m benchmarks.fit` (about six minutes; `main(quick=True)` one).
+Run: `python -m benchmarks.fit` (about ten minutes; `main(quick=True)` one).
 
 Task: the digits-200 network of examples/digits200.py, `alternating`, K = 10 steps of 64 examples
 drawn on the device by `Minibatches`. The bare loop is `update = jax.jit(tuner.update)` called 1000
-times, then `jax.block_until_ready`. In every round each way is run once, in an order drawn anew,
-and its ratio to that round's bare loop is taken. Columns: median seconds on the clock; the median
-ratio of the processor time, all threads together, with its quartiles (what fit costs where no core
-is idle); the median ratio on the clock, which other programs disturb. Target for the checkpointed
+times, then `jax.block_until_ready`. Machines change their pace within minutes by more than what is
+measured here, so every run of `fit` stands between two of the bare loop, and is divided by their
+mean. Columns: median ratio on the clock; median ratio of the processor time, all threads together
+(what fit costs where no core is idle), with mean and standard error. Target for the checkpointed
 one: <= 1.03.
 
-Rows: bare again (what noise alone does); fit; with checkpoints every 100 updates; with JSON lines
-too; from an iterable of NumPy batches, against a bare loop that stacks them itself.
+Rows: the bare loop over the one before it (what noise alone does); fit; with checkpoints every 100
+updates; with JSON lines too; from an iterable of NumPy batches, against a bare loop that stacks
+them itself.
 """
 
 import logging
@@ -52,8 +53,8 @@ class Batches:
             yield images[chosen], labels[chosen]
 
 
-def ways(folder: Path, updates: int) -> dict[str, tuple[Callable[[], Any], str]]:
-    """Each way to run, and the name of the one that it is compared with."""
+def ways(folder: Path, updates: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Each way to run, and the loop that it is compared with."""
     digits = _digits()
     data = digits.load()
     tuner = hg.alternating(digits.PROBLEM, digits.SPACE)
@@ -84,14 +85,18 @@ def ways(folder: Path, updates: int) -> dict[str, tuple[Callable[[], Any], str]]
 
     lines = hg.callbacks.JSONLines(folder / "history.jsonl")
     return {
-        "bare loop": (bare, "bare loop"),
-        "bare loop again": (bare, "bare loop"),
-        "fit": (fit, "bare loop"),
-        "fit, checkpoint every 100": (lambda: fit(every=100), "bare loop"),
-        "the same, JSON lines": (lambda: fit(every=100, callbacks=[lines]), "bare loop"),
-        "bare loop, stacking": (bare_stacking, "bare loop, stacking"),
-        "fit, iterable": (lambda: fit(batches, steps_per_update=STEPS), "bare loop, stacking"),
+        "fit": (fit, bare),
+        "fit, checkpoint every 100": (lambda: fit(every=100), bare),
+        "the same, JSON lines": (lambda: fit(every=100, callbacks=[lines]), bare),
+        "fit, iterable": (lambda: fit(batches, steps_per_update=STEPS), bare_stacking),
     }
+
+
+def _seconds(call: Callable[[], Any]) -> np.ndarray:
+    """On the clock, and of the processor."""
+    begin, used = time.perf_counter(), time.process_time()
+    call()
+    return np.array([time.perf_counter() - begin, time.process_time() - used])
 
 
 def main(quick: bool = False) -> dict[str, float]:
@@ -100,29 +105,23 @@ def main(quick: bool = False) -> dict[str, float]:
     rounds, updates = (3, 100) if quick else (5, UPDATES)
     folder = Path(tempfile.mkdtemp())
     calls = ways(folder, updates)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    processor: dict[str, list[float]] = {name: [] for name in calls}
-    for call, _ in calls.values():
-        call()  # compiles
-    order = np.random.default_rng(0)
+    ratios: dict[str, list[np.ndarray]] = {"bare loop again": [], **{name: [] for name in calls}}
+    for pair in calls.values():
+        for call in pair:
+            call()  # compiles
     for _ in range(rounds):
-        for name in order.permutation(list(calls)):
-            begin, used = time.perf_counter(), time.process_time()
-            calls[name][0]()
-            seconds[name].append(time.perf_counter() - begin)
-            processor[name].append(time.process_time() - used)
+        for name, (call, bare) in calls.items():
+            before, own, after = _seconds(bare), _seconds(call), _seconds(bare)
+            ratios["bare loop again"].append(after / before)
+            ratios[name].append(2 * own / (before + after))
     shutil.rmtree(folder)
     print(f"{updates} updates of {STEPS} steps, {rounds} rounds")
-    print(f"{'way':28}{'s':>7}{'x processor':>13}{'quartiles':>14}{'x clock':>9}")
-    ratios = {}
-    for name, (_, other) in calls.items():
-        used = np.array(processor[name]) / np.array(processor[other])
-        clock = np.median(np.array(seconds[name]) / np.array(seconds[other]))
-        low, ratios[name], high = (float(q) for q in np.quantile(used, [0.25, 0.5, 0.75]))
-        spread = f"{low:.3f}..{high:.3f}"
-        median = np.median(seconds[name])
-        print(f"{name:28}{median:7.2f}{ratios[name]:13.3f}{spread:>14}{clock:9.3f}", flush=True)
-    return ratios
+    print(f"{'way':28}{'x clock':>9}{'x processor':>13}{'mean':>9}{'s.e.':>7}")
+    for name, found in ratios.items():
+        (clock, used), mean = np.median(found, axis=0), np.mean(found, axis=0)[1]
+        error = np.std(found, axis=0)[1] / len(found) ** 0.5
+        print(f"{name:28}{clock:9.3f}{used:13.3f}{mean:9.3f}{error:7.3f}", flush=True)
+    return {name: float(np.median(found, axis=0)[1]) for name, found in ratios.items()}
 
 
 if __name__ == "__main__":
