@@ -119,6 +119,12 @@ class History(Sequence[Record]):
         """Views of what was recorded so far, which later records leave alone."""
         return {name: column[: self._length] for name, column in self._columns.items()}
 
+    @property
+    def hypers(self) -> Any:
+        """The hyperparameters of all records, leaves `[updates, ...]`."""
+        columns = self.columns
+        return self._hyper.unflatten([columns[f"hyper/{i}"] for i in range(self._hyper.num_leaves)])
+
     def __len__(self) -> int:
         return self._length
 

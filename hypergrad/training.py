@@ -21,6 +21,7 @@ from hypergrad.checkpoints import Checkpoint, Saver
 from hypergrad.feed import Fed, feed
 from hypergrad.history import History, Record, observe
 from hypergrad.identity import describe, program_difference, program_of
+from hypergrad.learned import Schedule
 from hypergrad.progress import Progress
 from hypergrad.resume import Resumed, refusal, restore
 from hypergrad.streams import RanOut, open_source, refuse_missing_axis, steps_of
@@ -47,11 +48,14 @@ class Result(NamedTuple):
       hyper: `tuner.best(state)`, the values to keep.
       history: one `hypergrad.history.Record` per update of the run, on the host; under resume, of
         the updates before it too.
+      schedule: the values of each update for its K training steps, to replay or as optax schedules;
+        for the run of an `alternating` tuner. `settled_schedule` leaves its way from the start out.
     """
 
     state: Any
     hyper: Any
     history: History
+    schedule: Schedule
 
 
 def _check_types(tuner: Any, state: Any, train: Any) -> None:
@@ -275,7 +279,8 @@ class _Run:
             raise self._not_finite("the final parameters or hyperparameters are not finite")
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
-        return Result(self.state, hyper, self.history)
+        schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
+        return Result(self.state, hyper, self.history, schedule)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)

@@ -77,6 +77,10 @@ def test_fit_is_the_plain_loop() -> None:
     np.testing.assert_array_equal(result.hyper["rate"], TUNER.best(state)["rate"])
     schedule = hg.settled_schedule(SPACE, [record.hyper for record in result.history], 3)
     assert float(schedule(30)["rate"]) > 1e-3
+    learned = hg.learned_schedule([info.hyper for info in infos], 3)
+    assert result.schedule.steps_per_update == 3
+    assert_same_bits(result.schedule.values, learned.values)
+    np.testing.assert_array_equal(result.schedule.of("rate")(35), infos[-1].hyper["rate"])
 
 
 def test_fit_goes_on_from_an_earlier_result() -> None:
