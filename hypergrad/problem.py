@@ -147,6 +147,15 @@ def bilevel(
     return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
 
 
+def require_inner(inner: Any) -> None:
+    """Raises TypeError for anything but the training state of a `bilevel` problem."""
+    if not isinstance(inner, Inner):
+        raise TypeError(
+            f"inner is a {type(inner).__name__}: give the training state of a tuner's state, "
+            "state.inner, of what fit returns, result.state.inner, or of rollout."
+        )
+
+
 def zero_loss(params: Any) -> jax.Array:
     """`Inner.loss` before the first step, in at least float32."""
     floats = [x for x in jax.tree.leaves(params) if is_inexact(x)]

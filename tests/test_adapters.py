@@ -274,6 +274,15 @@ def test_a_running_state_of_another_optimiser_is_refused_by_name() -> None:
         tuner.init(HYPER, KEY, inner=small)
 
 
+def test_a_state_of_another_kind_is_refused_with_the_remedy() -> None:
+    state, _ = linen_script()
+    tuner = hg.alternating(linen_problem(), SPACE)
+    with pytest.raises(TypeError, match=r"inner is a .*TrainState.*from_train_state"):
+        tuner.init(HYPER, KEY, inner=state)
+    with pytest.raises(TypeError, match=r"inner is a AlternatingState.*state\.inner"):
+        hg.nn.to_train_state(tuner.init(HYPER, KEY), state)
+
+
 def test_a_plain_optax_loop_goes_on() -> None:
     def loss(w: jax.Array, hyper: Any, batch: jax.Array, key: Any) -> jax.Array:
         return jnp.mean((batch @ w - 1) ** 2)

@@ -10,7 +10,7 @@ import optax
 from flax import linen
 from flax.training.train_state import TrainState
 
-from hypergrad.problem import Inner, Problem, bilevel, zero_loss
+from hypergrad.problem import Inner, Problem, bilevel, require_inner, zero_loss
 from hypergrad.trees import Tree
 
 
@@ -129,6 +129,7 @@ def to_train_state(inner: Inner, state: TrainState) -> TrainState:
     >>> int(to_train_state(from_train_state(state)._replace(step=7), state).step)
     7
     """
+    require_inner(inner)
     new = {**inner.params, "opt_state": inner.opt_state, "step": inner.step}
     # Where the state holds FrozenDicts it gets them back: both kinds flatten in the same order.
     return state.replace(

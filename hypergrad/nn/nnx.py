@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from flax.nnx.nn.normalization import _canonicalize_axes, _compute_stats
 
-from hypergrad.problem import Inner, Problem, bilevel, zero_loss
+from hypergrad.problem import Inner, Problem, bilevel, require_inner, zero_loss
 
 
 class NNXBatchNorm(nnx.BatchNorm):
@@ -168,6 +168,7 @@ def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
 
     `optimizer.tx` still holds the rates that it was built with, cf. `to_train_state`.
     """
+    require_inner(inner)
     nnx.update(model, *inner.params.values())
     nnx.update(optimizer.opt_state, nnx.state(inner.opt_state))
     optimizer.step[...] = jnp.asarray(inner.step, optimizer.step[...].dtype)

@@ -96,7 +96,8 @@ def alternating(
     the training state is held twice, for going back.
 
     Raises:
-      ValueError: an `inner` that has not the structure, shapes and dtypes of `problem.init`'s.
+      TypeError: an `inner` of another type than `problem.init`'s.
+      ValueError: one that has not its structure, shapes and dtypes.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> def loss(w, hyper, batch, key):
@@ -178,6 +179,12 @@ def _with_step_of(inner: Any, other: Any) -> Any:
 
 def _checked(inner: Any, like: Any) -> Any:
     """`inner` as strong arrays, refused where it is not what `problem.init` gives, `like`."""
+    if type(inner) is not type(like):
+        raise TypeError(
+            f"inner is a {type(inner).__name__}, and this problem trains a {type(like).__name__}: "
+            "give the state.inner of an earlier run, or what hypergrad.nn.from_train_state or "
+            "from_nnx makes of a script's own state."
+        )
 
     def leaves(tree: Any) -> dict[str, Any]:
         return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
