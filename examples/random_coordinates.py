@@ -19,8 +19,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
+from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import summary
-from hypergrad.problem import NOISE
 from hypergrad.window import objective
 
 

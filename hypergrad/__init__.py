@@ -4,6 +4,8 @@ import importlib
 from typing import Any
 
 from hypergrad.choice import choose_estimator
+from hypergrad.data.batches import Minibatches
+from hypergrad.data.splits import Splits
 from hypergrad.diagnostics import check_hypergradient
 from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
@@ -23,7 +25,6 @@ from hypergrad.linear import (
     Nystrom,
     Richardson,
 )
-from hypergrad.minibatches import Minibatches
 from hypergrad.noise import dropout
 from hypergrad.optim import decay_by_tree, hypergradient_descent, norm_adam, scale_by_tree
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
@@ -62,6 +63,7 @@ __all__ = [
     "Richardson",
     "Schedule",
     "Space",
+    "Splits",
     "Trust",
     "Tuner",
     "Unrolled",
@@ -90,22 +92,20 @@ __all__ = [
 
 
 # Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
-_MODULES = ("callbacks", "nn", "plotting", "testing")
-_TRAINING = {"fit": "training", "Checkpoint": "checkpoints"}
-_SEARCH = {
-    "sweep": "sweep",
-    "Splits": "splits",
-    "Hyperband": "rungs",
-    "PopulationBasedTraining": "rungs",
-    "SuccessiveHalving": "rungs",
+_LATER = {
+    "Checkpoint": "checkpoints",
+    "Hyperband": "search.rungs",
+    "PopulationBasedTraining": "search.rungs",
+    "SuccessiveHalving": "search.rungs",
+    "fit": "training",
+    "sweep": "search.sweep",
 }
+_MODULES = {"callbacks": "callbacks", "nn": "nn", "plotting": "plotting", "testing": "testing"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"hypergrad.{name}")
-    if name in _TRAINING:
-        return getattr(importlib.import_module(f"hypergrad.{_TRAINING[name]}"), name)
-    if name in _SEARCH:
-        return getattr(importlib.import_module(f"hypergrad.search.{_SEARCH[name]}"), name)
+        return importlib.import_module(f"hypergrad.{_MODULES[name]}")
+    if name in _LATER:
+        return getattr(importlib.import_module(f"hypergrad.{_LATER[name]}"), name)
     raise AttributeError(f"module 'hypergrad' has no attribute {name!r}")

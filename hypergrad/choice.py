@@ -7,14 +7,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hypergrad.data.batches import num_batches, num_steps
 from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, strong
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
-from hypergrad.estimators.implicit import Implicit, num_batches
+from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
 from hypergrad.linear import ConjugateGradient
 from hypergrad.memory import device_bytes, temporary_bytes
-from hypergrad.problem import Problem, num_steps
+from hypergrad.problem import Problem
 from hypergrad.space import Space
 from hypergrad.structure import require_use
 from hypergrad.trees import inner_product, norm

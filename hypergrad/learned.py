@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.problem import Problem, step_inputs, steps_done, training_steps
+from hypergrad.data.batches import step_inputs
+from hypergrad.problem import Problem, steps_done, training_steps
 from hypergrad.space import Space
 
 

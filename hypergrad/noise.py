@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from hypergrad.minibatches import mix_bits
+from hypergrad.data.batches import mix_bits
 
 # Noise of variance v has a derivative of variance 1 / (4 v) per unit: without a floor, infinite
 # at rate 0. benchmarks/dropout.py shows what the floor costs in bias and buys in variance.

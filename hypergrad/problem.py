@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.data.batches import Minibatches, step_inputs
+from hypergrad.data.keys import SHUFFLE, VALID
 from hypergrad.inner_gradient import inner_gradient, with_aux
-from hypergrad.minibatches import Minibatches
-from hypergrad.trees import Tree, cast_like, is_inexact, leaf_names, path_name
-
-# Streams of randomness that must not meet one another nor the training steps' own, which are
-# fold_in(key, t): of minibatches, validation, particles and linear solvers.
-SHUFFLE, VALID, NOISE, SOLVER = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD, 0xFFFFFFFC
+from hypergrad.trees import Tree, cast_like, is_inexact, leaf_names
 
 
 class Problem(NamedTuple):
@@ -215,48 +212,6 @@ def training_steps(
         return problem.step(inner, hyper, batch, jax.random.fold_in(key, step))
 
     return run
-
-
-def last_batch(train: Any, key: jax.Array, offset: jax.typing.ArrayLike) -> Any:
-    """The batch of the last of the K steps of `train`, which began after `offset` steps."""
-    if isinstance(train, Minibatches):
-        return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, SHUFFLE))
-    return jax.tree.map(lambda x: x[-1], train)
-
-
-def step_inputs(train: Any) -> tuple[jax.Array, Any]:
-    """What a scan over the K training steps runs along: (step index [K], batches [K, ...])."""
-    if isinstance(train, Minibatches):
-        return jnp.arange(train.num_steps, dtype=jnp.int32), None
-    return jnp.arange(num_steps(train), dtype=jnp.int32), train
-
-
-def num_steps(train: Any) -> int:
-    """K, the number of steps in `train`."""
-    if isinstance(train, Minibatches):
-        return train.num_steps
-    if isinstance(train, list) and not any(hasattr(batch, "shape") for batch in train):
-        raise ValueError(
-            f"train is a list of {len(train)} batches, whose leaves have no axis K of steps. Stack "
-            "them: train = jax.tree.map(lambda *x: numpy.stack(x), *batches)."
-        )
-    shapes = {
-        path_name(path): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(train)
-    }
-    if not shapes or () in shapes.values():
-        raise ValueError(
-            f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
-            "[K, batch, ...]. Add one with x[None] for a single step."
-        )
-    if any(shape[0] == 0 for shape in shapes.values()):
-        raise ValueError(f"train has no steps: its leaves are {shapes}. Give at least one batch.")
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(
-            f"train's leaves disagree on the leading axis K (steps): {shapes}. Stack K whole "
-            "batches, so that every leaf is [K, batch, ...]."
-        )
-    return next(iter(shapes.values()))[0]
 
 
 def steps_done(inner: Any) -> jax.typing.ArrayLike:

@@ -18,13 +18,13 @@ import numpy as np
 
 from hypergrad.callbacks import check
 from hypergrad.checkpoints import Checkpoint, Saver
-from hypergrad.feed import Fed, feed
+from hypergrad.data.prefetch import Fed, feed
+from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
 from hypergrad.history import History, Record, observe
 from hypergrad.identity import describe, program_difference, program_of
 from hypergrad.learned import Schedule
 from hypergrad.progress import Progress
 from hypergrad.resume import Resumed, refusal, restore
-from hypergrad.streams import RanOut, open_source, refuse_missing_axis, steps_of
 from hypergrad.trees import all_finite
 from hypergrad.trust import REASONS
 from hypergrad.tuners.base import Tuner

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from hypergrad.data.batches import num_steps
+from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import Estimate, Estimator, strong, summary
-from hypergrad.problem import NOISE, Problem, num_steps, steps_done, validation_loss
+from hypergrad.problem import Problem, steps_done, validation_loss
 from hypergrad.trees import path_name, widen
 from hypergrad.window import ValidateAt, averaged, begin, judged, through
 

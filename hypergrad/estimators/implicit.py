@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batches, num_steps
+from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.linear import ConjugateGradient, LinearSolver, relative_residual
-from hypergrad.minibatches import Minibatches, mix_bits
-from hypergrad.problem import (
-    SOLVER,
-    Problem,
-    last_batch,
-    num_steps,
-    steps_done,
-    validation_loss,
-)
+from hypergrad.problem import Problem, steps_done, validation_loss
 from hypergrad.structure import StructureError, keeps, reaches
 from hypergrad.trees import inner_product, is_inexact, norm, path_name
 from hypergrad.window import begin, objective, through
@@ -236,13 +230,6 @@ def _examples(train: Any, key: jax.Array, offset: jax.typing.ArrayLike, batches:
         rows = (np.arange(count * train.batch_size) % size).reshape(count, -1)
         data = jax.tree.map(lambda x: jnp.asarray(x)[rows], train.arrays)
     return data, jax.vmap(lambda t: jax.random.fold_in(key, offset + t))(jnp.arange(count))
-
-
-def num_batches(train: Any) -> int:
-    """How many batches "all" of `train` are: K, or those of an epoch of a `Minibatches`."""
-    if isinstance(train, Minibatches):
-        return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
-    return num_steps(train)
 
 
 def _mean_over(examples: Examples, f: Callable[[Any, jax.Array], list[jax.Array]]) -> Any:

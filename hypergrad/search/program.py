@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hypergrad.data.batches import Minibatches
+from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimator, require_structure
 from hypergrad.estimators.difference import FiniteDifference
-from hypergrad.minibatches import Minibatches
 from hypergrad.problem import Problem
-from hypergrad.search.splits import Splits
 from hypergrad.space import Space
 from hypergrad.structure import StructureError
 from hypergrad.tuners.population import Population, population

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optuna
 
-from hypergrad.minibatches import Minibatches
+from hypergrad.data.batches import Minibatches
+from hypergrad.data.splits import Splits
 from hypergrad.problem import Problem
 from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
 from hypergrad.search.fingerprint import check_recipe
@@ -20,7 +21,6 @@ from hypergrad.search.program import ProblemError, Programs
 from hypergrad.search.ranking import ranked
 from hypergrad.search.result import Result
 from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
-from hypergrad.search.splits import Splits
 from hypergrad.search.study import OpenStudy, Proposal, open_study
 from hypergrad.space import Space
 from hypergrad.tuners.member import Report

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad.choice import as_estimator
+from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem, num_steps
+from hypergrad.problem import Problem
 from hypergrad.space import Space
 from hypergrad.structure import naming_missing
 from hypergrad.trees import cast_like, norm, path_name, select

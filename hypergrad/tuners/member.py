@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.minibatches import Minibatches
+from hypergrad.data.batches import Minibatches
 from hypergrad.problem import Problem, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import all_finite

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.minibatches import Minibatches
+from hypergrad.data.batches import Minibatches
 from hypergrad.problem import Problem
 from hypergrad.space import Space
 from hypergrad.trees import path_name

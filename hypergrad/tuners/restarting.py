@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad.choice import as_estimator
+from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim import norm_adam
-from hypergrad.problem import Problem, num_steps, validation_loss
+from hypergrad.problem import Problem, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen
 from hypergrad.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten

@@ -1,4 +1,4 @@
-"""Minibatches drawn inside the compiled program, so that no run has to fit memory."""
+"""K batches as arrays, or drawn inside the compiled program, so that no run has to fit memory."""
 
 import dataclasses
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypergrad.data.keys import SHUFFLE
 from hypergrad.trees import Tree, path_name
 
 # A Feistel cipher's rounds. Four give a pseudo-random permutation in theory; the halves of a small
@@ -146,3 +147,52 @@ def mix_bits(x: jax.Array, seed: jax.typing.ArrayLike = 0) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) ^ jnp.uint32(seed)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
+
+
+def last_batch(train: Any, key: jax.Array, offset: jax.typing.ArrayLike) -> Any:
+    """The batch of the last of the K steps of `train`, which began after `offset` steps."""
+    if isinstance(train, Minibatches):
+        return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, SHUFFLE))
+    return jax.tree.map(lambda x: x[-1], train)
+
+
+def step_inputs(train: Any) -> tuple[jax.Array, Any]:
+    """What a scan over the K training steps runs along: (step index [K], batches [K, ...])."""
+    if isinstance(train, Minibatches):
+        return jnp.arange(train.num_steps, dtype=jnp.int32), None
+    return jnp.arange(num_steps(train), dtype=jnp.int32), train
+
+
+def num_steps(train: Any) -> int:
+    """K, the number of steps in `train`."""
+    if isinstance(train, Minibatches):
+        return train.num_steps
+    if isinstance(train, list) and not any(hasattr(batch, "shape") for batch in train):
+        raise ValueError(
+            f"train is a list of {len(train)} batches, whose leaves have no axis K of steps. Stack "
+            "them: train = jax.tree.map(lambda *x: numpy.stack(x), *batches)."
+        )
+    shapes = {
+        path_name(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(train)
+    }
+    if not shapes or () in shapes.values():
+        raise ValueError(
+            f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
+            "[K, batch, ...]. Add one with x[None] for a single step."
+        )
+    if any(shape[0] == 0 for shape in shapes.values()):
+        raise ValueError(f"train has no steps: its leaves are {shapes}. Give at least one batch.")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(
+            f"train's leaves disagree on the leading axis K (steps): {shapes}. Stack K whole "
+            "batches, so that every leaf is [K, batch, ...]."
+        )
+    return next(iter(shapes.values()))[0]
+
+
+def num_batches(train: Any) -> int:
+    """How many batches "all" of `train` are: K, or those of an epoch of a `Minibatches`."""
+    if isinstance(train, Minibatches):
+        return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
+    return num_steps(train)

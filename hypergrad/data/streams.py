@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.minibatches import Minibatches
-from hypergrad.problem import num_steps
+from hypergrad.data.batches import Minibatches, num_steps
 from hypergrad.trees import Tree, path_name
 
 __all__ = ["Fixed", "RanOut", "Stream", "open_source", "steps_of"]

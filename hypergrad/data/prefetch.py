@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad.streams import Fixed, Stream
+from hypergrad.data.streams import Fixed, Stream
 
 __all__ = ["Fed", "feed"]
 

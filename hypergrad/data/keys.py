@@ -1,0 +1,5 @@
+"""Whose random stream is whose: the numbers that are folded into a run's key."""
+
+# Streams of randomness that must not meet one another nor the training steps' own, which are
+# fold_in(key, t): of minibatches, validation, particles and linear solvers.
+SHUFFLE, VALID, NOISE, SOLVER = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD, 0xFFFFFFFC
