@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from benchmarks import momentum_task as task
-from hypergrad.memory import compiled_for, temporary_bytes
+from hypergrad.estimators.memory import compiled_for, temporary_bytes
 from hypergrad.tuners.base import unit_estimate, unit_state
 
 FIXED: tuple[hg.Estimator, ...] = (

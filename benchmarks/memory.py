@@ -16,7 +16,7 @@ import jax
 
 import hypergrad as hg
 from benchmarks import momentum_task as task
-from hypergrad.memory import compiled_for, temporary_bytes
+from hypergrad.estimators.memory import compiled_for, temporary_bytes
 
 NUM_STEPS, FORWARD_STEPS = 1000, (1_000, 100_000)
 SQRT_TARGET, FORWARD_TARGET = 16.0, 0.01

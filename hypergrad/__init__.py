@@ -3,21 +3,18 @@
 import importlib
 from typing import Any
 
-from hypergrad.choice import choose_estimator
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.diagnostics import check_hypergradient
 from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
+from hypergrad.estimators.check import check_hypergradient
+from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.inner_gradient import inner_gradient
-from hypergrad.learned import Schedule, learned_schedule, replay, settled_schedule
-from hypergrad.linear import (
+from hypergrad.estimators.linear import (
     GMRES,
     ConjugateGradient,
     Identity,
@@ -25,6 +22,9 @@ from hypergrad.linear import (
     Nystrom,
     Richardson,
 )
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.inner_gradient import inner_gradient
+from hypergrad.learned import Schedule, learned_schedule, replay, settled_schedule
 from hypergrad.noise import dropout
 from hypergrad.optim import decay_by_tree, hypergradient_descent, norm_adam, scale_by_tree
 from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout

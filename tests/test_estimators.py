@@ -10,7 +10,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.estimators.base import compiled_estimate
-from hypergrad.memory import temporary_bytes
+from hypergrad.estimators.memory import temporary_bytes
 from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
 
 EXACT = {

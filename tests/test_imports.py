@@ -15,7 +15,6 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 # file only files that stand before it. `__init__` files only collect names and are exempt.
 ROOMS = {
     "trees": "",
-    "memory": "",
     "data": "keys batches splits streams prefetch",
     "inner_gradient": "",
     "problem": "",
@@ -26,14 +25,11 @@ ROOMS = {
     "structure": "",
     "learned": "",
     "schedules": "",
-    "linear": "",
     "window": "",
-    "estimators": "base unrolled forward implicit evolution difference",
-    "choice": "",
-    "estimators.hypergradient": "",
+    "estimators": "memory linear base unrolled forward implicit evolution difference"
+    " auto hypergradient choose check",
     "trust": "",
     "tuners": "base alternating restarting refine plain trail member placement exploit population",
-    "diagnostics": "",
     "panels": "",
     "plotting": "",
     "search": "rungs distributions fingerprint ledger workers storage sampling randomness recovery"
@@ -55,7 +51,12 @@ ORDER = [
     for room, files in ROOMS.items()
     for file in files.split() or [""]
 ]
-# An estimator sees a problem and its hyperparameters, never who asks for the hypergradient.
+# An estimator sees a problem and its hyperparameters, never who asks for the hypergradient. What
+# chooses and checks estimators may see a space.
+ESTIMATORS = [
+    f"estimators.{file}"
+    for file in ("base", "unrolled", "forward", "implicit", "evolution", "difference")
+]
 HIDDEN_FROM_ESTIMATORS = (
     "dimensions",
     "space",
@@ -128,7 +129,7 @@ def breaches(package: Path) -> list[str]:
                 found.append(f"{module} imports {target}, which stands below it in ORDER")
             elif rank(target) == rank(module) and paths[target].name == "__init__.py":
                 found.append(f"{module} imports its own package {target}: import the file instead")
-            if module.startswith("estimators.") and any(
+            if module in ESTIMATORS and any(
                 fnmatch(target, pattern) for pattern in HIDDEN_FROM_ESTIMATORS
             ):
                 found.append(f"{module} imports {target}, which estimators must never see")

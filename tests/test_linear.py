@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.linear import relative_residual
+from hypergrad.estimators.linear import relative_residual
 
 KEY = jax.random.key(0)
 

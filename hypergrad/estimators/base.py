@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.memory import compiled_for, shapes_of
+from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.problem import Problem
 from hypergrad.structure import naming_missing, require_reach, require_use
 from hypergrad.trees import all_finite, is_inexact, widen

@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 import jax
 
-from hypergrad.choice import as_estimator
+from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, checked_estimate, strong
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem
+from hypergrad.window import ValidateAt
 
 
 def hypergradient(
@@ -53,3 +54,17 @@ def hypergradient(
     estimator = as_estimator(estimator)
     state = estimator.init(problem, hyper, inner, key)
     return checked_estimate(estimator, problem, hyper, inner, train, valid, key, state)[0]
+
+
+def as_estimator(
+    estimator: Estimator | Literal["auto"], validate_at: ValidateAt = "last"
+) -> Estimator:
+    """A tuner's argument as an estimator: "auto" becomes `Auto`."""
+    if isinstance(estimator, Estimator):
+        return estimator
+    if estimator == "auto":
+        return Auto(validate_at)
+    raise ValueError(
+        f"estimator={estimator!r} is no estimator: give one such as hypergrad.Unrolled(), or "
+        "'auto'."
+    )

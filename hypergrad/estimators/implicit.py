@@ -12,7 +12,7 @@ import numpy as np
 from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batches, num_steps
 from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.linear import ConjugateGradient, LinearSolver, relative_residual
+from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, relative_residual
 from hypergrad.problem import Problem, steps_done, validation_loss
 from hypergrad.structure import StructureError, keeps, reaches
 from hypergrad.trees import inner_product, is_inexact, norm, path_name
@@ -28,7 +28,7 @@ class Implicit(Estimator):
     (dF/dz)^T x = v,  grad = dE/dhyper - (dF/dhyper)^T x,  at no memory for the way.
 
     Args:
-      solver: how the linear system is solved, see `hypergrad.linear`.
+      solver: how the linear system is solved, see `hypergrad.estimators.linear`.
       of: "stationary": F is the gradient of `train_loss`, z the parameters: for hyperparameters of
         the loss (penalties, data weights), up to millions of them. "fixed_point": F is minus the
         optimiser's update, z the parameters and the optimiser's state, at whatever point training

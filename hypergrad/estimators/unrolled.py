@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, summary
-from hypergrad.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem import Problem, steps_done, validation_loss
 from hypergrad.trees import inner_product, path_name
 from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step

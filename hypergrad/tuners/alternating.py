@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.choice import as_estimator
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem import Problem
 from hypergrad.space import Space

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.choice import as_estimator
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimate, Estimator
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim import norm_adam
 from hypergrad.problem import Problem, validation_loss

@@ -1,96 +1,28 @@
 """Which estimator when: the field's rules of thumb as code, checked on the problem at hand."""
 
-import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.data.batches import num_batches, num_steps
-from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, strong
+from hypergrad.estimators.auto import (
+    CG,
+    Arguments,
+    Choice,
+    NothingFitsError,
+    cheapest_exact,
+    count_of,
+    evaluations_of,
+)
+from hypergrad.estimators.base import Estimator, compiled_estimate, strong
 from hypergrad.estimators.evolution import Evolution
-from hypergrad.estimators.forward import Forward
-from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.unrolled import Checkpoint, Unrolled
-from hypergrad.linear import ConjugateGradient
-from hypergrad.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem import Problem
 from hypergrad.space import Space
 from hypergrad.structure import require_use
 from hypergrad.trees import inner_product, norm
 from hypergrad.window import ValidateAt, objective
-
-# Gradient evaluations per training step, as timed by `python -m benchmarks.choice`.
-_UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}
-_FORWARD, _TANGENT = 2.8, 1.2
-# Beyond, forward mode costs more than anything else, and its basis alone would fill memory.
-_MAX_TANGENTS = 100
-_PRODUCTS = 20
-_CG = Implicit(ConjugateGradient(_PRODUCTS, tolerance=1e-3))
-
-Arguments = tuple[Any, Any, Any, jax.Array]  # inner, train, valid, key
-
-
-class Choice(NamedTuple):
-    """An estimator and why it was chosen."""
-
-    estimator: Estimator
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Auto(Estimator):
-    """The estimator that `estimator="auto"` stands for in a tuner: chosen by shapes when traced.
-
-    Only structure and memory are looked at, as a traced program has no values to probe: see
-    `choose_estimator` for the whole examination. What it chose is printed at each compilation.
-
-    Args:
-      validate_at: as in `Unrolled`.
-      memory_limit: bytes; None for half of the device's memory.
-    """
-
-    validate_at: ValidateAt = "last"
-    memory_limit: int | None = None
-
-    def resolve(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> Estimator:
-        """The cheapest exact estimator that fits."""
-        limit = device_bytes() if self.memory_limit is None else self.memory_limit
-        arguments = (inner, train, valid, key)
-        choice = _cheapest_exact(problem, strong(hyper), arguments, self.validate_at, limit)
-        print(f'estimator="auto": {choice.estimator}, as {choice.reason}')
-        return choice.estimator
-
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
-        """By the estimator that `resolve` names."""
-        arguments = (problem, hyper, inner, train, valid, key)
-        return self.resolve(*arguments).estimate(*arguments, state)
-
-
-def as_estimator(
-    estimator: Estimator | Literal["auto"], validate_at: ValidateAt = "last"
-) -> Estimator:
-    """A tuner's argument as an estimator: "auto" becomes `Auto`."""
-    if isinstance(estimator, Estimator):
-        return estimator
-    if estimator == "auto":
-        return Auto(validate_at)
-    raise ValueError(
-        f"estimator={estimator!r} is no estimator: give one such as hypergrad.Unrolled(), or "
-        "'auto'."
-    )
 
 
 def choose_estimator(
@@ -160,7 +92,7 @@ def _examined(
     limit: int,
 ) -> Choice:
     try:
-        exact = _cheapest_exact(problem, hyper, arguments, validate_at, limit)
+        exact = cheapest_exact(problem, hyper, arguments, validate_at, limit)
     except NothingFitsError:
         implicit = _implicit(problem, space, hyper, arguments, limit, None)
         if implicit is None:
@@ -193,16 +125,12 @@ def _examined(
             f"adjoint grows {growth:.2g} times along the run"
         )
         return Choice(_evolution(arguments[0], validate_at), why)
-    if _evaluations(exact.estimator, hyper, arguments) > _evaluations(_CG, hyper, arguments):
+    if evaluations_of(exact.estimator, hyper, arguments) > evaluations_of(CG, hyper, arguments):
         implicit = _implicit(problem, space, hyper, arguments, limit, grad)
         if implicit is not None:
             return implicit
     why = f"{exact.reason}; differences are {ratio:.2f} of what it promises"
     return exact._replace(reason=why)
-
-
-class NothingFitsError(ValueError):
-    """No exact estimator fits the memory."""
 
 
 def _without_derivative(
@@ -220,33 +148,6 @@ def _evolution(inner: Any, validate_at: ValidateAt) -> Evolution:
     return Evolution(8, 0.03, "es" if inner is None else "pes", validate_at)
 
 
-def _cheapest_exact(
-    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt, limit: int
-) -> Choice:
-    """From shapes alone: traced values will do."""
-    count, steps = _count(hyper), num_steps(arguments[1])
-    exact: list[Estimator] = [Unrolled(None, mode, validate_at) for mode in _UNROLLED]
-    if count <= _MAX_TANGENTS:
-        exact.append(Forward(validate_at=validate_at))
-    costs = {e: _evaluations(e, hyper, arguments) / steps for e in exact}
-    needed = {}
-    for estimator in sorted(costs, key=lambda e: costs[e]):
-        needed[estimator] = temporary_bytes(
-            compiled_estimate(estimator, problem, hyper, *arguments)
-        )
-        if needed[estimator] <= limit:
-            what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
-            cost = f"{costs[estimator]:.1f} gradient evaluations a step"
-            memory = f"{needed[estimator] / 2**20:.1f} of {limit / 2**20:.0f} MiB"
-            return Choice(estimator, f"{what}; the cheapest exact one that fits: {cost}, {memory}")
-    sizes = ", ".join(f"{e}: {size}" for e, size in needed.items())
-    raise NothingFitsError(
-        f"memory_limit={limit} bytes is too little for every exact estimator ({sizes}). Take fewer "
-        "steps or smaller batches, a window (Unrolled(window=...)), Forward(chunk=...), or "
-        "Implicit for hyperparameters of the loss."
-    )
-
-
 def _implicit(
     problem: Problem,
     space: Space,
@@ -257,36 +158,22 @@ def _implicit(
 ) -> Choice | None:
     """`Implicit`, if it is right here; `reference` is an exact gradient in unit coordinates."""
     try:
-        _CG.check_structure(problem, hyper, *arguments)
+        CG.check_structure(problem, hyper, *arguments)
     except ValueError:
         return None  # something acts through the optimiser or the start
-    compiled = compiled_estimate(_CG, problem, hyper, *arguments)
+    compiled = compiled_estimate(CG, problem, hyper, *arguments)
     if temporary_bytes(compiled) > limit:
         return None
     estimate = compiled(hyper, *arguments)
     residual, unconverged = (float(estimate.info[k]) for k in ("residual", "unconverged"))
-    what = f"all {_count(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
+    what = f"all {count_of(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
     if not residual <= 1e-2:
         return None
     if reference is None:
         stationary = unconverged <= 0.01 * abs(float(estimate.loss))
         why = f"nothing exact fits; {what}; converging would change the loss by {unconverged:.1g}"
-        return Choice(_CG, why) if stationary else None
+        return Choice(CG, why) if stationary else None
     grad = jax.vjp(space.from_unit, space.to_unit(hyper))[1](estimate.grad)[0]
     gap = float(norm(jax.tree.map(jnp.subtract, grad, reference)) / norm(reference))
     why = f"{what}; the run is long, and it is within {gap:.1%} of the exact gradient"
-    return Choice(_CG, why) if gap <= 0.05 else None
-
-
-def _evaluations(estimator: Estimator, hyper: Any, arguments: Arguments) -> float:
-    """Gradient evaluations of one estimate, by what was measured on digits."""
-    steps = num_steps(arguments[1])
-    if isinstance(estimator, Unrolled):
-        return _UNROLLED[estimator.checkpoint] * steps
-    if isinstance(estimator, Implicit):
-        return steps + (2 * _PRODUCTS + 10) * num_batches(arguments[1])
-    return (_FORWARD + _TANGENT * _count(hyper)) * steps
-
-
-def _count(hyper: Any) -> int:
-    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(hyper))
+    return Choice(CG, why) if gap <= 0.05 else None

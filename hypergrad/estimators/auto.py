@@ -1,0 +1,121 @@
+"""The estimator that "auto" stands for: the cheapest exact one that fits the memory."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hypergrad.data.batches import num_batches, num_steps
+from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, strong
+from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.implicit import Implicit
+from hypergrad.estimators.linear import ConjugateGradient
+from hypergrad.estimators.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.unrolled import Checkpoint, Unrolled
+from hypergrad.problem import Problem
+from hypergrad.window import ValidateAt
+
+# Gradient evaluations per training step, as timed by `python -m benchmarks.choice`.
+_UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}
+_FORWARD, _TANGENT = 2.8, 1.2
+# Beyond, forward mode costs more than anything else, and its basis alone would fill memory.
+_MAX_TANGENTS = 100
+_PRODUCTS = 20
+CG = Implicit(ConjugateGradient(_PRODUCTS, tolerance=1e-3))
+
+
+Arguments = tuple[Any, Any, Any, jax.Array]  # inner, train, valid, key
+
+
+class Choice(NamedTuple):
+    """An estimator and why it was chosen."""
+
+    estimator: Estimator
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Estimator):
+    """The estimator that `estimator="auto"` stands for in a tuner: chosen by shapes when traced.
+
+    Only structure and memory are looked at, as a traced program has no values to probe: see
+    `choose_estimator` for the whole examination. What it chose is printed at each compilation.
+
+    Args:
+      validate_at: as in `Unrolled`.
+      memory_limit: bytes; None for half of the device's memory.
+    """
+
+    validate_at: ValidateAt = "last"
+    memory_limit: int | None = None
+
+    def resolve(
+        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
+    ) -> Estimator:
+        """The cheapest exact estimator that fits."""
+        limit = device_bytes() if self.memory_limit is None else self.memory_limit
+        arguments = (inner, train, valid, key)
+        choice = cheapest_exact(problem, strong(hyper), arguments, self.validate_at, limit)
+        print(f'estimator="auto": {choice.estimator}, as {choice.reason}')
+        return choice.estimator
+
+    def estimate(
+        self,
+        problem: Problem,
+        hyper: Any,
+        inner: Any,
+        train: Any,
+        valid: Any,
+        key: jax.Array,
+        state: Any,
+    ) -> tuple[Estimate, Any]:
+        """By the estimator that `resolve` names."""
+        arguments = (problem, hyper, inner, train, valid, key)
+        return self.resolve(*arguments).estimate(*arguments, state)
+
+
+class NothingFitsError(ValueError):
+    """No exact estimator fits the memory."""
+
+
+def cheapest_exact(
+    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt, limit: int
+) -> Choice:
+    """From shapes alone: traced values will do."""
+    count, steps = count_of(hyper), num_steps(arguments[1])
+    exact: list[Estimator] = [Unrolled(None, mode, validate_at) for mode in _UNROLLED]
+    if count <= _MAX_TANGENTS:
+        exact.append(Forward(validate_at=validate_at))
+    costs = {e: evaluations_of(e, hyper, arguments) / steps for e in exact}
+    needed = {}
+    for estimator in sorted(costs, key=lambda e: costs[e]):
+        needed[estimator] = temporary_bytes(
+            compiled_estimate(estimator, problem, hyper, *arguments)
+        )
+        if needed[estimator] <= limit:
+            what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
+            cost = f"{costs[estimator]:.1f} gradient evaluations a step"
+            memory = f"{needed[estimator] / 2**20:.1f} of {limit / 2**20:.0f} MiB"
+            return Choice(estimator, f"{what}; the cheapest exact one that fits: {cost}, {memory}")
+    sizes = ", ".join(f"{e}: {size}" for e, size in needed.items())
+    raise NothingFitsError(
+        f"memory_limit={limit} bytes is too little for every exact estimator ({sizes}). Take fewer "
+        "steps or smaller batches, a window (Unrolled(window=...)), Forward(chunk=...), or "
+        "Implicit for hyperparameters of the loss."
+    )
+
+
+def evaluations_of(estimator: Estimator, hyper: Any, arguments: Arguments) -> float:
+    """Gradient evaluations of one estimate, by what was measured on digits."""
+    steps = num_steps(arguments[1])
+    if isinstance(estimator, Unrolled):
+        return _UNROLLED[estimator.checkpoint] * steps
+    if isinstance(estimator, Implicit):
+        return steps + (2 * _PRODUCTS + 10) * num_batches(arguments[1])
+    return (_FORWARD + _TANGENT * count_of(hyper)) * steps
+
+
+def count_of(hyper: Any) -> int:
+    """How many numbers `hyper` holds."""
+    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(hyper))
