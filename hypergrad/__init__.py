@@ -24,16 +24,22 @@ from hypergrad.estimators.linear import (
 )
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.inner_gradient import inner_gradient
-from hypergrad.learned import Schedule, learned_schedule, replay, settled_schedule
+from hypergrad.learned import learned_schedule, replay, settled_schedule
 from hypergrad.noise import dropout
-from hypergrad.optim import decay_by_tree, hypergradient_descent, norm_adam, scale_by_tree
-from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-from hypergrad.schedules import (
+from hypergrad.optim.schedules import (
+    Schedule,
     exponential_decay,
     piecewise_constant,
     piecewise_linear,
     warmup_cosine,
 )
+from hypergrad.optim.transforms import (
+    decay_by_tree,
+    hypergradient_descent,
+    norm_adam,
+    scale_by_tree,
+)
+from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating

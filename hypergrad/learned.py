@@ -1,40 +1,15 @@
 """What a run learned, as a schedule to keep: replayed by the library or by plain optax."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import step_inputs
+from hypergrad.optim.schedules import Schedule
 from hypergrad.problem import Problem, steps_done, training_steps
 from hypergrad.space import Space
-
-
-class Schedule(NamedTuple):
-    """Hyperparameters that change every `steps_per_update` training steps.
-
-    Attributes:
-      values: the hyperparameters in the user's units, leaves `[updates, ...]`.
-      steps_per_update: training steps for which each entry stands.
-    """
-
-    values: Any
-    steps_per_update: int
-
-    def __call__(self, step: jax.typing.ArrayLike) -> Any:
-        """The hyperparameters of training step `step`, traced or not; after the end, the last."""
-        last = jax.tree.leaves(self.values)[0].shape[0] - 1
-        index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
-        return jax.tree.map(lambda x: x[index], self.values)
-
-    def of(self, name: str) -> Callable[[Any], Any]:
-        """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
-        if name not in self.values:
-            raise ValueError(
-                f"name={name!r} is no hyperparameter: choose from {list(self.values)}."
-            )
-        return lambda step: self(step)[name]
 
 
 def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:

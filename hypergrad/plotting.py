@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hypergrad.dimensions import Float
-from hypergrad.learned import Schedule
+from hypergrad.optim.schedules import Schedule
 from hypergrad.panels import (
     PALETTE,
     Axes,

@@ -22,7 +22,7 @@ from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
 from hypergrad.history import History, Record, observe
 from hypergrad.identity import describe, program_difference, program_of
-from hypergrad.learned import Schedule
+from hypergrad.optim.schedules import Schedule
 from hypergrad.progress import Progress
 from hypergrad.resume import Resumed, refusal, restore
 from hypergrad.trees import all_finite

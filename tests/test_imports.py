@@ -21,10 +21,9 @@ ROOMS = {
     "dimensions": "",
     "space": "",
     "noise": "",
-    "optim": "",
+    "optim": "transforms schedules",
     "structure": "",
     "learned": "",
-    "schedules": "",
     "window": "",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose check",

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.optim import decay_by_tree, hypergradient_descent, scale_by_tree
+from hypergrad.optim.transforms import decay_by_tree, hypergradient_descent, scale_by_tree
 from hypergrad.testing import relative_error
 
 CURVATURE = np.array([1.0, 2.0, 5.0])

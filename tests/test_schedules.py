@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.schedules import (
+from hypergrad.optim.schedules import (
     exponential_decay,
     piecewise_constant,
     piecewise_linear,

@@ -36,7 +36,7 @@ class Forward(Estimator):
     the same at any K.
 
     Hyperparameters that share a window of W steps (FDS) are the entries of one array that
-    `hypergrad.schedules.piecewise_constant` spreads over the run.
+    `hypergrad.piecewise_constant` spreads over the run.
 
     Source: Franceschi et al. 2017, eq. 13-15 (forward mode) and section 3.3 (RTHO); Micaelli and
     Storkey 2021 (sharing).

@@ -10,7 +10,7 @@ from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.optim import norm_adam
+from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem import Problem, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen

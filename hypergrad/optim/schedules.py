@@ -1,14 +1,39 @@
 """Schedules with a gradient in every number, lengths and rates included."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.learned import Schedule
 from hypergrad.trees import widen
+
+
+class Schedule(NamedTuple):
+    """Hyperparameters that change every `steps_per_update` training steps.
+
+    Attributes:
+      values: the hyperparameters in the user's units, leaves `[updates, ...]`.
+      steps_per_update: training steps for which each entry stands.
+    """
+
+    values: Any
+    steps_per_update: int
+
+    def __call__(self, step: jax.typing.ArrayLike) -> Any:
+        """The hyperparameters of training step `step`, traced or not; after the end, the last."""
+        last = jax.tree.leaves(self.values)[0].shape[0] - 1
+        index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
+        return jax.tree.map(lambda x: x[index], self.values)
+
+    def of(self, name: str) -> Callable[[Any], Any]:
+        """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
+        if name not in self.values:
+            raise ValueError(
+                f"name={name!r} is no hyperparameter: choose from {list(self.values)}."
+            )
+        return lambda step: self(step)[name]
 
 
 def piecewise_linear(
