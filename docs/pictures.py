@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import hypergrad as hg
 from benchmarks.evolution import rippled
 from benchmarks.horizon import NUM_STEPS, noisy_quadratic
-from hypergrad.panels import PALETTE
+from hypergrad.plotting.panels import PALETTE
 
 FOLDER = Path(__file__).parent / "pictures"
 BLUE, ORANGE, GREEN = PALETTE[0], PALETTE[1], PALETTE[2]

@@ -27,8 +27,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hypergrad as hg
-from hypergrad.panels import PALETTE, new_panels, png
 from hypergrad.plotting import plot_losses, plot_trajectories
+from hypergrad.plotting.panels import PALETTE, new_panels, png
 
 WINDOW = 10
 # XLA's fusion emitters double the time it takes to compile on a CPU and gain nothing here.

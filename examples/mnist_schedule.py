@@ -46,8 +46,15 @@ from rich.console import Console
 from rich.table import Table
 
 import hypergrad as hg
-from hypergrad.panels import PALETTE, legend_above, log_scale, new_panels, png, set_step_axis
 from hypergrad.plotting import plot_losses
+from hypergrad.plotting.panels import (
+    PALETTE,
+    legend_above,
+    log_scale,
+    new_panels,
+    png,
+    set_step_axis,
+)
 
 STEPS, BATCH, KNOTS, UPDATES, SEEDS = 200, 50, 10, 12, 3
 LAYERS = ("conv_1", "conv_2", "dense_1", "dense_2")

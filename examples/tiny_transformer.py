@@ -43,8 +43,8 @@ from rich.table import Table
 
 import hypergrad as hg
 from hypergrad.nn import LinenDropout
-from hypergrad.panels import PALETTE, legend_above, new_panels, png, set_step_axis
 from hypergrad.plotting import plot_losses, plot_trajectories
+from hypergrad.plotting.panels import PALETTE, legend_above, new_panels, png, set_step_axis
 
 CONTEXT, WIDTH, HEADS, LAYERS = 48, 48, 4, 2
 STEPS, BATCH, WINDOW, VALID_BATCH = 300, 16, 30, 32

@@ -105,7 +105,7 @@ def _show(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     study = _study(options)
     try:
-        from hypergrad.search.report import write_report
+        from hypergrad.plotting.report import write_report
     except ImportError as error:
         raise _Ended(f"{error}: pip install 'hypergrad-jax[plots]'.") from error
     if not Path(options.out).absolute().parent.is_dir():

@@ -29,12 +29,12 @@ ROOMS = {
     " auto hypergradient choose check",
     "trust": "",
     "tuners": "base alternating restarting refine plain trail member placement exploit population",
-    "panels": "",
-    "plotting": "",
     "search": "rungs distributions fingerprint ledger workers storage sampling randomness recovery"
-    " slots study dashboard ranking program scored parallel pictures report live cohort result"
-    " sweep",
+    " slots study dashboard ranking program live cohort",
     "history": "",
+    "plotting": "panels runs colors parallel sweeps report",
+    "search.result": "",
+    "search.sweep": "",
     "checkpoints": "",
     "identity": "",
     "resume": "",

@@ -18,8 +18,9 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.image import imread  # noqa: E402
 
 import hypergrad as hg  # noqa: E402
-from hypergrad.panels import ReverseLogLocator, new_panels  # noqa: E402
-from hypergrad.plotting import (  # noqa: E402
+from hypergrad.plotting import sweeps as pictures  # noqa: E402
+from hypergrad.plotting.panels import ReverseLogLocator, new_panels  # noqa: E402
+from hypergrad.plotting.runs import (  # noqa: E402
     REFUSALS,
     plot_losses,
     plot_norms,
@@ -27,7 +28,6 @@ from hypergrad.plotting import (  # noqa: E402
     plot_schedule,
     plot_trajectories,
 )
-from hypergrad.search import pictures  # noqa: E402
 from hypergrad.search.dashboard import dashboard_command  # noqa: E402
 from hypergrad.search.fingerprint import fingerprint, stored_space  # noqa: E402
 from hypergrad.search.storage import open_storage  # noqa: E402

@@ -140,13 +140,13 @@ class Result:
         """Writes pictures of the sweep into `folder` as PNG; returns their paths.
 
         Scores by trial, parallel coordinates, importance, and the refined trials' trajectories;
-        `hypergrad.search.pictures` draws each of them alone. Needs matplotlib (extra `plots`).
+        `hypergrad.plotting.sweeps` draws each of them alone. Needs matplotlib (extra `plots`).
 
         Raises:
           ValueError: no trial has a score.
         """
         # Loaded on use, as a sweep needs no matplotlib.
-        from hypergrad.search.pictures import save_pictures
+        from hypergrad.plotting.sweeps import save_pictures
 
         return save_pictures(self.study, folder)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from hypergrad.dimensions import Float
 from hypergrad.optim.schedules import Schedule
-from hypergrad.panels import (
+from hypergrad.plotting.panels import (
     PALETTE,
     Axes,
     Figure,

@@ -9,9 +9,9 @@ import optuna
 from optuna.trial import TrialState
 
 from hypergrad.dimensions import Categorical
+from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.search.fingerprint import stored_space
 from hypergrad.search.ledger import ERROR, counted
-from hypergrad.search.pictures import save_pictures
 from hypergrad.search.ranking import ranked, short, states
 
 _CAPTIONS = {

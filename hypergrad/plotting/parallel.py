@@ -7,10 +7,7 @@ import optuna
 from matplotlib.lines import Line2D
 
 from hypergrad.dimensions import Categorical, Float
-from hypergrad.panels import Axes, ReverseLogLocator, legend_above, new_panels
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import stored_space
-from hypergrad.search.scored import (
+from hypergrad.plotting.colors import (
     BEST_COLOR,
     OTHER_COLOR,
     Colors,
@@ -18,6 +15,9 @@ from hypergrad.search.scored import (
     scored_trials,
     worst_first,
 )
+from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new_panels
+from hypergrad.search.distributions import Coordinates
+from hypergrad.search.fingerprint import stored_space
 from hypergrad.space import Space
 
 # Where an inactive hyperparameter stands, below its axis.

@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from optuna.trial import FrozenTrial, TrialState
 
-from hypergrad.panels import PALETTE, Axes
+from hypergrad.plotting.panels import PALETTE, Axes
 from hypergrad.search.ledger import counted
 
 BEST_COLOR, OTHER_COLOR = PALETTE[1], "#555555"

@@ -20,7 +20,17 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 
 from hypergrad.dimensions import Float
-from hypergrad.panels import (
+from hypergrad.plotting.colors import (
+    BEST_COLOR,
+    OTHER_COLOR,
+    Colors,
+    best_of,
+    refined_trials,
+    scored_trials,
+    sign_of,
+    worst_first,
+)
+from hypergrad.plotting.panels import (
     PALETTE,
     Axes,
     Figure,
@@ -32,20 +42,10 @@ from hypergrad.panels import (
     set_hyper_axis,
     set_step_axis,
 )
+from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
 from hypergrad.search.ledger import counted
-from hypergrad.search.parallel import plot_parallel
-from hypergrad.search.scored import (
-    BEST_COLOR,
-    OTHER_COLOR,
-    Colors,
-    best_of,
-    refined_trials,
-    scored_trials,
-    sign_of,
-    worst_first,
-)
 
 __all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
 
