@@ -28,8 +28,8 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from examples import digits200
+from hypergrad.problem.window import objective
 from hypergrad.testing import Oracle, momentum_quadratic, relative_error, ridge
-from hypergrad.window import objective
 
 EXACT: dict[str, hg.Estimator] = {
     "Unrolled()": hg.Unrolled(),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 
-from hypergrad import noise
+from hypergrad.problem import noise
 
 UNITS, GROUPS = 32, 8
 SIZES = (64, UNITS, UNITS, 10)

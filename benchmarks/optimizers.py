@@ -21,7 +21,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad.window import objective
+from hypergrad.problem.window import objective
 
 STEPS = (1e-5, 1e-6, 1e-7)
 NUM_STEPS = 8

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import summary
-from hypergrad.window import objective
+from hypergrad.problem.window import objective
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ from hypergrad.estimators.linear import (
     Richardson,
 )
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.inner_gradient import inner_gradient
 from hypergrad.learned import learned_schedule, replay, settled_schedule
-from hypergrad.noise import dropout
 from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,
@@ -39,7 +37,9 @@ from hypergrad.optim.transforms import (
     norm_adam,
     scale_by_tree,
 )
-from hypergrad.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
+from hypergrad.problem.inner_gradient import inner_gradient
+from hypergrad.problem.noise import dropout
+from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating

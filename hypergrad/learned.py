@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
-from hypergrad.problem import Problem, steps_done, training_steps
+from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space import Space
 
 

@@ -10,7 +10,7 @@ import optax
 
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.hypergradient import hypergradient
-from hypergrad.problem import Problem, bilevel, rollout
+from hypergrad.problem.problem import Problem, bilevel, rollout
 
 
 class Oracle(NamedTuple):

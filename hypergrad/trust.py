@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.problem import Problem, steps_done
+from hypergrad.problem.problem import Problem, steps_done
 
 # Why a step was refused; `info.refused` holds one of them.
 TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED, NOT_SOLVED = range(6)

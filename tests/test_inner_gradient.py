@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad import inner_gradient
+from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.testing import relative_error
 
 

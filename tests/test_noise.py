@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from hypergrad import noise
-from hypergrad.noise import dropout, random_bits
+from hypergrad.problem import noise
+from hypergrad.problem.noise import dropout, random_bits
 
 KEY = jax.random.key(0)
 

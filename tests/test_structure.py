@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import inner_gradient
-from hypergrad.structure import reaches, require_reach
+from hypergrad.problem.inner_gradient import inner_gradient
+from hypergrad.problem.structure import reaches, require_reach
 
 stop_gradient = jax.lax.stop_gradient
 

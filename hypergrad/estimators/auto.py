@@ -13,8 +13,8 @@ from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
-from hypergrad.problem import Problem
-from hypergrad.window import ValidateAt
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.window import ValidateAt
 
 # Gradient evaluations per training step, as timed by `python -m benchmarks.choice`.
 _UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.estimators.memory import compiled_for, shapes_of
-from hypergrad.problem import Problem
-from hypergrad.structure import naming_missing, require_reach, require_use
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.structure import naming_missing, require_reach, require_use
+from hypergrad.problem.window import objective
 from hypergrad.trees import all_finite, is_inexact, widen
-from hypergrad.window import objective
 
 
 class Estimate(NamedTuple):

@@ -12,11 +12,11 @@ from jax.flatten_util import ravel_pytree
 from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.base import Estimator, strong
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem, steps_done
-from hypergrad.problem import training_steps as steps_of
+from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.problem.problem import training_steps as steps_of
+from hypergrad.problem.window import ValidateAt, objective
 from hypergrad.space import Space
 from hypergrad.trees import is_inexact, leaf_names, split_inexact
-from hypergrad.window import ValidateAt, objective
 
 
 class Row(NamedTuple):

@@ -18,11 +18,11 @@ from hypergrad.estimators.auto import (
 from hypergrad.estimators.base import Estimator, compiled_estimate, strong
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.structure import require_use
+from hypergrad.problem.window import ValidateAt, objective
 from hypergrad.space import Space
-from hypergrad.structure import require_use
 from hypergrad.trees import inner_product, norm
-from hypergrad.window import ValidateAt, objective
 
 
 def choose_estimator(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.problem import Problem
-from hypergrad.window import ValidateAt, objective
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.window import ValidateAt, objective
 
 
 @dataclasses.dataclass(frozen=True)

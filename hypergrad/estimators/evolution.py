@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 from hypergrad.data.batches import num_steps
 from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import Estimate, Estimator, strong, summary
-from hypergrad.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.window import ValidateAt, averaged, begin, judged, through
 from hypergrad.trees import path_name, widen
-from hypergrad.window import ValidateAt, averaged, begin, judged, through
 
 Method = Literal["pes", "es", "es_single"]
 

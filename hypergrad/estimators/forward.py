@@ -10,9 +10,17 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.window import (
+    Progress,
+    ValidateAt,
+    averaged,
+    begin,
+    judged,
+    objective,
+    one_step,
+)
 from hypergrad.trees import split_inexact
-from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, objective, one_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, checked_estimate, strong
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem
-from hypergrad.window import ValidateAt
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.window import ValidateAt
 
 
 def hypergradient(

@@ -13,10 +13,10 @@ from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batche
 from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, summary
 from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, relative_residual
-from hypergrad.problem import Problem, steps_done, validation_loss
-from hypergrad.structure import StructureError, keeps, reaches
+from hypergrad.problem.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.structure import StructureError, keeps, reaches
+from hypergrad.problem.window import begin, objective, through
 from hypergrad.trees import inner_product, is_inexact, norm, path_name
-from hypergrad.window import begin, objective, through
 
 
 @dataclasses.dataclass(frozen=True)

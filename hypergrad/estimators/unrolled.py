@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, summary
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.problem import Problem, steps_done, validation_loss
+from hypergrad.problem.window import Progress, ValidateAt, averaged, begin, judged, one_step
 from hypergrad.trees import inner_product, path_name
-from hypergrad.window import Progress, ValidateAt, averaged, begin, judged, one_step
 
 Checkpoint = Literal["none", "step", "sqrt", "auto"]
 

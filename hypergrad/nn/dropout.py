@@ -7,7 +7,7 @@ import jax
 from flax import linen, nnx
 from jax.typing import ArrayLike
 
-from hypergrad.noise import Form, check_rate, dropout
+from hypergrad.problem.noise import Form, check_rate, dropout
 
 
 class LinenDropout(linen.Module):

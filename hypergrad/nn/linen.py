@@ -10,7 +10,7 @@ import optax
 from flax import linen
 from flax.training.train_state import TrainState
 
-from hypergrad.problem import Inner, Problem, bilevel, require_inner, zero_loss
+from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
 from hypergrad.trees import Tree
 
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from flax.nnx.nn.normalization import _canonicalize_axes, _compute_stats
 
-from hypergrad.problem import Inner, Problem, bilevel, require_inner, zero_loss
+from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
 
 
 class NNXBatchNorm(nnx.BatchNorm):

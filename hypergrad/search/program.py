@@ -11,9 +11,9 @@ from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimator, require_structure
 from hypergrad.estimators.difference import FiniteDifference
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.structure import StructureError
 from hypergrad.space import Space
-from hypergrad.structure import StructureError
 from hypergrad.tuners.population import Population, population
 from hypergrad.tuners.refine import Refine
 

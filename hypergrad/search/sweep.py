@@ -13,7 +13,7 @@ import optuna
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
 from hypergrad.search.fingerprint import check_recipe
 from hypergrad.search.live import live_view

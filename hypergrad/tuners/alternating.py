@@ -10,9 +10,9 @@ from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.structure import naming_missing
 from hypergrad.space import Space
-from hypergrad.structure import naming_missing
 from hypergrad.trees import cast_like, norm, path_name, select
 from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.problem import Problem, rollout
+from hypergrad.problem.problem import Problem, rollout
 from hypergrad.space import Space
 from hypergrad.tuners.base import Tuner, run_key
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.data.batches import Minibatches
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
 from hypergrad.space import Space
 from hypergrad.trees import path_name
 from hypergrad.tuners.exploit import explored, parents_of

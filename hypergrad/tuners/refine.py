@@ -7,7 +7,7 @@ import optax
 
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem import Problem
+from hypergrad.problem.problem import Problem
 from hypergrad.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating

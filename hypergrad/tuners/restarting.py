@@ -11,7 +11,7 @@ from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
-from hypergrad.problem import Problem, validation_loss
+from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space import Space
 from hypergrad.trees import norm, select, widen
 from hypergrad.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import num_steps, step_inputs
-from hypergrad.problem import Problem, steps_done, training_steps, validation_loss
+from hypergrad.problem.problem import Problem, steps_done, training_steps, validation_loss
 from hypergrad.trees import all_finite, is_inexact, widen
 
 ValidateAt = Literal["last", "mean"] | int | float

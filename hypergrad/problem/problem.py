@@ -9,7 +9,7 @@ import optax
 
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
-from hypergrad.inner_gradient import inner_gradient, with_aux
+from hypergrad.problem.inner_gradient import inner_gradient, with_aux
 from hypergrad.trees import Tree, cast_like, is_inexact, leaf_names
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
 from hypergrad.trees import is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.

@@ -49,8 +49,8 @@ def dropout(
     legacy. broadcast_dims: axes of `x` along which one mask is shared.
 
     form: `"bernoulli"` (default: ordinary dropout in the forward pass), `"gaussian"`, `"relaxed"`,
-    each documented under its name in `hypergrad.noise`, or a function `(rate, bits) -> mask`, with
-    `bits` uniform uint32 of the mask's shape.
+    each documented under its name in `hypergrad.problem.noise`, or a function
+    `(rate, bits) -> mask`, with `bits` uniform uint32 of the mask's shape.
 
     Rate 0. A mask of ones tells nothing about a rate, so below `VARIANCE_FLOOR` (0.02) a JAX rate,
     traced or not, is trained with noise of that variance. A Python or NumPy 0 has no gradient to
