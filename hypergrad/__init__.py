@@ -5,7 +5,6 @@ from typing import Any
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.dimensions import Categorical, Float, Int
 from hypergrad.estimators.base import Estimate, Estimator
 from hypergrad.estimators.check import check_hypergradient
 from hypergrad.estimators.choose import choose_estimator
@@ -40,7 +39,8 @@ from hypergrad.optim.transforms import (
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-from hypergrad.space import Space
+from hypergrad.space.dimensions import Categorical, Float, Int
+from hypergrad.space.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 
 
 def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad.space import Categorical, Float, Int, Space
+from hypergrad.space.space import Categorical, Float, Int, Space
 
 FLOATS = {
     "linear": Float(-2.0, 5.0),

@@ -17,9 +17,9 @@ from optuna.trial import TrialState
 import hypergrad as hg
 from hypergrad.search import workers
 from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import fingerprint, first_difference
 from hypergrad.search.storage import open_storage
 from hypergrad.search.study import open_study
+from hypergrad.space.description import fingerprint, first_difference
 
 SPACE = hg.Space(
     {

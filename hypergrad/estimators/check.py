@@ -15,7 +15,7 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.problem.problem import training_steps as steps_of
 from hypergrad.problem.window import ValidateAt, objective
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import is_inexact, leaf_names, split_inexact
 
 

@@ -21,7 +21,7 @@ from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import require_use
 from hypergrad.problem.window import ValidateAt, objective
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import inner_product, norm
 
 

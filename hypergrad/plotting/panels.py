@@ -18,7 +18,7 @@ except ImportError as error:
         "hypergrad's pictures need matplotlib: pip install 'hypergrad-jax[plots]'."
     ) from error
 
-from hypergrad.dimensions import Float
+from hypergrad.space.dimensions import Float
 
 # Okabe and Ito 2008, without the yellow that is too light for a line.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -6,7 +6,6 @@ import numpy as np
 import optuna
 from matplotlib.lines import Line2D
 
-from hypergrad.dimensions import Categorical, Float
 from hypergrad.plotting.colors import (
     BEST_COLOR,
     OTHER_COLOR,
@@ -18,7 +17,8 @@ from hypergrad.plotting.colors import (
 from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new_panels
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
-from hypergrad.space import Space
+from hypergrad.space.dimensions import Categorical, Float
+from hypergrad.space.space import Space
 
 # Where an inactive hyperparameter stands, below its axis.
 _INACTIVE = -0.16

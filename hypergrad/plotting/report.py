@@ -8,11 +8,11 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from hypergrad.dimensions import Categorical
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.search.fingerprint import stored_space
 from hypergrad.search.ledger import ERROR, counted
 from hypergrad.search.ranking import ranked, short, states
+from hypergrad.space.dimensions import Categorical
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad.dimensions import Float
 from hypergrad.optim.schedules import Schedule
 from hypergrad.plotting.panels import (
     PALETTE,
@@ -26,7 +25,8 @@ from hypergrad.plotting.panels import (
     set_hyper_axis,
     set_step_axis,
 )
-from hypergrad.space import Space
+from hypergrad.space.dimensions import Float
+from hypergrad.space.space import Space
 from hypergrad.trust import REASONS
 
 __all__ = ["plot_losses", "plot_norms", "plot_run", "plot_schedule", "plot_trajectories"]

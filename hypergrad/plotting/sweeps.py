@@ -19,7 +19,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 
-from hypergrad.dimensions import Float
 from hypergrad.plotting.colors import (
     BEST_COLOR,
     OTHER_COLOR,
@@ -46,6 +45,7 @@ from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.search.distributions import Coordinates
 from hypergrad.search.fingerprint import stored_space
 from hypergrad.search.ledger import counted
+from hypergrad.space.dimensions import Float
 
 __all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
 

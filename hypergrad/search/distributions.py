@@ -21,8 +21,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from hypergrad.dimensions import Categorical, Dimension, Float, Int
-from hypergrad.space import Space
+from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
+from hypergrad.space.space import Space
 
 __all__ = ["Coordinates"]
 

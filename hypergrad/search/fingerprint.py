@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import optuna
 
-from hypergrad.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.search.distributions import Coordinates
-from hypergrad.space import Space
+from hypergrad.space.description import fingerprint, first_difference
+from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
+from hypergrad.space.space import Space
 
 __all__ = ["check_same", "fingerprint", "first_difference", "stored_space"]
 
@@ -70,21 +70,6 @@ def check_recipe(study: optuna.Study, **recipe: Any) -> None:
             )
 
 
-def fingerprint(space: Space) -> dict[str, dict[str, Any]]:
-    """Return what a study is made for, as JSON: kinds, ranges, scales, choices, conditions."""
-    result = {}
-    for name, dimension in space.items():
-        entry: dict[str, Any] = {"kind": type(dimension).__name__}
-        if isinstance(dimension, Categorical):
-            entry["choices"] = list(dimension.choices)
-        else:
-            entry |= {"low": dimension.low, "high": dimension.high, "scale": dimension.scale}
-        when = dimension.when or {}
-        entry["when"] = {parent: list(values) for parent, values in when.items()} or None
-        result[name] = entry
-    return result
-
-
 def stored_space(study: optuna.Study) -> Space:
     """Return the space that a study was made for, as it is written in the study.
 
@@ -106,19 +91,3 @@ def stored_space(study: optuna.Study) -> Space:
                 entry["low"], entry["high"], scale=entry["scale"], when=entry["when"]
             )
     return Space(dimensions)
-
-
-def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Say in words where two fingerprints differ first; None where they do not."""
-    for name in stored:
-        if name not in now:
-            return f"it has {name!r}, which this space lacks"
-    for name, entry in now.items():
-        if name not in stored:
-            return f"it lacks {name!r}"
-        for key in ("kind", "low", "high", "scale", "choices", "when"):
-            before, after = stored[name].get(key), entry.get(key)
-            # `1 == True`, but they are two choices.
-            if before != after or repr(before) != repr(after):
-                return f"{name!r} has {key} {before!r} there and {after!r} here"
-    return None

@@ -13,7 +13,7 @@ from hypergrad.estimators.base import Estimator, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.tuners.population import Population, population
 from hypergrad.tuners.refine import Refine
 

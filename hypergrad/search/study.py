@@ -27,7 +27,7 @@ from hypergrad.search.sampling import Fixed, Proposal, make_sampler, propose
 from hypergrad.search.slots import Slots
 from hypergrad.search.storage import open_storage
 from hypergrad.search.workers import Worker
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 
 __all__ = ["OpenStudy", "Progress", "Proposal", "open_study"]
 
@@ -70,7 +70,7 @@ def open_study(
     Raises ValueError for a study that was made for another space (naming what differs) or another
     direction, for an unknown sampler and for `num_trials < 1`.
 
-    >>> from hypergrad.dimensions import Categorical, Float
+    >>> from hypergrad.space.dimensions import Categorical, Float
     >>> space = Space({"rate": Float(1e-4, 1.0, scale="log"), "width": Categorical([32, 64])})
     >>> with open_study(space, sampler="random", seed=0, num_trials=3) as opened:
     ...     while proposal := opened.ask(record=False):

@@ -22,7 +22,7 @@ from hypergrad.search.ranking import ranked
 from hypergrad.search.result import Result
 from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.search.study import OpenStudy, Proposal, open_study
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.tuners.member import Report
 from hypergrad.tuners.refine import Refine
 

@@ -12,7 +12,7 @@ from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import naming_missing
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import cast_like, norm, path_name, select
 from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (

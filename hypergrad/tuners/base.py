@@ -9,7 +9,7 @@ import optax
 
 from hypergrad.estimators.base import Estimate, Estimator, checked_estimate
 from hypergrad.problem.problem import Problem
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import inner_product, norm, widen
 from hypergrad.trust import TrustState, gropes, remember, temper
 

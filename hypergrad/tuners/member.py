@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem, validation_loss
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import all_finite
 from hypergrad.trust import REASONS
 from hypergrad.tuners.alternating import AlternatingState

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.problem.problem import Problem, rollout
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.tuners.base import Tuner, run_key
 
 

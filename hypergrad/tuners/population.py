@@ -10,7 +10,7 @@ import numpy as np
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import path_name
 from hypergrad.tuners.exploit import explored, parents_of
 from hypergrad.tuners.member import Data, PopulationState, Report, member_of, moved_to, unit_of

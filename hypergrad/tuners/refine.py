@@ -8,7 +8,7 @@ import optax
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner

@@ -12,7 +12,7 @@ from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
-from hypergrad.space import Space
+from hypergrad.space.space import Space
 from hypergrad.trees import norm, select, widen
 from hypergrad.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypergrad.dimensions import Categorical, Dimension, Float, Int, as_float
+from hypergrad.space.dimensions import Categorical, Dimension, Float, Int, as_float
 
 __all__ = ["Categorical", "Dimension", "Float", "Int", "Space"]
 

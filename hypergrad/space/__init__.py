@@ -1,0 +1,6 @@
+"""What may be tuned: dimensions, unit coordinates, and a space as JSON."""
+
+from hypergrad.space.dimensions import Categorical, Float, Int
+from hypergrad.space.space import Space
+
+__all__ = ["Categorical", "Float", "Int", "Space"]
