@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hypergrad.checkpoints import saved_updates
+from hypergrad.training.checkpoints import saved_updates
 from tests.resume_worker import UPDATES
 
 ROOT = Path(__file__).resolve().parent.parent

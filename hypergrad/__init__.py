@@ -22,7 +22,6 @@ from hypergrad.estimators.linear import (
     Richardson,
 )
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.learned import learned_schedule, replay, settled_schedule
 from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,
@@ -41,11 +40,12 @@ from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
-from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.refine import Refine
+from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
+from hypergrad.tuners.population.refine import Refine
 from hypergrad.tuners.restarting import restarting
+from hypergrad.tuners.trust import Trust
 
 __all__ = [
     "GMRES",
@@ -99,14 +99,19 @@ __all__ = [
 
 # Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
 _LATER = {
-    "Checkpoint": "checkpoints",
+    "Checkpoint": "training.checkpoints",
     "Hyperband": "search.rungs",
     "PopulationBasedTraining": "search.rungs",
     "SuccessiveHalving": "search.rungs",
-    "fit": "training",
+    "fit": "training.fit",
     "sweep": "search.sweep",
 }
-_MODULES = {"callbacks": "callbacks", "nn": "nn", "plotting": "plotting", "testing": "testing"}
+_MODULES = {
+    "callbacks": "training.callbacks",
+    "nn": "nn",
+    "plotting": "plotting",
+    "testing": "testing",
+}
 
 
 def __getattr__(name: str) -> Any:

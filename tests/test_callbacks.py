@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hypergrad.callbacks import JSONLines, MLflow, TensorBoard, WandB
-from hypergrad.history import History, Record
+from hypergrad.training.callbacks import JSONLines, MLflow, TensorBoard, WandB
+from hypergrad.training.history import History, Record
 
 
 def _record(update: int) -> Record:

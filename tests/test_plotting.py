@@ -33,7 +33,7 @@ from hypergrad.search.fingerprint import stored_space  # noqa: E402
 from hypergrad.search.storage import open_storage  # noqa: E402
 from hypergrad.search.study import OpenStudy, open_study  # noqa: E402
 from hypergrad.space.description import fingerprint  # noqa: E402
-from hypergrad.trust import NORM_SPIKE, NOT_FINITE, REASONS  # noqa: E402
+from hypergrad.tuners.trust import NORM_SPIKE, NOT_FINITE, REASONS  # noqa: E402
 
 SPACE = hg.Space(
     {

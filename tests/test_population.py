@@ -15,9 +15,9 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import populations
-from hypergrad.tuners.population import Population, population, width_for
-from hypergrad.tuners.refine import Refine
-from hypergrad.tuners.trail import new_trail, read, record
+from hypergrad.tuners.population.population import Population, population, width_for
+from hypergrad.tuners.population.refine import Refine
+from hypergrad.tuners.population.trail import new_trail, read, record
 
 SPACE = hg.Space(
     {

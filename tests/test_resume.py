@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.checkpoints import TornError, load, save, saved_updates
+from hypergrad.training.checkpoints import TornError, load, save, saved_updates
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = hg.Space({"rate": hg.Float(1e-4, 2.0, scale="log")})

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.history import LARGE, History, Record, observe, scalars
-from hypergrad.progress import Progress
+from hypergrad.training.history import LARGE, History, Record, observe, scalars
+from hypergrad.training.progress import Progress
 
 SPACE = hg.Space({"rate": hg.Float(1e-4, 2.0, scale="log"), "l2": hg.Float(1e-6, 1.0, scale="log")})
 START = {"rate": 1e-3, "l2": np.full(2, 1e-3, np.float32)}

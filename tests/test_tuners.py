@@ -10,7 +10,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.trees import norm
-from hypergrad.trust import (
+from hypergrad.tuners.restarting import combine
+from hypergrad.tuners.trust import (
     ADJOINT_GROWTH,
     NORM_SPIKE,
     NOT_FINITE,
@@ -21,7 +22,6 @@ from hypergrad.trust import (
     judge,
     remember,
 )
-from hypergrad.tuners.restarting import combine
 
 CURVATURE = jnp.array([0.2, 1.0, 4.0])
 SPACE = hg.Space(

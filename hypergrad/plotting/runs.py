@@ -27,7 +27,7 @@ from hypergrad.plotting.panels import (
 )
 from hypergrad.space.dimensions import Float
 from hypergrad.space.space import Space
-from hypergrad.trust import REASONS
+from hypergrad.tuners.trust import REASONS
 
 __all__ = ["plot_losses", "plot_norms", "plot_run", "plot_schedule", "plot_trajectories"]
 

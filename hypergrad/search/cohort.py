@@ -14,8 +14,8 @@ from hypergrad.search.live import Moment, Show
 from hypergrad.search.program import ProblemError, Program, Programs
 from hypergrad.search.rungs import PopulationBasedTraining, Rung
 from hypergrad.search.study import OpenStudy, Proposal
-from hypergrad.tuners.member import PopulationState, Report
-from hypergrad.tuners.population import width_for
+from hypergrad.tuners.population.member import PopulationState, Report
+from hypergrad.tuners.population.population import width_for
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.

@@ -14,8 +14,8 @@ from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
 from hypergrad.space.space import Space
-from hypergrad.tuners.population import Population, population
-from hypergrad.tuners.refine import Refine
+from hypergrad.tuners.population.population import Population, population
+from hypergrad.tuners.population.refine import Refine
 
 
 class ProblemError(ValueError):

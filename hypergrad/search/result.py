@@ -15,7 +15,7 @@ from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
 from hypergrad.search.ranking import Best, best_of, ranked, states, table
 from hypergrad.search.study import OpenStudy
-from hypergrad.tuners.member import Report
+from hypergrad.tuners.population.member import Report
 
 # Streams of seeds, far from the trials' own, which are folded in by their numbers.
 _AUDIT, _CONFIRM = 2**31, 2**31 + 1

@@ -23,8 +23,8 @@ from hypergrad.search.result import Result
 from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.search.study import OpenStudy, Proposal, open_study
 from hypergrad.space.space import Space
-from hypergrad.tuners.member import Report
-from hypergrad.tuners.refine import Refine
+from hypergrad.tuners.population.member import Report
+from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 

@@ -14,7 +14,6 @@ from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import naming_missing
 from hypergrad.space.space import Space
 from hypergrad.trees import cast_like, norm, path_name, select
-from hypergrad.trust import Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (
     Average,
     Info,
@@ -26,6 +25,7 @@ from hypergrad.tuners.base import (
     unit_estimate,
     unit_state,
 )
+from hypergrad.tuners.trust import Trust, TrustState, initial_trust, judge, shorten
 
 
 class Position(NamedTuple):

@@ -11,7 +11,7 @@ from hypergrad.estimators.base import Estimate, Estimator, checked_estimate
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import inner_product, norm, widen
-from hypergrad.trust import TrustState, gropes, remember, temper
+from hypergrad.tuners.trust import TrustState, gropes, remember, temper
 
 
 class Tuner(NamedTuple):
@@ -41,7 +41,7 @@ class Info(NamedTuple):
       norm: its Euclidean norm.
       worth: the decrease of the validation loss that the outer step promises, to first order; 0
         for a refused step.
-      refused: int32, 0 for a trusted step, else an index into `hypergrad.trust.REASONS`.
+      refused: int32, 0 for a trusted step, else an index into `hypergrad.tuners.trust.REASONS`.
       step_scale: what outer steps are multiplied with after refusals, at most 1.
       finite: whether loss and hypergradient are.
       first_bad_step: the first training step of this update that was not finite; -1 if none.

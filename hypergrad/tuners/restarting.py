@@ -14,7 +14,6 @@ from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import norm, select, widen
-from hypergrad.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten
 from hypergrad.tuners.base import (
     Average,
     Info,
@@ -25,6 +24,7 @@ from hypergrad.tuners.base import (
     unit_estimate,
     unit_state,
 )
+from hypergrad.tuners.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten
 
 
 class Position(NamedTuple):

@@ -9,9 +9,9 @@ from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
-from hypergrad.trust import Trust
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.trust import Trust
 
 
 @dataclasses.dataclass(frozen=True)

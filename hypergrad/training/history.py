@@ -30,7 +30,7 @@ class Record(NamedTuple):
       grad: the hypergradient in unit coordinates, of the same ones.
       norm: its Euclidean norm, of all.
       worth: the decrease of the validation loss that the outer step promised, to first order.
-      refused: 0 for a trusted step, else an index into `hypergrad.trust.REASONS`.
+      refused: 0 for a trusted step, else an index into `hypergrad.tuners.trust.REASONS`.
       step_scale: what outer steps are multiplied with after refusals, at most 1.
       finite: whether loss and hypergradient were.
       first_bad_step: the first training step of this update that was not finite; -1 if none.

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from hypergrad.history import Record
+from hypergrad.training.history import Record
 
 __all__ = ["Progress", "summary"]
 

@@ -16,18 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.callbacks import check
-from hypergrad.checkpoints import Checkpoint, Saver
 from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
-from hypergrad.history import History, Record, observe
-from hypergrad.identity import describe, program_difference, program_of
 from hypergrad.optim.schedules import Schedule
-from hypergrad.progress import Progress
-from hypergrad.resume import Resumed, refusal, restore
+from hypergrad.training.callbacks import check
+from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
+from hypergrad.training.history import History, Record, observe
+from hypergrad.training.identity import describe, program_difference, program_of
+from hypergrad.training.progress import Progress
 from hypergrad.trees import all_finite
-from hypergrad.trust import REASONS
 from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.trust import REASONS
 
 __all__ = ["Result", "fit"]
 
@@ -46,7 +45,7 @@ class Result(NamedTuple):
     Attributes:
       state: the tuner's state after the last update: to evaluate (`state.inner.params`), to go on.
       hyper: `tuner.best(state)`, the values to keep.
-      history: one `hypergrad.history.Record` per update of the run, on the host; under resume, of
+      history: one `history.Record` per update of the run, on the host; under resume, of
         the updates before it too.
       schedule: the values of each update for its K training steps, to replay or as optax schedules;
         for the run of an `alternating` tuner. `settled_schedule` leaves its way from the start out.
@@ -110,7 +109,7 @@ def fit(
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
 
-    On a terminal a progress bar; elsewhere a line a minute, see `hypergrad.progress`.
+    On a terminal a progress bar; elsewhere a line a minute, see `hypergrad.training.progress`.
 
     Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
     nothing else. An iterable must give the same batches again when it is started anew in a new

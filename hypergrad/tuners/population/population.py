@@ -12,11 +12,18 @@ from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import path_name
-from hypergrad.tuners.exploit import explored, parents_of
-from hypergrad.tuners.member import Data, PopulationState, Report, member_of, moved_to, unit_of
-from hypergrad.tuners.placement import Mode, Placement, seconds_of
-from hypergrad.tuners.plain import plain
-from hypergrad.tuners.refine import Refine, check_steps
+from hypergrad.tuners.population.exploit import explored, parents_of
+from hypergrad.tuners.population.member import (
+    Data,
+    PopulationState,
+    Report,
+    member_of,
+    moved_to,
+    unit_of,
+)
+from hypergrad.tuners.population.placement import Mode, Placement, seconds_of
+from hypergrad.tuners.population.plain import plain
+from hypergrad.tuners.population.refine import Refine, check_steps
 
 
 @dataclasses.dataclass

@@ -10,10 +10,10 @@ from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import all_finite
-from hypergrad.trust import REASONS
 from hypergrad.tuners.alternating import AlternatingState
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.trail import Trail, new_trail, read, record
+from hypergrad.tuners.population.trail import Trail, new_trail, read, record
+from hypergrad.tuners.trust import REASONS
 
 
 class PopulationState(NamedTuple):
@@ -24,7 +24,7 @@ class PopulationState(NamedTuple):
         state either way.
       start: where each member began, in unit coordinates.
       trail: where it has been since.
-      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`; the first are trusted.
+      reasons: int32 `[n, reasons]`, updates by `trust.REASONS`; the first are trusted.
       active: bool, False for a slot that only fills up the width: it is not trained.
     """
 
@@ -52,7 +52,7 @@ class Report(NamedTuple):
       trail: means of the unit coordinates over C equal blocks of updates, as values, `[n, C, ...]`.
       trail_steps: int32 `[n, C]`, training steps done at the end of each block; 0 for one to come.
       refused: int32, updates whose hypergradient was refused.
-      reasons: int32 `[n, reasons]`, updates by `hypergrad.trust.REASONS`.
+      reasons: int32 `[n, reasons]`, updates by `trust.REASONS`.
       metrics: `problem.metrics` on the validation set; empty without.
       test_score: the loss on `test`; None without.
       test_metrics: `problem.metrics` on `test`; empty without.

@@ -1,6 +1,6 @@
 """Where the records of a run go: a file of JSON lines, TensorBoard, MLflow, Weights & Biases.
 
-A callback of `hypergrad.fit` is any function of one record (`hypergrad.history.Record`): it is
+A callback of `hypergrad.fit` is any function of one record (`history.Record`): it is
 called for every update in order, a few updates after the device has begun it, in the thread that
 called `fit`. An object may also have
 
@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad.history import Record, scalars
+from hypergrad.training.history import Record, scalars
 
 __all__ = ["JSONLines", "MLflow", "TensorBoard", "WandB", "check"]
 
@@ -129,7 +129,7 @@ def _update_of(line: str) -> float:
 class TensorBoard:
     """Writes each record's numbers as scalars to a folder that TensorBoard shows.
 
-    Names are those of `hypergrad.history.scalars`, the step is the record's update. Under resume,
+    Names are those of `history.scalars`, the step is the record's update. Under resume,
     what a killed run wrote after its checkpoint is hidden by TensorBoard. Needs `tensorboardX`
     (`pip install "hypergrad-jax[tensorboard]"`).
     """
@@ -164,7 +164,7 @@ class TensorBoard:
 class MLflow:
     """Logs each record's numbers as metrics of one MLflow run, 50 updates at a time.
 
-    Names are those of `hypergrad.history.scalars`, the step is the record's update; values that are
+    Names are those of `history.scalars`, the step is the record's update; values that are
     not finite are logged as such. The run is found again by its name in the experiment, and updates
     that it already has are left alone. Needs `mlflow` (`pip install "hypergrad-jax[mlflow]"`).
 
@@ -241,7 +241,7 @@ class MLflow:
 class WandB:
     """Logs each record's numbers to one Weights & Biases run; arguments are those of `wandb.init`.
 
-    Names are those of `hypergrad.history.scalars`, the step is the record's update. With an `id`
+    Names are those of `history.scalars`, the step is the record's update. With an `id`
     the run is resumed (`resume="allow"`), and W&B leaves updates alone that it already has. Needs
     `wandb` (`pip install "hypergrad-jax[wandb]"`).
     """
