@@ -28,8 +28,8 @@ import optuna
 
 import hypergrad as hg
 from hypergrad.search.program import Programs
-from hypergrad.search.rungs import bracket_steps, brackets
-from hypergrad.search.study import open_study
+from hypergrad.search.schedulers import bracket_steps, brackets
+from hypergrad.study.study import open_study
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import digits200 as task

@@ -20,9 +20,9 @@ import optuna
 
 import hypergrad as hg
 from benchmarks.postgresql import UnavailableError, server
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.storage import open_storage
-from hypergrad.search.study import open_study
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.storage import open_storage
+from hypergrad.study.study import open_study
 
 SPACE = hg.Space(
     {

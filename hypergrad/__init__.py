@@ -100,9 +100,9 @@ __all__ = [
 # Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
 _LATER = {
     "Checkpoint": "training.checkpoints",
-    "Hyperband": "search.rungs",
-    "PopulationBasedTraining": "search.rungs",
-    "SuccessiveHalving": "search.rungs",
+    "Hyperband": "search.schedulers",
+    "PopulationBasedTraining": "search.schedulers",
+    "SuccessiveHalving": "search.schedulers",
     "fit": "training.fit",
     "sweep": "search.sweep",
 }

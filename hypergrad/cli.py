@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from hypergrad.search.storage import open_storage
+    from hypergrad.study.storage import open_storage
 
     function = _load(options.file)
     given: dict[str, Any] = {"storage": options.storage, "num_trials": options.trials}
@@ -118,7 +118,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _print_table(study: Any, count: int) -> int:
-    from hypergrad.search.ranking import ranked, table
+    from hypergrad.study.ranking import ranked, table
 
     print(table(study, count))
     return DONE if ranked(study) else NOTHING_FOUND
@@ -152,8 +152,8 @@ def _study(options: argparse.Namespace) -> Any:
     """The study of a storage that is there; the only one, or the one that is named."""
     import optuna
 
-    from hypergrad.search.fingerprint import stored_space
-    from hypergrad.search.storage import open_storage
+    from hypergrad.study.signature import stored_space
+    from hypergrad.study.storage import open_storage
 
     _quiet_optuna()
     # Opening a file that is not there would make it.

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 import hypergrad as hg
 from benchmarks.crash import Outcome, crash, with_result
-from hypergrad.search import workers
-from hypergrad.search.study import open_study
+from hypergrad.study import workers
+from hypergrad.study.study import open_study
 
 SPACE = hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log"), "width": hg.Categorical([8, 16])})
 KNOWN = {"rate": 0.5, "width": 8}

@@ -24,11 +24,10 @@ ROOMS = {
     "tuners": "trust base alternating restarting learned",
     "tuners.population": "refine plain trail member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
-    "search": "rungs distributions fingerprint ledger workers storage sampling randomness recovery"
-    " slots study dashboard ranking program live cohort",
+    "study": "distributions signature ledger workers storage sampling randomness recovery slots"
+    " study ranking",
     "plotting": "panels runs colors parallel sweeps report",
-    "search.result": "",
-    "search.sweep": "",
+    "search": "schedulers program live cohort result sweep",
     "nn": "dropout linen nnx",
     "testing": "",
     "cli": "",
@@ -50,6 +49,8 @@ HIDDEN_FROM_ESTIMATORS = (
     "tuners.*",
     "search",
     "search.*",
+    "study",
+    "study.*",
 )
 
 

@@ -28,11 +28,10 @@ from hypergrad.plotting.runs import (  # noqa: E402
     plot_schedule,
     plot_trajectories,
 )
-from hypergrad.search.dashboard import dashboard_command  # noqa: E402
-from hypergrad.search.fingerprint import stored_space  # noqa: E402
-from hypergrad.search.storage import open_storage  # noqa: E402
-from hypergrad.search.study import OpenStudy, open_study  # noqa: E402
 from hypergrad.space.description import fingerprint  # noqa: E402
+from hypergrad.study.signature import stored_space  # noqa: E402
+from hypergrad.study.storage import dashboard_command, open_storage  # noqa: E402
+from hypergrad.study.study import OpenStudy, open_study  # noqa: E402
 from hypergrad.tuners.trust import NORM_SPIKE, NOT_FINITE, REASONS  # noqa: E402
 
 SPACE = hg.Space(

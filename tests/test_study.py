@@ -15,11 +15,11 @@ import pytest
 from optuna.trial import TrialState
 
 import hypergrad as hg
-from hypergrad.search import workers
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.storage import open_storage
-from hypergrad.search.study import open_study
 from hypergrad.space.description import fingerprint, first_difference
+from hypergrad.study import workers
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.storage import open_storage
+from hypergrad.study.study import open_study
 
 SPACE = hg.Space(
     {
@@ -671,7 +671,7 @@ def test_attributes_come_back_whatever_their_size_and_value(storage):
 def spawn():
     """Start a function in a process of a server that has imported us, in a few ms each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hypergrad.search.study"])
+    context.set_forkserver_preload(["hypergrad.study.study"])
     started = []
 
     def start(function, *args):

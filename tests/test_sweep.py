@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 import hypergrad as hg
-from hypergrad.search.distributions import Coordinates
+from hypergrad.study.distributions import Coordinates
 
 KEY = jax.random.key(0)
 INPUTS = jax.random.normal(KEY, (60, 4))

@@ -6,19 +6,13 @@ import numpy as np
 import optuna
 from matplotlib.lines import Line2D
 
-from hypergrad.plotting.colors import (
-    BEST_COLOR,
-    OTHER_COLOR,
-    Colors,
-    best_of,
-    scored_trials,
-    worst_first,
-)
+from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new_panels
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import stored_space
 from hypergrad.space.dimensions import Categorical, Float
 from hypergrad.space.space import Space
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.ranking import best_scored, scored_trials, worst_first
+from hypergrad.study.signature import stored_space
 
 # Where an inactive hyperparameter stands, below its axis.
 _INACTIVE = -0.16
@@ -41,7 +35,7 @@ def plot_parallel(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     coordinates, names = Coordinates(space), list(space)
     width = max(9.0, 0.9 * len(names))
     axis = new_panels(1, (width, 4.2))[0] if axes is None else axes
-    colors, best = Colors(scored, study), best_of(scored, study)
+    colors, best = Colors(scored, study), best_scored(scored, study)
     for i, one in enumerate(worst_first(scored, study)):
         values = coordinates.from_study(one.trial.params)
         fan = _FAN * (i / max(len(scored) - 1, 1) - 0.5)

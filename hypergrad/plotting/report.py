@@ -9,10 +9,10 @@ import optuna
 from optuna.trial import TrialState
 
 from hypergrad.plotting.sweeps import save_pictures
-from hypergrad.search.fingerprint import stored_space
-from hypergrad.search.ledger import ERROR, counted
-from hypergrad.search.ranking import ranked, short, states
 from hypergrad.space.dimensions import Categorical
+from hypergrad.study.ledger import ERROR, counted
+from hypergrad.study.ranking import ranked, short, states
+from hypergrad.study.signature import stored_space
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",

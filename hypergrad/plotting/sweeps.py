@@ -19,16 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 
-from hypergrad.plotting.colors import (
-    BEST_COLOR,
-    OTHER_COLOR,
-    Colors,
-    best_of,
-    refined_trials,
-    scored_trials,
-    sign_of,
-    worst_first,
-)
+from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import (
     PALETTE,
     Axes,
@@ -42,10 +33,11 @@ from hypergrad.plotting.panels import (
     set_step_axis,
 )
 from hypergrad.plotting.parallel import plot_parallel
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import stored_space
-from hypergrad.search.ledger import counted
 from hypergrad.space.dimensions import Float
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.ledger import counted
+from hypergrad.study.ranking import best_scored, refined_trials, scored_trials, sign_of, worst_first
+from hypergrad.study.signature import stored_space
 
 __all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
 
@@ -162,7 +154,7 @@ def plot_refinement(
     for name in names:
         if name not in known:
             raise ValueError(f"names holds {name!r}: the Floats that were refined are {known}.")
-    colors, best = Colors(refined, study), best_of(refined, study)
+    colors, best = Colors(refined, study), best_scored(refined, study)
     panels = given_or_new(axes, names)
     for name, axis in panels.items():
         dimension = space[name]

@@ -1,5 +1,14 @@
-"""The black box around training: rungs and schedulers; the study's files load Optuna on use."""
+"""The sweep: a study outside, populations of one program inside, brackets in between."""
 
-from hypergrad.search.rungs import Hyperband, Rung, SuccessiveHalving, bracket_steps, brackets
+from hypergrad.search.result import Audit, Result
+from hypergrad.search.schedulers import Hyperband, PopulationBasedTraining, SuccessiveHalving
+from hypergrad.search.sweep import sweep
 
-__all__ = ["Hyperband", "Rung", "SuccessiveHalving", "bracket_steps", "brackets"]
+__all__ = [
+    "Audit",
+    "Hyperband",
+    "PopulationBasedTraining",
+    "Result",
+    "SuccessiveHalving",
+    "sweep",
+]

@@ -12,8 +12,9 @@ from optuna.trial import TrialState
 
 from hypergrad.search.live import Moment, Show
 from hypergrad.search.program import ProblemError, Program, Programs
-from hypergrad.search.rungs import PopulationBasedTraining, Rung
-from hypergrad.search.study import OpenStudy, Proposal
+from hypergrad.search.schedulers import PopulationBasedTraining, Rung
+from hypergrad.study.ranking import sign_of
+from hypergrad.study.study import OpenStudy, Proposal
 from hypergrad.tuners.population.member import PopulationState, Report
 from hypergrad.tuners.population.population import width_for
 
@@ -83,7 +84,7 @@ class Cohort:
         self._told, self._exploit, self._seed = told, exploit, seed
         self._num_steps, self._show = num_steps, show
         self._log, self._warn = log.info, log.warning
-        self._maximize = opened.study.direction.name == "MAXIMIZE"
+        self._maximize = sign_of(opened.study) < 0
         self._spent = 0
         self._running = 0
         # In full runs: what those that train here have behind them.

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optuna
 
-from hypergrad.search.dashboard import dashboard_command
 from hypergrad.search.program import Programs
-from hypergrad.search.ranking import Best, best_of, ranked, states, table
-from hypergrad.search.study import OpenStudy
+from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
+from hypergrad.study.storage import dashboard_command
+from hypergrad.study.study import OpenStudy
 from hypergrad.tuners.population.member import Report
 
 # Streams of seeds, far from the trials' own, which are folded in by their numbers.
@@ -108,7 +108,7 @@ class Result:
         Raises:
           ValueError: no trial trained in full, or none of them again.
         """
-        sign = -1 if self.study.direction.name == "MAXIMIZE" else 1
+        sign = sign_of(self.study)
         found = []
         for best in self.top(count) or [self.best]:
             report = self._retrained(best.hyper, seeds, _CONFIRM)

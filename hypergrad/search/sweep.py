@@ -15,14 +15,14 @@ from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
-from hypergrad.search.fingerprint import check_recipe
 from hypergrad.search.live import live_view
 from hypergrad.search.program import ProblemError, Programs
-from hypergrad.search.ranking import ranked
 from hypergrad.search.result import Result
-from hypergrad.search.rungs import PopulationBasedTraining, Rung, Scheduler, brackets
-from hypergrad.search.study import OpenStudy, Proposal, open_study
+from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
+from hypergrad.study.ranking import ranked
+from hypergrad.study.signature import check_recipe
+from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.tuners.population.member import Report
 from hypergrad.tuners.population.refine import Refine
 

@@ -3,14 +3,16 @@
 Everything is read from the study, so that it works in a process that never ran the sweep.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import stored_space
-from hypergrad.search.ledger import ERROR, counted
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.ledger import ERROR, counted
+from hypergrad.study.signature import stored_space
 
 
 class Best(NamedTuple):
@@ -36,8 +38,7 @@ def ranked(study: optuna.Study) -> list[Best]:
         for t in counted(study.get_trials(deepcopy=False))
         if t.state == TrialState.COMPLETE and t.value is not None
     ]
-    sign = -1 if study.direction.name == "MAXIMIZE" else 1
-    complete.sort(key=lambda pair: sign * pair[0])
+    complete.sort(key=lambda pair: sign_of(study) * pair[0])
     values = Coordinates(stored_space(study)).from_study
     return [
         Best(values(t.params), value, float(t.user_attrs.get("held_out", "nan")), t.number)
@@ -89,3 +90,60 @@ def _errors(study: optuna.Study) -> list[str]:
 def short(value: Any) -> str:
     """A value in three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Scored(NamedTuple):
+    """A trial with a finite score; `complete` where it trained in full."""
+
+    trial: FrozenTrial
+    score: float
+    complete: bool
+
+
+def scored_trials(study: optuna.Study) -> list[Scored]:
+    """Trials with a finite score; a stopped one's is its last.
+
+    Raises:
+      ValueError: there is none.
+    """
+    scored = []
+    for trial in counted(study.get_trials(deepcopy=False)):
+        score = None
+        if trial.state == TrialState.COMPLETE:
+            score = trial.value
+        elif trial.state == TrialState.PRUNED and trial.last_step is not None:
+            score = trial.intermediate_values[trial.last_step]
+        if score is not None and math.isfinite(score):
+            scored.append(Scored(trial, score, trial.state == TrialState.COMPLETE))
+    if not scored:
+        raise ValueError(
+            f"The study {study.study_name!r} has no trial with a score: run the sweep first, or "
+            "see the trials' user attribute 'error'."
+        )
+    return scored
+
+
+def refined_trials(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that hypergradients moved: their attributes hold a start and a trajectory of Floats."""
+    # A black-box trial's trajectory stands still, and its start is its recorded parameters.
+    return [
+        s
+        for s in scored
+        if "start" in s.trial.user_attrs and len(s.trial.user_attrs.get("trajectory", {})) > 1
+    ]
+
+
+def sign_of(study: optuna.Study) -> int:
+    """1 where a small score is good, -1 where a large one is."""
+    return -1 if study.direction.name == "MAXIMIZE" else 1
+
+
+def worst_first(scored: Sequence[Scored], study: optuna.Study) -> list[Scored]:
+    """In the order of drawing, so that the good ones end in front."""
+    return sorted(scored, key=lambda s: -sign_of(study) * s.score)
+
+
+def best_scored(scored: Sequence[Scored], study: optuna.Study) -> Scored | None:
+    """The best trial that trained in full."""
+    complete = [s for s in scored if s.complete]
+    return min(complete, key=lambda s: sign_of(study) * s.score, default=None)

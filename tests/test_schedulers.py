@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from hypergrad.search.rungs import Hyperband, Rung, SuccessiveHalving, bracket_steps, brackets
+from hypergrad.search.schedulers import Hyperband, Rung, SuccessiveHalving, bracket_steps, brackets
 
 
 def test_brackets_are_those_of_the_paper():

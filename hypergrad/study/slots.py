@@ -13,10 +13,10 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hypergrad.search import ledger
-from hypergrad.search.ledger import Ledger
-from hypergrad.search.recovery import Recovery
-from hypergrad.search.workers import Worker
+from hypergrad.study import ledger
+from hypergrad.study.ledger import Ledger
+from hypergrad.study.recovery import Recovery
+from hypergrad.study.workers import Worker
 
 __all__ = ["Slots"]
 

@@ -17,17 +17,17 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hypergrad.search import ledger
-from hypergrad.search.distributions import Coordinates
-from hypergrad.search.fingerprint import check_same
-from hypergrad.search.ledger import Progress
-from hypergrad.search.randomness import SavedRandomness
-from hypergrad.search.recovery import Recovery
-from hypergrad.search.sampling import Fixed, Proposal, make_sampler, propose
-from hypergrad.search.slots import Slots
-from hypergrad.search.storage import open_storage
-from hypergrad.search.workers import Worker
 from hypergrad.space.space import Space
+from hypergrad.study import ledger
+from hypergrad.study.distributions import Coordinates
+from hypergrad.study.ledger import Progress
+from hypergrad.study.randomness import SavedRandomness
+from hypergrad.study.recovery import Recovery
+from hypergrad.study.sampling import Fixed, Proposal, make_sampler, propose
+from hypergrad.study.signature import check_same
+from hypergrad.study.slots import Slots
+from hypergrad.study.storage import open_storage
+from hypergrad.study.workers import Worker
 
 __all__ = ["OpenStudy", "Progress", "Proposal", "open_study"]
 

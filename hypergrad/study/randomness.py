@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.trial import FrozenTrial
 
-from hypergrad.search.ledger import ASKED
+from hypergrad.study.ledger import ASKED
 
 __all__ = ["Randomness", "SavedRandomness"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import optuna
 
-from hypergrad.search.distributions import Coordinates
 from hypergrad.space.description import fingerprint, first_difference
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
+from hypergrad.study.distributions import Coordinates
 
 __all__ = ["check_same", "fingerprint", "first_difference", "stored_space"]
 

@@ -16,8 +16,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hypergrad.search import ledger
-from hypergrad.search.workers import Worker, is_dead, read_workers
+from hypergrad.study import ledger
+from hypergrad.study.workers import Worker, is_dead, read_workers
 
 __all__ = ["Recovery"]
 
