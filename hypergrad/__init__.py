@@ -111,6 +111,7 @@ _MODULES = {
     "nn": "nn",
     "plotting": "plotting",
     "testing": "testing",
+    "trust": "tuners.trust",
 }
 
 

@@ -1,4 +1,4 @@
-"""Pytrees: the part that can carry a derivative, and small sums over leaves."""
+"""Pytrees: their names in signatures, the part that can carry a derivative, sums over leaves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# What a pytree of any structure is, so that a signature says it. A type checker sees `Any`, as
+# containers are the user's own.
 Tree = Any
+Hyper = Any  # hyperparameters, in the user's own units
+Unit = Any  # the same tree in unit coordinates
+Params = Any  # what the losses receive
+InnerState = Any  # a training state: anything with `.params`
+Batch = Any  # one batch, leaves [batch, ...]
+Train = Any  # K batches, leaves [K, batch, ...], or a `Minibatches`
+State = Any  # what an estimator, a solver or a tuner needs at its next call
+Leaf = Any  # an array, or a number that may stand for one
+Key = jax.Array  # a PRNG key, typed or raw
+Scalar = jax.Array  # shape []
 
 
 def is_inexact(leaf: Any) -> bool:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 # file only files that stand before it. `__init__` files only collect names and are exempt.
 ROOMS = {
     "trees": "",
+    "checks": "",
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
     "optim": "transforms schedules",

@@ -1,0 +1,82 @@
+"""Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+
+class WrongTypeError(TypeError, ValueError):
+    """An argument of a type that it cannot have.
+
+    A ValueError too, as callers who guard a call against bad arguments expect one kind of error.
+    """
+
+
+def integer(name: str, value: Any, least: int | None = 1, remedy: str = "") -> int:
+    """`value` as a Python int: of any integer type (NumPy's too) but bool, and at least `least`.
+
+    >>> integer("window", 0, remedy="or None for all K steps")
+    Traceback (most recent call last):
+        ...
+    ValueError: window=0 must be at least 1, or None for all K steps.
+    """
+    end = f", {remedy}." if remedy else "."
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        range_ = "" if least is None else f" of at least {least}"
+        raise WrongTypeError(f"{name}={value!r} is no integer: give an int{range_}{end}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}{end}")
+    return int(value)
+
+
+def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> float:
+    """`value`, a finite number above 0, or with `zero` also 0 itself.
+
+    >>> positive("step_size", -1)
+    Traceback (most recent call last):
+        ...
+    ValueError: step_size=-1 must be positive and finite.
+    """
+    end = f": {remedy}." if remedy else "."
+    _refuse_other_than_numbers(name, value, end)
+    if not ((value > 0 or (zero and value == 0)) and math.isfinite(value)):
+        kind = "0 or positive, and finite" if zero else "positive and finite"
+        raise ValueError(f"{name}={value!r} must be {kind}{end}")
+    return value
+
+
+def within(name: str, value: Any, low: float, high: float, remedy: str = "") -> float:
+    """`value`, a number in [low, high].
+
+    >>> within("perturb", 2, 0, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: perturb=2 must lie between 0 and 1.
+    """
+    end = f": {remedy}." if remedy else "."
+    _refuse_other_than_numbers(name, value, end)
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must lie between {low} and {high}{end}")
+    return value
+
+
+def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> str:
+    """`value`, one of the texts `known`.
+
+    >>> choice("of", "best", ("stationary", "fixed_point"))
+    Traceback (most recent call last):
+        ...
+    ValueError: of='best' is unknown: choose 'stationary' or 'fixed_point'.
+    """
+    if not isinstance(value, str) or value not in known:
+        *most, last = (repr(k) for k in known)
+        listed = f"{', '.join(most)} or {last}" if most else last
+        end = f", {remedy}." if remedy else "."
+        raise ValueError(f"{name}={value!r} is unknown: choose {listed}{end}")
+    return value
+
+
+def _refuse_other_than_numbers(name: str, value: Any, end: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise WrongTypeError(f"{name}={value!r} is no number: give a float{end}")
