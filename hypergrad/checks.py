@@ -35,8 +35,10 @@ def integer_field(strategy: Any, name: str, least: int = 1, remedy: str = "") ->
     object.__setattr__(strategy, name, integer(name, getattr(strategy, name), least, remedy))
 
 
-def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> float:
-    """`value`, a finite number above 0, or with `zero` also 0 itself.
+def positive(
+    name: str, value: Any, remedy: str = "", *, zero: bool = False, infinite: bool = False
+) -> float:
+    """`value`, a finite number above 0; with `zero` also 0 itself, with `infinite` infinity too.
 
     >>> positive("step_size", -1)
     Traceback (most recent call last):
@@ -45,8 +47,8 @@ def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> 
     """
     end = f": {remedy}." if remedy else "."
     _refuse_other_than_numbers(name, value, end)
-    if not ((value > 0 or (zero and value == 0)) and math.isfinite(value)):
-        kind = "0 or positive, and finite" if zero else "positive and finite"
+    if not ((value > 0 or (zero and value == 0)) and (infinite or math.isfinite(value))):
+        kind = ("0 or " if zero else "") + "positive" + ("" if infinite else " and finite")
         raise ValueError(f"{name}={value!r} must be {kind}{end}")
     return value
 

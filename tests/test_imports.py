@@ -23,7 +23,7 @@ ROOMS = {
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose check",
     "tuners": "base trust alternating restarting learned",
-    "tuners.population": "refine plain trail member placement exploit population",
+    "tuners.population": "refine member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
     "study": "distributions signature ledger workers storage sampling randomness recovery slots"
     " study ranking",
