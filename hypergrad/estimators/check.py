@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.data.batches import step_inputs
-from hypergrad.estimators.base import Estimator, Window, strong
+from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space.space import Space
@@ -25,6 +25,7 @@ from hypergrad.trees import (
     is_inexact,
     leaf_names,
     split_inexact,
+    strong,
 )
 
 

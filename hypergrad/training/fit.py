@@ -24,7 +24,7 @@ from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, 
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import Progress
-from hypergrad.trees import all_finite
+from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
@@ -57,7 +57,7 @@ class Result(NamedTuple):
     schedule: Schedule
 
 
-def _check_types(tuner: Any, state: Any, train: Any) -> None:
+def _check_types(tuner: Any, state: State, train: Train) -> None:
     if not isinstance(tuner, Tuner):
         raise TypeError(
             f"tuner is a {type(tuner).__name__}: give what hypergrad.alternating or restarting "
@@ -76,9 +76,9 @@ def _check_types(tuner: Any, state: Any, train: Any) -> None:
 
 def fit(
     tuner: Tuner,
-    state: Any,
-    train: Any,
-    valid: Any,
+    state: State,
+    train: Train,
+    valid: Batch,
     num_updates: int,
     *,
     steps_per_update: int | None = None,
@@ -294,7 +294,7 @@ class _Run:
         if pending.state is not None:
             self._save(pending.update + 1, pending.state, pending.positions)
 
-    def _save(self, done: int, state: Any, positions: dict[str, Any]) -> None:
+    def _save(self, done: int, state: State, positions: dict[str, Any]) -> None:
         assert self.saver is not None
         about = self.about | {"positions": positions}
         self.saver.submit(done, state, self.history.columns, about)
@@ -331,7 +331,7 @@ def _compiled(update: Callable[..., Any]) -> Any:
     return update if hasattr(update, "trace") else jax.jit(update)
 
 
-def _strong(leaf: Any) -> jax.Array:
+def _strong(leaf: Leaf) -> jax.Array:
     """A leaf without a weak type, which a checkpoint could not give back."""
     if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
         return leaf

@@ -169,7 +169,7 @@ def _type(aval: Any) -> str:
     return aval.str_short()
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Leaf) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)
