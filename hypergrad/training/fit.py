@@ -28,7 +28,7 @@ from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
-__all__ = ["Result", "fit"]
+__all__ = ["FitResult", "fit"]
 
 _log = logging.getLogger("hypergrad")
 
@@ -39,7 +39,7 @@ _AHEAD = 4
 _HOPELESS = 20
 
 
-class Result(NamedTuple):
+class FitResult(NamedTuple):
     """What `fit` returns.
 
     Attributes:
@@ -84,7 +84,7 @@ def fit(
     steps_per_update: int | None = None,
     callbacks: Sequence[Callable[[Record], Any]] = (),
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
-) -> Result:
+) -> FitResult:
     """Runs `num_updates` updates of a tuner, and can be killed at any time and started again.
 
     The result is that of the plain loop over `jax.jit(tuner.update)`. The device is kept busy: data
@@ -270,7 +270,7 @@ class _Run:
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
 
-    def result(self) -> Result:
+    def result(self) -> FitResult:
         """What `fit` returns. Raises FloatingPointError."""
         hyper = self.tuner.best(self.state)
         params = getattr(getattr(self.state, "inner", None), "params", None)
@@ -279,7 +279,7 @@ class _Run:
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
-        return Result(self.state, hyper, self.history, schedule)
+        return FitResult(self.state, hyper, self.history, schedule)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)
