@@ -19,6 +19,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
+from hypergrad import checks
 from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import summary
 
@@ -36,8 +37,7 @@ class RandomCoordinates(hg.Estimator):
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count={self.count} must be at least 1: no entry would be looked at.")
+        checks.integer_field(self, "count", remedy="the entries looked at in each estimate")
 
     def init(self, window: hg.Window, hyper: Any) -> jax.Array:
         """The number of estimates so far, so that each draws other entries."""

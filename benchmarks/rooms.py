@@ -1,0 +1,63 @@
+"""Count the files that a call enters: how far a reader walks to follow it.
+
+Run: `python -m benchmarks.rooms` (ten seconds). Files of `hypergrad` in which a function runs while
+the call is traced for the first time, `trees` aside; imports do not count.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import hypergrad as hg
+
+PACKAGE = os.path.dirname(hg.__file__)
+# Files visited, at most.
+TARGETS = {"one hypergradient": 7, "one alternating update": 10, "one sweep trial": 22}
+
+SPACE = hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log")})
+DATA = hg.Splits(jnp.ones((20, 3)), jnp.ones((4, 3)), jnp.ones((4, 3)))
+TRAIN, KEY = hg.Minibatches(DATA.train, 4, 5), jax.random.key(0)
+
+
+def problem(choices: dict[str, Any]) -> hg.Problem:
+    def loss(w: jax.Array, hyper: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.mean((w - batch) ** 2)
+
+    return hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda hyper: optax.sgd(hyper["rate"]))
+
+
+def files_entered(call: Callable[[], Any]) -> list[str]:
+    """The files of hypergrad, by their paths in it, in which a function runs during `call`."""
+    entered = set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<module>":
+            entered.add(os.path.relpath(code.co_filename, PACKAGE))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return sorted(entered - {"trees.py", "__init__.py"})
+
+
+def hypergradient() -> list[str]:
+    """From `hg.hypergradient` to the estimate."""
+    made = problem({})
+    inner = made.init({"rate": 0.1}, KEY)
+    arguments = ({"rate": 0.1}, inner, TRAIN, DATA.valid, KEY)
+    return files_entered(lambda: hg.hypergradient(made, *arguments))
+
+
+def update() -> list[str]:
+    """From `tuner.update` to the next state."""
+    tuner = hg.alternating(problem({}), SPACE)
+    state = tuner.init({"rate": 1e-3}, KEY)
+    return files_entered(lambda: jax.jit(tuner.update)(state, TRAIN, DATA.valid))
