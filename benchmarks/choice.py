@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from benchmarks import momentum_task as task
 from hypergrad.estimators.memory import compiled_for, temporary_bytes
-from hypergrad.tuners.base import unit_estimate, unit_state
+from hypergrad.tuners.trust import unit_estimate, unit_state
 
 FIXED: tuple[hg.Estimator, ...] = (
     hg.Unrolled(),
@@ -127,8 +127,8 @@ def measure(this: Task, rounds: int) -> tuple[hg.Estimator, dict[hg.Estimator, A
 
         def gradient(unit: Any, train: Any, valid: Any, e: Any = estimator) -> Any:
             state = unit_state(e, this.problem, this.space, unit, None, key)
-            arguments = (unit, None, train, valid, key, state)
-            estimate, _ = unit_estimate(e, this.problem, this.space, *arguments)
+            window = hg.Window(this.problem, None, train, valid, key)
+            estimate, _ = unit_estimate(e, window, this.space, unit, state)
             return ravel_pytree(estimate.grad)[0]
 
         try:

@@ -279,7 +279,7 @@ def test_a_state_of_another_kind_is_refused_with_the_remedy() -> None:
     tuner = hg.alternating(linen_problem(), SPACE)
     with pytest.raises(TypeError, match=r"inner is a .*TrainState.*from_train_state"):
         tuner.init(HYPER, KEY, inner=state)
-    with pytest.raises(TypeError, match=r"inner is a AlternatingState.*state\.inner"):
+    with pytest.raises(TypeError, match=r"inner is a TunerState.*state\.inner"):
         hg.nn.to_train_state(tuner.init(HYPER, KEY), state)
 
 

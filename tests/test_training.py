@@ -409,7 +409,7 @@ def test_without_a_checkpoint_sigterm_is_left_alone() -> None:
 def test_what_is_mixed_up_is_named() -> None:
     with pytest.raises(TypeError, match=r"state is a dict that .* give tuner\.init"):
         hg.fit(TUNER, START, ARRAYS, VALID, 2)
-    with pytest.raises(TypeError, match="tuner is a AlternatingState"):
+    with pytest.raises(TypeError, match="tuner is a TunerState"):
         hg.fit(_start(), TUNER, ARRAYS, VALID, 2)
     with pytest.raises(TypeError, match="call it"):
         hg.fit(TUNER, _start(), lambda: BATCHES, VALID, 2)

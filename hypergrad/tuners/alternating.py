@@ -1,7 +1,7 @@
 """Hyperparameters tuned while the one training run goes on (Luketina et al. 2016)."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,44 +27,19 @@ from hypergrad.trees import (
     path_name,
     select,
 )
-from hypergrad.tuners.base import Average, Info, Position, Tuner
+from hypergrad.tuners.base import Info, Position, Tuner
 from hypergrad.tuners.trust import (
     Trust,
-    TrustState,
-    include,
+    TunerState,
+    first_state,
     info_of,
-    initial_trust,
     judge,
+    next_state,
     outer_update,
     shorten,
     unit_estimate,
     unit_state,
 )
-
-
-class AlternatingState(NamedTuple):
-    """The state of `alternating`.
-
-    Attributes:
-      now: where tuning stands.
-      trusted: the last position whose hypergradient was trusted.
-      trust: the history that trust is judged against.
-      average: the running mean of trusted iterates.
-      key: the run's key; never restored.
-      updates: int32, updates done; never restored.
-    """
-
-    now: Position
-    trusted: Position
-    trust: TrustState
-    average: Average
-    key: Key
-    updates: jax.Array
-
-    @property
-    def inner(self) -> InnerState:
-        """The training state, for evaluation or for training on."""
-        return self.now.inner
 
 
 def alternating(
@@ -118,7 +93,7 @@ def alternating(
     estimator = as_estimator(estimator, validate_at=0.8)
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
-    def init(hyper: Hyper, key: Key, inner: InnerState = None) -> AlternatingState:
+    def init(hyper: Hyper, key: Key, inner: InnerState = None) -> TunerState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         if inner is None:
@@ -127,15 +102,9 @@ def alternating(
         else:
             inner = _checked(inner, jax.eval_shape(problem.init, hyper, key))
         estimator_state = unit_state(estimator, problem, space, unit, inner, key)
-        now = Position(unit, optimizer.init(unit), inner, estimator_state)
-        dtype = jnp.result_type(*jax.tree.leaves(unit))
-        average = Average(unit, jnp.zeros((), jnp.int32))
-        updates = jnp.zeros((), jnp.int32)
-        return AlternatingState(now, now, initial_trust(dtype), average, key, updates)
+        return first_state(Position(unit, optimizer.init(unit), inner, estimator_state), key)
 
-    def update(
-        state: AlternatingState, train: Train, valid: Batch
-    ) -> tuple[AlternatingState, Info]:
+    def update(state: TunerState, train: Train, valid: Batch) -> tuple[TunerState, Info]:
         now, steps = state.now, num_steps(train)
         key = run_key(state.key, now.inner, state.updates)
         hyper = space.from_unit(now.unit)
@@ -147,34 +116,18 @@ def alternating(
             chosen, window, space, now.unit, now.estimator_state
         )
         refused = judge(trust, state.trust, norm(estimate.grad), estimate.info)
-        outer = outer_update(
-            optimizer,
-            space,
-            max_move,
-            state.trust,
-            now.unit,
-            now.outer_state,
-            estimate.grad,
-            refused,
-            steps,
-        )
+        outer = outer_update(optimizer, space, max_move, state, estimate.grad, refused, steps)
         ahead = Position(outer.unit, outer.outer_state, estimate.inner, estimator_state)
         # The steps were spent all the same: a restored state must not replay their noise.
         back = state.trusted._replace(inner=_with_step_of(state.trusted.inner, estimate.inner))
         # What was not trusted, or was cut short, may show where to move, but is no training.
         again = back._replace(unit=outer.unit, outer_state=outer.outer_state)
         back = select(outer.moves_on, again, back)
-        new = AlternatingState(
-            now=select(outer.accepted, ahead, back),
-            trusted=select(outer.accepted, now, back),
-            trust=outer.trust,
-            average=include(state.average, now.unit, outer.accepted, power=3),
-            key=state.key,
-            updates=state.updates + 1,
-        )
+        # Late iterates count most: a far start is forgotten, and training anneals on its way.
+        new = next_state(state, outer, ahead, back, power=3)
         return new, info_of(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
-    def best(state: AlternatingState) -> Hyper:
+    def best(state: TunerState) -> Hyper:
         return space.from_unit(space.project(state.average.unit))
 
     return Tuner(init, update, best, space)

@@ -1,7 +1,7 @@
 """Hyperparameters tuned over whole runs, each from fresh parameters."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +16,21 @@ from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
-from hypergrad.tuners.base import Average, Info, Position, Tuner
+from hypergrad.tuners.base import Info, Position, Tuner
 from hypergrad.tuners.trust import (
     NOT_LEARNED,
     Trust,
-    TrustState,
+    TunerState,
+    first_state,
     include,
     info_of,
-    initial_trust,
     judge,
+    next_state,
     outer_update,
     shorten,
     unit_estimate,
     unit_state,
 )
-
-
-class RestartingState(NamedTuple):
-    """The state of `restarting`.
-
-    Attributes:
-      now: where tuning stands.
-      trusted: the last position whose hypergradient was trusted.
-      trust: the history that trust is judged against.
-      average: the running mean of trusted iterates.
-      key: the seeds' key; never restored.
-      updates: int32, updates done; never restored.
-    """
-
-    now: Position
-    trusted: Position
-    trust: TrustState
-    average: Average
-    key: Key
-    updates: jax.Array
 
 
 def restarting(
@@ -106,17 +87,14 @@ def restarting(
     estimator = as_estimator(estimator)
     optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
 
-    def init(hyper: Hyper, key: Key) -> RestartingState:
+    def init(hyper: Hyper, key: Key) -> TunerState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         state_of = lambda key: unit_state(estimator, problem, space, unit, None, key)  # noqa: E731
         memory = jax.vmap(state_of)(_seeds(key, num_seeds))
-        now = Position(unit, optimizer.init(unit), (), memory)
-        dtype = jnp.result_type(*jax.tree.leaves(unit))
-        none = jnp.zeros((), jnp.int32)
-        return RestartingState(now, now, initial_trust(dtype), Average(unit, none), key, none)
+        return first_state(Position(unit, optimizer.init(unit), (), memory), key)
 
-    def update(state: RestartingState, train: Train, valid: Batch) -> tuple[RestartingState, Info]:
+    def update(state: TunerState, train: Train, valid: Batch) -> tuple[TunerState, Info]:
         now, steps = state.now, num_steps(train)
         hyper = space.from_unit(now.unit)
         key = jax.random.fold_in(state.key, state.updates) if fresh_seeds else state.key
@@ -140,23 +118,14 @@ def restarting(
         learned = loss <= trust.max_loss * jnp.median(untrained)
         whole = state.trust.shortened == 0
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
-        outer = outer_update(
-            optimizer, space, max_move, state.trust, now.unit, now.outer_state, grad, refused, steps
-        )
+        outer = outer_update(optimizer, space, max_move, state, grad, refused, steps)
         ahead = Position(outer.unit, outer.outer_state, (), memory)
         back = select(outer.moves_on, ahead, state.trusted)
-        new = RestartingState(
-            now=select(outer.accepted, ahead, back),
-            trusted=select(outer.accepted, now, back),
-            trust=outer.trust,
-            average=include(state.average, now.unit, outer.accepted),
-            key=state.key,
-            updates=state.updates + 1,
-        )
+        new = next_state(state, outer, ahead, back)
         about |= {"agreement": agreement, "shortened": state.trust.shortened}
         return new, info_of(loss, hyper, grad, refused, outer, about)
 
-    def best(state: RestartingState) -> Hyper:
+    def best(state: TunerState) -> Hyper:
         # The position reached counts as one more iterate: nothing after it could distrust it.
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))

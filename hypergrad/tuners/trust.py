@@ -25,9 +25,10 @@ from hypergrad.trees import (
     Unit,
     inner_product,
     norm,
+    select,
     widen,
 )
-from hypergrad.tuners.base import Average, Info
+from hypergrad.tuners.base import Average, Info, Position
 
 # Why a step was refused; `info.refused` holds one of them.
 TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED, NOT_SOLVED = range(6)
@@ -94,10 +95,42 @@ class TrustState(NamedTuple):
     returned: jax.Array
 
 
-def initial_trust(dtype: Any) -> TrustState:
+class TunerState(NamedTuple):
+    """The state of `alternating` and of `restarting`.
+
+    Attributes:
+      now: where tuning stands.
+      trusted: the last position whose hypergradient was trusted.
+      trust: the history that trust is judged against.
+      average: the running mean of trusted iterates.
+      key: the run's key, or the seeds'; never restored.
+      updates: int32, updates done; never restored.
+    """
+
+    now: Position
+    trusted: Position
+    trust: TrustState
+    average: Average
+    key: Key
+    updates: jax.Array
+
+    @property
+    def inner(self) -> InnerState:
+        """The training state, for evaluation or for training on; `()` of `restarting`."""
+        return self.now.inner
+
+
+def initial_trust(dtype: jnp.dtype) -> TrustState:
     """No history, full steps, full horizon."""
     none = jnp.zeros((), jnp.int32)
     return TrustState(jnp.zeros((), dtype), none, jnp.ones((), dtype), none, jnp.zeros((), bool))
+
+
+def first_state(now: Position, key: Key) -> TunerState:
+    """The state of a tuner that begins at `now`."""
+    trust = initial_trust(jnp.result_type(*jax.tree.leaves(now.unit)))
+    none = jnp.zeros((), jnp.int32)
+    return TunerState(now, now, trust, Average(now.unit, none), key, none)
 
 
 def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
@@ -252,18 +285,17 @@ def outer_update(
     optimizer: optax.GradientTransformation,
     space: Space,
     max_move: float,
-    trust: TrustState,
-    unit: Unit,
-    outer_state: State,
+    state: TunerState,
     grad: Unit,
     refused: jax.Array,
     steps: int,
 ) -> Outer:
     """One projected step in unit coordinates along a hypergradient that has been judged."""
+    trust, unit = state.trust, state.now.unit
     size = norm(grad)
     history = remember(trust, size, refused, steps)
     step_grad = temper(grad, size, trust, refused)
-    updates, outer_state = optimizer.update(step_grad, outer_state, unit)
+    updates, outer_state = optimizer.update(step_grad, state.now.outer_state, unit)
     moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
     moved = space.project(optax.apply_updates(unit, moves))
     whole = trust.shortened == 0
@@ -272,6 +304,23 @@ def outer_update(
     worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
     worth = jnp.where(accepted, worth, 0.0)
     return Outer(moved, outer_state, history, accepted, moves_on, worth)
+
+
+def next_state(
+    state: TunerState, outer: Outer, ahead: Position, back: Position, power: int = 0
+) -> TunerState:
+    """On from `ahead` where the hypergradient was trusted, else from `back`; `power`: `include`.
+
+    A select, not a branch: under `vmap` both sides would run anyway.
+    """
+    return TunerState(
+        now=select(outer.accepted, ahead, back),
+        trusted=select(outer.accepted, state.now, back),
+        trust=outer.trust,
+        average=include(state.average, state.now.unit, outer.accepted, power),
+        key=state.key,
+        updates=state.updates + 1,
+    )
 
 
 def include(average: Average, unit: Unit, trusted: jax.Array, power: int = 0) -> Average:

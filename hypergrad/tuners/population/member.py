@@ -81,7 +81,7 @@ class PopulationState(NamedTuple):
     """The members of a population, one per slot; all leaves have a leading axis `[n]`.
 
     Attributes:
-      run: `AlternatingState` under a `Refine`, else `Plain`; `state.run.inner` is the training
+      run: `TunerState` under a `Refine`, else `Plain`; `state.run.inner` is the training
         state either way.
       start: where each member began, in unit coordinates.
       trail: where it has been since.

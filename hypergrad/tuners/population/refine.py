@@ -13,9 +13,9 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Unit
-from hypergrad.tuners.alternating import AlternatingState, alternating
+from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.trust import Trust
+from hypergrad.tuners.trust import Trust, TunerState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +69,21 @@ class RefinedRuns:
     tuner: Tuner
     space: Space
 
-    def unit(self, run: AlternatingState) -> Unit:
+    def unit(self, run: TunerState) -> Unit:
         """Where a run's hyperparameters stand, in unit coordinates."""
         return run.now.unit
 
-    def hyper(self, run: AlternatingState) -> Hyper:
+    def hyper(self, run: TunerState) -> Hyper:
         """The same in the user's units."""
         return self.space.from_unit(run.now.unit)
 
-    def moved(self, run: AlternatingState, unit: Unit) -> AlternatingState:
+    def moved(self, run: TunerState, unit: Unit) -> TunerState:
         """The run with its hyperparameters at `unit`."""
         return run._replace(now=run.now._replace(unit=unit))
 
 
 class Plain(NamedTuple):
-    """A run under hyperparameters that stand still; cf. `AlternatingState`.
+    """A run under hyperparameters that stand still; cf. `TunerState`.
 
     Attributes:
       hyper: in the user's units.
