@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ledger import ERROR, counted
+from hypergrad.study.slots import ERROR, counted
 from hypergrad.study.ranking import ranked, short, states
 from hypergrad.study.signature import stored_space
 

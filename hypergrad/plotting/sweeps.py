@@ -35,7 +35,7 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ledger import counted
+from hypergrad.study.slots import counted
 from hypergrad.study.ranking import best_scored, refined_trials, scored_trials, sign_of, worst_first
 from hypergrad.study.signature import stored_space
 

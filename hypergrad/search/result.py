@@ -156,4 +156,4 @@ class Result:
         Raises:
           ValueError: a storage that no other process can open, such as memory.
         """
-        return dashboard_command(self.study._storage)
+        return dashboard_command(self._opened.storage)

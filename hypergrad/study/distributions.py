@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from hypergrad.checks import integer
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
 
@@ -56,6 +57,10 @@ class Coordinates:
         self.order: tuple[str, ...] = tuple(
             dict.fromkeys(n for name in space for n in self._up(name))
         )
+
+    def parameters(self) -> Iterator[tuple[str, str, BaseDistribution]]:
+        """Go through all names, parents first, with the parameter of each and its distribution."""
+        return ((name, self.names[name], self.distributions[name]) for name in self.order)
 
     def to_study(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters of the study for `values` in the user's units, clipped to the bounds.
@@ -143,8 +148,7 @@ class Coordinates:
         follow one another, so that they can train together; else the order is shuffled by `seed`.
         Raises ValueError for `points < 2` and for more than 100,000 points.
         """
-        if points < 2:
-            raise ValueError(f"grid_points={points!r} is too few: give at least 2.")
+        points = integer("grid_points", points, 2)
         axes = {name: _grid_axis(self.distributions[name], points) for name in self.order}
         groups: list[dict[str, Any]] = [{}]
         for name in self.space.discrete:
