@@ -27,7 +27,7 @@ ROOMS = {
     "training": "history identity checkpoints progress callbacks fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
-    "search": "schedulers program live cohort result sweep",
+    "search": "schedulers cohort result sweep",
     "nn": "dropout linen nnx",
     "testing": "",
     "cli": "",

@@ -6,8 +6,6 @@ value, on a log scale, under the name `"1 - momentum"`. On each of these scales 
 uniform in the Float's unit coordinate, which is what a sampler models.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping

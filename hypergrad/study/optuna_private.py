@@ -3,8 +3,6 @@
 No other file reads one (a test sees to it), so that a new release of Optuna is checked here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,20 +15,6 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial
-
-__all__ = [
-    "FixedChoices",
-    "backend_of",
-    "fix",
-    "frozen",
-    "id_of",
-    "path_of",
-    "propose",
-    "random_generators",
-    "read_trials",
-    "suggest",
-    "symlink_lock",
-]
 
 
 def read_trials(study: optuna.Study) -> list[FrozenTrial]:

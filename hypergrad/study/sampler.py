@@ -4,8 +4,6 @@ A Mersenne Twister's state is 2.5 KB. As it only ever moves forward in blocks of
 first state is kept once, and then the number of blocks and the place in the block.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from typing import Any

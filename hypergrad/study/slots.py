@@ -12,8 +12,6 @@ the two has left its name in the trial, and the next one queues it in its place.
 was written before its worker died has failed for good and gets no successor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple

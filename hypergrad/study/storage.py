@@ -7,8 +7,6 @@ both make its tables, and one fails; and a machine that is lost within a transac
 on PostgreSQL for hours. Each is mended here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

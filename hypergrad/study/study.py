@@ -4,13 +4,11 @@
 ordinary Optuna study: its plots, its dashboard and its storages work.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -68,7 +66,7 @@ def open_study(
     beat_every: float = 10.0,
     grace: float = 60.0,
     max_retries: int | None = None,
-) -> OpenStudy:
+) -> "OpenStudy":
     """Make or reopen the study `name` of `space` in `storage`; use the result in a `with` block.
 
     `storage` is None (memory), a path `"sweep.journal"`, a database's URL or an Optuna storage.
@@ -149,7 +147,7 @@ class OpenStudy:
         # The numbers of our running trials.
         self._held: set[int] = set()
 
-    def __enter__(self) -> OpenStudy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -276,10 +274,6 @@ class OpenStudy:
     def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
         return trial_counts(self.study.get_trials(deepcopy=False))
-
-    def beat(self) -> None:
-        """Give a sign of life now, beside those of the background thread."""
-        self._worker.beat()
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.

@@ -5,8 +5,6 @@ id, start time of the process) and renews its beat every few seconds, on any sto
 heartbeat exists for databases only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket
