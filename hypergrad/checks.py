@@ -30,6 +30,11 @@ def integer(name: str, value: Any, least: int | None = 1, remedy: str = "") -> i
     return int(value)
 
 
+def integer_field(strategy: Any, name: str, least: int = 1, remedy: str = "") -> None:
+    """`integer` for a field of a frozen dataclass, where the Python int then stands."""
+    object.__setattr__(strategy, name, integer(name, getattr(strategy, name), least, remedy))
+
+
 def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> float:
     """`value`, a finite number above 0, or with `zero` also 0 itself.
 
