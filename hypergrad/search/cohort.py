@@ -14,7 +14,7 @@ import numpy as np
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.estimators.base import Estimator, require_structure
+from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
@@ -111,9 +111,9 @@ class Programs:
             estimator = FiniteDifference()
         middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
         batches = Minibatches(self._data.train, self._batch_size, self._steps)
-        key = jax.random.key(0)
+        window = Window(problem, None, batches, self._data.valid, jax.random.key(0))
         try:
-            require_structure(estimator, problem, middle, None, batches, self._data.valid, key)
+            require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
 

@@ -101,10 +101,11 @@ def open_study(
         num_trials = integer("num_trials", num_trials, remedy="or None for no limit")
     coordinates = Coordinates(space)
     points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
+    engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
     study = optuna.create_study(
         storage=backend,
-        sampler=make_sampler(sampler, seed),
+        sampler=engine,
         # What stops a trial early is the sweep's scheduler; Optuna's median would be asked nothing.
         pruner=optuna.pruners.NopPruner(),
         study_name=name,
@@ -114,14 +115,9 @@ def open_study(
     )
     check_same(study, coordinates, direction)
     worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
-    randomness = SavedRandomness(study.sampler, seed, worker)
-    opened = OpenStudy(
-        study,
-        coordinates,
-        randomness,
-        Slots(study, worker, num_trials, points, max_retries),
-        worker,
-    )
+    slots = Slots(study, worker, num_trials, points, max_retries)
+    randomness = SavedRandomness(engine, seed, worker)
+    opened = OpenStudy(study, coordinates, randomness, slots, worker)
     randomness.open(worker.is_alone(), study.get_trials(deepcopy=False))
     opened.recover()
     return opened
@@ -130,7 +126,7 @@ def open_study(
 class OpenStudy:
     """A study that this process works on, made by `open_study`; one thread asks and tells.
 
-    `study` is the Optuna study, `space` the space.
+    `study` is the Optuna study, `space` the space, `storage` where the study is kept.
     """
 
     def __init__(
