@@ -281,6 +281,7 @@ class Cohort:
     def _advanced(self, group: Group, done: int, until: int) -> Group:
         """The group after training from `done` to `until` steps."""
         members, here = group.program.members, len(group.proposals)
+        # Members know whole updates only, and at least one.
         stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
         while done < until:
             steps = min(max(stride, members.steps_per_update), until - done)

@@ -135,6 +135,7 @@ class SavedRandomness:
             for key, value in attributes.items()
             if key.startswith(_START)
         }
+        # Asks write into their trials and tells into the study, but both count on one counter.
         places = [t.system_attrs[ASKED].get("random") for t in trials if ASKED in t.system_attrs]
         known = [place for place in (attributes.get(_PLACE), *places) if place]
         latest = max(known, key=lambda place: place["count"], default=None)

@@ -287,6 +287,7 @@ class Slots:
                 claimed = _claimants(trial)
                 if not claimed or not all(map(gone, claimed)) or not self.lose(trial):
                     continue
+            # Or its successor is missing, and whoever was to queue it has died.
             elif not (
                 _is_lost(trial)
                 and _lineage(trial) not in succeeded

@@ -322,6 +322,7 @@ class OpenStudy:
         place = self._randomness.place()
         if place is not None:
             asked["random"] = place
+        # Last, and at once: a trial without it is asked for again, from the same random state.
         self.storage.set_trial_system_attr(trial_id, ASKED, asked)
         return Proposal(trial, choices, start, record, unrecorded)
 
