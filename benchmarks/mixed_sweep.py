@@ -27,7 +27,7 @@ import numpy as np
 import optuna
 
 import hypergrad as hg
-from hypergrad.search.program import Programs
+from hypergrad.search.cohort import Programs
 from hypergrad.search.schedulers import bracket_steps, brackets
 from hypergrad.study.study import open_study
 

@@ -25,10 +25,9 @@ ROOMS = {
     "tuners": "base trust alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
-    "study": "distributions signature ledger workers storage sampling randomness recovery slots"
-    " study ranking",
+    "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
-    "search": "schedulers program live cohort result sweep",
+    "search": "schedulers cohort result sweep",
     "nn": "dropout linen nnx",
     "testing": "contract check",
     "cli": "",

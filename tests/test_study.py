@@ -1,13 +1,16 @@
 """The study: the same proposals as Optuna's, refined values in every storage, recovery."""
 
+import ast
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -31,6 +34,7 @@ SPACE = hg.Space(
     }
 )
 FLAT = hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log"), "width": hg.Categorical([8, 16, 32])})
+PACKAGE = Path(hg.__file__).parent
 STORAGES = ("memory", "journal", "sqlite")
 
 
@@ -72,6 +76,46 @@ def run(opened, num_trials, **options):
 def reopen(opened):
     """Return the same study as an unbiased reader sees it."""
     return optuna.load_study(study_name=opened.study.study_name, storage=opened.study._storage)
+
+
+# What the room is made of.
+
+
+def optuna_private_uses(source):
+    """Return where a file reads a private name of an object not its own, or of Optuna's modules."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        private = [n for n in names if n.startswith("optuna.") and "._" in n]
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            owner = node.value.id if isinstance(node.value, ast.Name) else None
+            # Of a NamedTuple, `_replace` is public.
+            if owner not in ("self", "cls") and node.attr != "_replace":
+                private.append(ast.unparse(node))
+        found += [f"{node.lineno}: {name}" for name in private]
+    return found
+
+
+def test_one_file_holds_every_use_of_optunas_private_names():
+    assert optuna_private_uses("from optuna.storages._cached_storage import _CachedStorage")
+    assert optuna_private_uses("import optuna.trial._trial")
+    assert optuna_private_uses("self._study._storage") and optuna_private_uses("trial()._trial_id")
+    assert not optuna_private_uses("import optuna\nself._study.tell(trial)\nx._replace(a=1)")
+    allowed, found = "study/optuna_private.py", {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        # Where Optuna's objects go by: the others have private names of their own.
+        if re.search("^ *(import|from) (optuna|hypergrad.study)", path.read_text(), re.MULTILINE):
+            found[str(path.relative_to(PACKAGE))] = optuna_private_uses(path.read_text())
+    assert found.pop(allowed)
+    assert not {path: uses for path, uses in found.items() if uses}
+    assert {"cli.py", "study/study.py", "search/cohort.py", "search/sweep.py"} <= found.keys()
+
+
+def test_the_study_holds_no_jax():
+    for path in (PACKAGE / "study").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) (jax|optax|flax)", path.read_text(), re.MULTILINE)
 
 
 # What Optuna is asked and told.
@@ -399,14 +443,15 @@ def test_another_direction_is_refused(storage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "bayes"}, "sampler='bayes' is unknown: give one of tpe, random, grid"),
+        ({"sampler": "bayes"}, "sampler='bayes' is unknown: choose 'tpe', 'random' or 'grid'"),
         ({"direction": "min"}, "direction='min' is unknown"),
-        ({"num_trials": 0}, "num_trials=0 leaves nothing to do"),
+        ({"num_trials": 0}, "num_trials=0 must be at least 1, or None"),
         ({"storage": "sweep.txt"}, "storage='sweep.txt' is neither a journal nor a URL"),
         ({"storage": "/no/such/a.journal"}, "lies in '/no/such', which is no folder"),
         ({"storage": "grpc://here"}, "names no proxy"),
+        ({"beat_every": 0}, "beat_every=0 must be positive and finite: a period in seconds"),
         ({"grace": 1.0}, "grace=1.0 seconds declares a worker dead before"),
-        ({"sampler": "grid", "grid_points": 1}, "grid_points=1 is too few"),
+        ({"sampler": "grid", "grid_points": 1}, "grid_points=1 must be at least 2"),
         ({"sampler": "grid", "grid_points": 10**6}, "sampler='grid' has 3000000 points"),
         (
             {"sampler": optuna.samplers.RandomSampler(), "seed": 1},
@@ -507,10 +552,10 @@ def test_two_that_recover_at_once_queue_one_successor(storage):
     # The second one reads the trials before the first one recovers them.
     (before,) = second.study.get_trials(deepcopy=True)
     assert first.recover() == [proposal.number]
-    assert not second._recovery.lose(before)
+    assert not second._slots.lose(before)
     assert second.recover() == first.recover() == []
     # The narrow race: both queue a successor. The later one never runs.
-    assert second._recovery.queue_successor(second.study.trials[0])
+    assert second._slots.queue_successor(second.study.trials[0])
     assert hyper_of(second.ask()) == hyper_of(proposal)
     assert hyper_of(first.ask()) != hyper_of(proposal)
     states = [t.state for t in first.study.trials]
@@ -524,7 +569,7 @@ def test_a_successor_is_queued_also_where_the_recovering_worker_dies(storage):
     doctor = open_study(FLAT, storage)
     abandon(dead)
     # Its last act: the state is set, the successor not yet queued.
-    assert doctor._recovery.lose(doctor.study.get_trials()[0])
+    assert doctor._slots.lose(doctor.study.get_trials()[0])
     abandon(doctor)
     with open_study(FLAT, storage, "random", seed=0) as opened:
         assert opened.progress() == (0, 0, 0, 0, 0, 1)
@@ -550,7 +595,7 @@ def test_the_slot_of_a_worker_that_died_before_it_gave_way(tmp_path, monkeypatch
     before = late.study.get_trials()
     with open_study(FLAT, path, "random", seed=1, num_trials=1) as opened:
         proposal = opened.ask()
-        monkeypatch.setattr(late._recovery, "cancel", lambda *_: None)
+        monkeypatch.setattr(late._slots, "cancel", lambda *_: None)
         assert late._slots._create(before) is None
         abandon(late)
         opened.finish(proposal, 1.0)
@@ -593,7 +638,7 @@ def test_a_worker_beats_in_the_background(tmp_path):
     with open_study(FLAT, str(tmp_path / "a.journal"), beat_every=0.02, grace=1.0) as opened:
         beats = set()
         for _ in range(100):
-            (record,) = workers.read_workers(opened._storage, opened.study._study_id).values()
+            (record,) = workers.read_workers(opened.storage, opened.study._study_id).values()
             beats.add(record["beat"])
             if len(beats) > 2:
                 break
@@ -703,7 +748,7 @@ def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path
 
 def test_postgresql_frees_the_locks_of_lost_machines_and_its_restart_is_survived(postgresql):
     with open_study(FLAT, postgresql, "random", seed=0) as opened:
-        engine = opened._storage._backend.engine
+        engine = opened.storage._backend.engine
         with engine.connect() as connection:
             limit = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
             assert limit.scalar() == "1min"

@@ -149,6 +149,45 @@ def test_a_trial_that_fails_fails_alone(caplog: pytest.LogCaptureFixture) -> Non
     assert result.best.hyper["optimizer"] == "sgd"
 
 
+def test_what_a_killed_sweep_would_lose_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rung's standings before the next rung trains, a failure before the next program trains."""
+    from hypergrad.search.cohort import Cohort
+    from hypergrad.study.study import OpenStudy
+
+    events: list[Any] = []
+
+    def noting(owner: Any, name: str, note: Any) -> None:
+        original = getattr(owner, name)
+
+        def noted(self: Any, *args: Any) -> Any:
+            events.append(note(*args))
+            return original(self, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(Cohort, "_advanced", lambda group, done, until: ("train", until))
+    noting(OpenStudy, "report", lambda proposal, value, step: ("told", step))
+    noting(OpenStudy, "fail", lambda proposal, error: ("failed", proposal.number))
+    run(scheduler=hg.SuccessiveHalving(min_steps=10, eta=2), num_steps=40, num_trials=4)
+    for steps, after in ((10, 20), (20, 40)):
+        first = events.index(("train", after))
+        assert ("told", steps) in events[:first] and ("told", steps) not in events[first:]
+        assert ("train", steps) not in events[first:]
+
+    def broken(choices: dict[str, Any]) -> hg.Problem:
+        def step(*args: Any) -> Any:
+            raise RuntimeError("not here")
+
+        return make_problem(choices)._replace(step=step)
+
+    monkeypatch.setattr("hypergrad.search.cohort.Programs._check", lambda *args: None)
+    events.clear()
+    arguments = {"num_trials": 2, "num_steps": 20, "batch_size": 8, "sampler": "random"}
+    scheduler = hg.SuccessiveHalving(min_steps=10, eta=2)
+    hg.sweep(broken, SPACE, DATA, scheduler=scheduler, **arguments)
+    assert events == [("train", 10), ("failed", 0), ("train", 10), ("failed", 1)]
+
+
 def test_a_member_that_diverges_leaves_the_others_alone() -> None:
     wide = hg.Space({"rate": hg.Float(1e-3, 1e6, scale="log")})
 
@@ -268,13 +307,13 @@ def test_population_based_training_copies_and_moves() -> None:
     assert worst < max(t.value for t in alone.study.trials)
     with pytest.raises(ValueError, match="population=1 leaves"):
         run(**{**options, "population": 1})
-    with pytest.raises(ValueError, match=r"PopulationBasedTraining\(fraction=0.8\)"):
+    with pytest.raises(ValueError, match=r"fraction=0\.8 must lie between"):
         hg.PopulationBasedTraining(every=20, fraction=0.8)
 
 
 def test_memory_that_suffices_for_one_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that fails with XLA's error for more than one member runs them one by one."""
-    from hypergrad.search import program as programs
+    from hypergrad.search import cohort as programs
 
     class Scarce(programs.Population):
         def advance(self, state: Any, num_updates: Any) -> Any:

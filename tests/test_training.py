@@ -13,7 +13,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.training.history import LARGE, History, Record, observe, scalars
-from hypergrad.training.progress import Progress
+from hypergrad.training.progress import FitProgress
 
 SPACE = hg.Space({"rate": hg.Float(1e-4, 2.0, scale="log"), "l2": hg.Float(1e-6, 1.0, scale="log")})
 START = {"rate": 1e-3, "l2": np.full(2, 1e-3, np.float32)}
@@ -322,7 +322,7 @@ def test_a_line_a_minute_where_nobody_watches(
 ) -> None:
     caplog.set_level(logging.INFO, "hypergrad")
     clock = _Clock()
-    with Progress(0, 1000, 10, clock=clock) as progress:
+    with FitProgress(0, 1000, 10, clock=clock) as progress:
         for update in range(200):
             progress.show(_record(update))
             clock.now += 1.0
@@ -343,7 +343,7 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
             return True
 
     clock, screen = _Clock(), Terminal()
-    with Progress(40, 100, 10, file=screen, clock=clock) as progress:
+    with FitProgress(40, 100, 10, file=screen, clock=clock) as progress:
         for update in range(40, 100):
             progress.show(_record(update))
             clock.now += 0.1

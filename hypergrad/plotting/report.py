@@ -10,9 +10,9 @@ from optuna.trial import TrialState
 
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ledger import ERROR, counted
 from hypergrad.study.ranking import ranked, short, states
 from hypergrad.study.signature import stored_space
+from hypergrad.study.slots import ERROR, counted
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",

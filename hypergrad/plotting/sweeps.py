@@ -35,9 +35,9 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ledger import counted
 from hypergrad.study.ranking import best_scored, refined_trials, scored_trials, sign_of, worst_first
 from hypergrad.study.signature import stored_space
+from hypergrad.study.slots import counted
 
 __all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
 

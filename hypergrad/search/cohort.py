@@ -1,28 +1,132 @@
-"""A cohort: the trials of one bracket, trained in groups of one program and halved at its rungs."""
+"""Trials that train together: programs of equal choices, and cohorts that are halved at rungs.
 
-import logging
+Nothing here knows of a study: proposals come in, standings go out, and `sweep` asks and tells.
+"""
+
+import dataclasses
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optuna.trial import TrialState
 
-from hypergrad.search.live import Moment, Show
-from hypergrad.search.program import ProblemError, Program, Programs
+from hypergrad.data.batches import Minibatches
+from hypergrad.data.splits import Splits
+from hypergrad.estimators.base import Estimator, Window, require_structure
+from hypergrad.estimators.difference import FiniteDifference
+from hypergrad.problem.problem import Problem
+from hypergrad.problem.structure import StructureError
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
-from hypergrad.study.ranking import sign_of
-from hypergrad.study.study import OpenStudy, Proposal
+from hypergrad.space.space import Space
+from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
-from hypergrad.tuners.population.population import width_for
+from hypergrad.tuners.population.population import Population, width_for
+from hypergrad.tuners.population.refine import Refine
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 # How often a rung says how far it is.
 _PARTS = 10
+
+
+class ProblemError(ValueError):
+    """A mistake in `make_problem` that every trial would meet: it ends the sweep."""
+
+
+class Program(NamedTuple):
+    """A problem of fixed choices, the space of its active Floats, and what trains its members."""
+
+    problem: Problem
+    space: Space
+    members: Population
+
+
+class Programs:
+    """Programs by their choices, each made once.
+
+    Raises:
+      ProblemError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or
+        reads one that the space lacks.
+    """
+
+    def __init__(
+        self,
+        make_problem: Callable[[dict[str, Any]], Problem],
+        space: Space,
+        data: Splits,
+        batch_size: int,
+        refine: Refine | None,
+        steps_per_update: int,
+    ) -> None:
+        self._make_problem, self._space, self._data = make_problem, space, data
+        self._batch_size, self._refine, self._steps = batch_size, refine, steps_per_update
+        self._made: dict[tuple[Any, ...], Program] = {}
+
+    def of(self, choices: dict[str, Any]) -> Program:
+        """The program of these choices."""
+        key = tuple(sorted(choices.items(), key=lambda item: item[0]))
+        if key not in self._made:
+            self._made[key] = self._make(choices)
+        return self._made[key]
+
+    def plain(self, choices: dict[str, Any]) -> Program:
+        """The same without refinement: hyperparameters stand still."""
+        problem, space, _ = program = self.of(choices)
+        if self._refine is None:
+            return program
+        return Program(problem, space, self._population(problem, space, None))
+
+    def _make(self, choices: dict[str, Any]) -> Program:
+        problem = self._make_problem(dict(choices))
+        if not isinstance(problem, Problem):
+            raise ProblemError(
+                f"make_problem returned {type(problem).__name__} for {choices}: return a "
+                "hypergrad.Problem, such as hypergrad.bilevel makes."
+            )
+        space = continuous_part(self._space, choices)
+        self._check(problem, space, choices)
+        # Choices under which no Float is active leave nothing to refine.
+        refine = self._refine if space.continuous else None
+        return Program(problem, space, self._population(problem, space, refine))
+
+    def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
+        return Population(
+            problem,
+            space,
+            refine,
+            self._data.train,
+            self._data.valid,
+            self._batch_size,
+            steps_per_update=None if refine is not None else self._steps,
+            test=self._data.test,
+        )
+
+    def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
+        estimator = None if self._refine is None else self._refine.estimator
+        if not isinstance(estimator, Estimator):
+            # Nothing is differentiated, but a value that the problem ignores is a mistake.
+            estimator = FiniteDifference()
+        middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
+        batches = Minibatches(self._data.train, self._batch_size, self._steps)
+        window = Window(problem, None, batches, self._data.valid, jax.random.key(0))
+        try:
+            require_structure(estimator, window, middle)
+        except StructureError as error:
+            raise ProblemError(f"make_problem({choices}): {error}") from error
+
+
+def continuous_part(space: Space, choices: Mapping[str, Any]) -> Space:
+    """The Floats that are active under `choices`, without their conditions."""
+    return Space(
+        {
+            name: dataclasses.replace(space[name], when=None)
+            for name in space.continuous
+            if space.is_active(name, choices)
+        }
+    )
 
 
 class Group(NamedTuple):
@@ -42,145 +146,152 @@ class Standing(NamedTuple):
 
     Attributes:
       proposal: the trial.
-      score: in the study's units; NaN where training diverged.
+      score: in the study's units; not finite where training diverged.
       refined: the values that the study is told.
       attrs: what is kept beside them.
+      fate: whether it trains on, is stopped here, has trained in full, or has no score.
     """
 
     proposal: Proposal
     score: float
     refined: dict[str, float]
     attrs: dict[str, Any]
+    fate: Literal["goes on", "stopped", "finished", "diverged"] = "goes on"
+
+
+class Standings(NamedTuple):
+    """The trials that have trained for so many steps, and the best finite score among them."""
+
+    steps: int
+    trials: list[Standing]
+    best: float | None
+
+
+class Failure(NamedTuple):
+    """Trials whose program raised, and the traceback."""
+
+    proposals: Sequence[Proposal]
+    error: str
 
 
 class Cohort:
-    """Runs brackets: trains, ranks, stops the losers, tells the study.
+    """Runs brackets: trains, ranks, stops the losers.
 
     Args:
-      opened: the study.
       programs: what is trained.
       score: `(report) -> [slots]`, in the study's units.
+      maximize: whether a large score is good.
       told: which of a trial's values the study learns.
       exploit: population based training between the members of a group, or None.
       num_steps: of a full run.
       seed: of the members' training.
-      show: is told where the sweep stands, if anybody looks.
-      log: gets one line per rung, and a warning where trials fail.
+      watch: gets `training` several times a rung, where anybody looks.
     """
 
     def __init__(
         self,
-        opened: OpenStudy,
         programs: Programs,
         score: Callable[[PopulationReport], jax.Array],
+        maximize: bool,
         told: Told,
         exploit: PopulationBasedTraining | None,
         num_steps: int,
         seed: int,
-        show: Show | None,
-        log: logging.Logger,
+        watch: Callable[[int, float, int], None] | None = None,
     ) -> None:
-        self._opened, self._programs, self._score = opened, programs, score
+        self._programs, self._score, self._sign = programs, score, -1 if maximize else 1
         self._told, self._exploit, self._seed = told, exploit, seed
-        self._num_steps, self._show = num_steps, show
-        self._log, self._warn = log.info, log.warning
-        self._maximize = sign_of(opened.study) < 0
-        self._spent = 0
+        self._num_steps, self._watch = num_steps, watch
+        self.spent = 0
         self._running = 0
         # In full runs: what those that train here have behind them.
         self._partial = 0.0
-        self._finished = 0
-        self._best: float | None = None
-        self._look_back()
 
     @property
-    def spent(self) -> int:
-        """Training steps so far."""
-        return self._spent
+    def training(self) -> tuple[int, float, int]:
+        """Trials that train here, what they have behind them in full runs, and all steps spent."""
+        return self._running, self._partial, self.spent
 
-    def run(self, teams: Sequence[Sequence[Proposal]], rungs: Sequence[Rung], most: int) -> None:
-        """Trains teams of equal choices through the rungs."""
-        groups = [
-            g for team in teams for g in self._start(team, width_for(len(team), _widths(most)))
-        ]
+    def run(
+        self, teams: Sequence[Sequence[Proposal]], rungs: Sequence[Rung], most: int
+    ) -> Iterator[Standings | Failure]:
+        """Trains teams of equal choices through the rungs, at most `most` members at once.
+
+        Gives what the study must be told as soon as it is known, as a process may be killed at any
+        time: all standings at a rung before the next one begins, and what has raised at once.
+        """
+        groups = yield from self._start(teams, most)
         done = 0
-        for i, rung in enumerate(rungs):
+        for rung, after in zip(rungs, [*rungs[1:], None], strict=True):
             self._running = sum(len(g.proposals) for g in groups)
-            groups, standings = self._train(groups, done, rung.steps)
+            groups, standings = yield from self._train(groups, done, rung.steps)
             done = rung.steps
-            alive = sorted((s for s in standings if np.isfinite(s.score)), key=self._rank)
-            last = i == len(rungs) - 1
-            going = () if last else alive[: rungs[i + 1].members]
-            for standing in standings:
-                self._tell(standing, last, done, standing in going)
+            reached = self._placed(standings, done, after)
+            going = {s.proposal.number for s in reached.trials if s.fate == "goes on"}
             self._running, self._partial = len(going), len(going) * done / self._num_steps
-            self._look_back()
-            best = f"best {alive[0].score:.4g}" if alive else "none finite"
-            self._log(f"{len(standings)} trials at {done} steps: {best}, {len(going)} go on")
-            kept = {s.proposal.number for s in going}
-            groups = [self._shrunk(g, kept, most) for g in groups]
-            groups = [g for g in groups if g.proposals]
+            yield reached
+            groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
 
-    def _start(self, team: Sequence[Proposal], width: int) -> list[Group]:
-        try:
-            program = self._programs.of(team[0].choices)
-            hypers = {
-                name: jnp.asarray([p.start[name] for p in team], jnp.float32)
-                for name in program.space.continuous
-            }
-            keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(self._seed), n))(
-                jnp.asarray([p.number for p in team])
-            )
-            state = program.members.init(hypers, keys, width)
-        except ProblemError:
-            raise
-        except Exception:
-            self._fail(team)
-            return []
-        return [Group(program, state, tuple(team), {})]
+    def _start(
+        self, teams: Sequence[Sequence[Proposal]], most: int
+    ) -> Generator[Failure, None, list[Group]]:
+        groups = []
+        for team in teams:
+            try:
+                groups.append(self._group(team, width_for(len(team), _widths(most))))
+            except ProblemError:
+                raise
+            except Exception:
+                yield Failure(team, traceback.format_exc())
+        return groups
+
+    def _group(self, team: Sequence[Proposal], width: int) -> Group:
+        program = self._programs.of(team[0].choices)
+        hypers = {
+            name: jnp.asarray([p.start[name] for p in team], jnp.float32)
+            for name in program.space.continuous
+        }
+        # By their numbers, so that a trial trains alike in whatever team it is.
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(self._seed), n))(
+            jnp.asarray([p.number for p in team])
+        )
+        return Group(program, program.members.init(hypers, keys, width), tuple(team), {})
 
     def _train(
         self, groups: list[Group], done: int, until: int
-    ) -> tuple[list[Group], list[Standing]]:
-        trained, standings = [], []
-        for group in groups:
+    ) -> Generator[Failure, None, tuple[list[Group], list[Standing]]]:
+        trained: list[Group] = []
+        standings: list[Standing] = []
+        while groups:
+            group, *groups = groups
             try:
                 ended = self._advanced(group, done, until)
                 standings += self._standings(ended)
                 trained.append(ended)
             except ProblemError:
                 raise
-            except jax.errors.JaxRuntimeError:
-                # Memory may suffice for one where it does not for all: each alone, from here.
-                if len(group.proposals) == 1:
-                    self._fail(group.proposals)
-                    continue
-                alone = [
-                    group._replace(
-                        state=group.program.members.select(group.state, [i]),
-                        proposals=(proposal,),
-                    )
-                    for i, proposal in enumerate(group.proposals)
-                ]
-                more, found = self._train(alone, done, until)
-                trained += more
-                standings += found
-            except Exception:
-                self._fail(group.proposals)
+            except Exception as error:
+                if isinstance(error, jax.errors.JaxRuntimeError) and len(group.proposals) > 1:
+                    # Memory may suffice for one where it does not for all: each alone, from here.
+                    groups = [_part(group, [i]) for i in range(len(group.proposals))] + groups
+                else:
+                    yield Failure(group.proposals, traceback.format_exc())
         return trained, standings
 
     def _advanced(self, group: Group, done: int, until: int) -> Group:
         """The group after training from `done` to `until` steps."""
         members, here = group.program.members, len(group.proposals)
+        # Members know whole updates only, and at least one.
         stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
         while done < until:
             steps = min(max(stride, members.steps_per_update), until - done)
             state = members.advance(group.state, steps // members.steps_per_update)
             group = group._replace(state=jax.block_until_ready(state))
             done += steps
-            self._spent += steps * here
+            self.spent += steps * here
             self._partial += steps * here / self._num_steps
-            self._look()
+            if self._watch is not None:
+                self._watch(*self.training)
             if self._exploit is not None and here > 1 and done < until:
                 group = self._exploited(group, done)
         return group
@@ -189,7 +300,7 @@ class Cohort:
         """Steps to train before somebody looks or copies."""
         if self._exploit is not None:
             return self._exploit.every
-        return steps if self._show is None else -(-steps // _PARTS)
+        return steps if self._watch is None else -(-steps // _PARTS)
 
     def _exploited(self, group: Group, done: int) -> Group:
         """The group after one round of population based training."""
@@ -203,7 +314,7 @@ class Cohort:
             recipe.fraction,
             recipe.perturb,
             recipe.resample,
-            -scores if self._maximize else scores,
+            self._sign * scores,
         )
         copied = {number: list(history) for number, history in group.copied.items()}
         # The slots beyond the proposals only fill up the width.
@@ -239,50 +350,32 @@ class Cohort:
             result.append(Standing(proposal, float(scores[i]), refined, attrs))
         return result
 
-    def _tell(self, standing: Standing, last: bool, steps: int, goes_on: bool) -> None:
-        proposal, score = standing.proposal, standing.score
-        if not np.isfinite(score):
-            self._opened.fail(proposal, f"ValueError: the score is {score} after {steps} steps.")
-            return
-        self._opened.report(proposal, score, steps)
-        refined = None if proposal.recorded else standing.refined
-        if last:
-            self._opened.finish(proposal, score, refined, standing.attrs)
-        elif not goes_on:
-            self._opened.prune(proposal, score, steps, refined, standing.attrs)
+    def _placed(self, standings: list[Standing], steps: int, after: Rung | None) -> Standings:
+        """The same, in their order, with each one's fate: the best go on to the rung `after`."""
+        finite = [s for s in standings if np.isfinite(s.score)]
+        best = sorted(finite, key=lambda s: self._sign * s.score)
+        going = {s.proposal.number for s in best[: after.members]} if after else set()
+        trials = []
+        for standing in standings:
+            if not np.isfinite(standing.score):
+                standing = standing._replace(fate="diverged")
+            elif standing.proposal.number not in going:
+                standing = standing._replace(fate="stopped" if after else "finished")
+            trials.append(standing)
+        return Standings(steps, trials, best[0].score if best else None)
 
-    def _shrunk(self, group: Group, kept: set[int], most: int) -> Group:
-        slots = [i for i, p in enumerate(group.proposals) if p.number in kept]
-        if not slots or len(slots) == len(group.proposals):
-            return group._replace(proposals=tuple(group.proposals[i] for i in slots))
-        width = width_for(len(slots), _widths(most))
-        state = group.program.members.select(group.state, slots, width)
-        return group._replace(state=state, proposals=tuple(group.proposals[i] for i in slots))
 
-    def _fail(self, proposals: Sequence[Proposal]) -> None:
-        error = traceback.format_exc()
-        for proposal in proposals:
-            self._opened.fail(proposal, error)
-        numbers = ", ".join(f"#{proposal.number}" for proposal in proposals)
-        self._warn(f"{numbers} failed: {error.strip().splitlines()[-1]}")
+def _shrunk(group: Group, kept: set[int], most: int) -> Group:
+    """The group with those members only whose numbers are `kept`, in as few slots as hold them."""
+    slots = [i for i, p in enumerate(group.proposals) if p.number in kept]
+    if not slots or len(slots) == len(group.proposals):
+        return group._replace(proposals=tuple(group.proposals[i] for i in slots))
+    return _part(group, slots, width_for(len(slots), _widths(most)))
 
-    def _rank(self, standing: Standing) -> float:
-        return -standing.score if self._maximize else standing.score
 
-    def _look_back(self) -> None:
-        """Shows where the study stands, others' trials included."""
-        if self._show is None:
-            return
-        self._finished = self._opened.progress().finished
-        full = (t for t in self._opened.trials() if t.state == TrialState.COMPLETE)
-        scores = [t.value for t in full if t.value is not None]
-        self._best = (max if self._maximize else min)(scores, default=None)
-        self._look()
-
-    def _look(self) -> None:
-        if self._show is not None:
-            done = self._finished + self._partial
-            self._show(Moment(done, self._running, self._spent, self._best))
+def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
+    state = group.program.members.select(group.state, slots, width)
+    return group._replace(state=state, proposals=tuple(group.proposals[i] for i in slots))
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optuna
 
-from hypergrad.search.program import Programs
+from hypergrad.checks import integer
+from hypergrad.search.cohort import Programs
 from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
 from hypergrad.study.storage import dashboard_command
 from hypergrad.study.study import OpenStudy
@@ -36,7 +37,7 @@ class Audit(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Result:
+class SweepResult:
     """What `sweep` returns.
 
     Attributes:
@@ -53,7 +54,7 @@ class Result:
     _seed: int
 
     def __repr__(self) -> str:
-        return f"<Result of {self.study.study_name!r}: {states(self.study)}>"
+        return f"<SweepResult of {self.study.study_name!r}: {states(self.study)}>"
 
     @property
     def best(self) -> Best:
@@ -126,8 +127,7 @@ class Result:
 
     def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> PopulationReport:
         """Reports of full runs under frozen values and seeds that no trial has used."""
-        if seeds < 1:
-            raise ValueError(f"seeds={seeds!r} leaves nothing to retrain: give at least 1.")
+        seeds = integer("seeds", seeds)
         choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
         program = self._programs.plain(choices)
         hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
@@ -156,4 +156,4 @@ class Result:
         Raises:
           ValueError: a storage that no other process can open, such as memory.
         """
-        return dashboard_command(self.study._storage)
+        return dashboard_command(self._opened.storage)

@@ -4,21 +4,10 @@ Hyperband: Li et al. 2018 (JMLR 18:185), algorithm 1. A bracket is a tuple of ru
 a rung train up to its number of steps, then the best go on to the next rung.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from numbers import Integral
 from typing import NamedTuple
 
-__all__ = [
-    "Hyperband",
-    "PopulationBasedTraining",
-    "Rung",
-    "Scheduler",
-    "SuccessiveHalving",
-    "bracket_steps",
-    "brackets",
-]
+from hypergrad.checks import integer, positive, within
 
 
 class Rung(NamedTuple):
@@ -47,7 +36,7 @@ class Hyperband:
     eta: int = 3
 
     def __post_init__(self) -> None:
-        _check_scheduler(self)
+        _store_integers(self)
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class SuccessiveHalving:
     eta: int = 3
 
     def __post_init__(self) -> None:
-        _check_scheduler(self)
+        _store_integers(self)
 
 
 @dataclass(frozen=True)
@@ -92,15 +81,10 @@ class PopulationBasedTraining:
     resample: float = 0.0
 
     def __post_init__(self) -> None:
-        kind = type(self).__name__
-        if isinstance(self.every, bool) or not isinstance(self.every, Integral):
-            raise TypeError(f"{kind}(every={self.every!r}) is no integer: give an int.")
-        if self.every < 1:
-            raise ValueError(f"{kind}(every={self.every!r}) is too small: give at least 1 step.")
-        for name, low, high in (("fraction", 0, 0.5), ("perturb", 0, 1), ("resample", 0, 1)):
-            value = getattr(self, name)
-            if not low <= value <= high or (name == "fraction" and value == 0):
-                raise ValueError(f"{kind}({name}={value!r}) must lie between {low} and {high}.")
+        object.__setattr__(self, "every", integer("every", self.every))
+        positive("fraction", within("fraction", self.fraction, 0, 0.5))
+        within("perturb", self.perturb, 0, 1)
+        within("resample", self.resample, 0, 1)
 
 
 Scheduler = Hyperband | SuccessiveHalving | PopulationBasedTraining
@@ -125,8 +109,7 @@ def brackets(
     >>> brackets(None, num_steps=300, num_trials=8)
     [(Rung(members=8, steps=300),)]
     """
-    _check_count("num_steps", num_steps, "train for at least one step")
-    _check_count("num_trials", num_trials, "run at least one trial")
+    num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     if scheduler is None or isinstance(scheduler, PopulationBasedTraining):
         return [(Rung(num_trials, num_steps),)]
     if scheduler.min_steps > num_steps:
@@ -169,19 +152,6 @@ def bracket_steps(bracket: tuple[Rung, ...]) -> int:
     return total
 
 
-def _check_count(name: str, value: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} is no integer: give an int.")
-    if value < 1:
-        raise ValueError(f"{name}={value!r} leaves nothing to do: {remedy}.")
-
-
-def _check_scheduler(scheduler: Hyperband | SuccessiveHalving) -> None:
-    kind = type(scheduler).__name__
-    for name, lowest in (("min_steps", 1), ("eta", 2)):
-        value = getattr(scheduler, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{kind}({name}={value!r}) is no integer: give an int.")
-        if value < lowest:
-            raise ValueError(f"{kind}({name}={value!r}) is too small: give at least {lowest}.")
-        object.__setattr__(scheduler, name, int(value))
+def _store_integers(scheduler: Hyperband | SuccessiveHalving) -> None:
+    for name, least in (("min_steps", 1), ("eta", 2)):
+        object.__setattr__(scheduler, name, integer(name, getattr(scheduler, name), least))

@@ -11,18 +11,26 @@ import jax
 import jax.numpy as jnp
 import optuna
 
+from hypergrad.checks import choice, integer
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
-from hypergrad.search.cohort import TOLD_FIELDS, Cohort, Told
-from hypergrad.search.live import live_view
-from hypergrad.search.program import ProblemError, Programs
-from hypergrad.search.result import Result
+from hypergrad.search.cohort import (
+    TOLD_FIELDS,
+    Cohort,
+    Failure,
+    ProblemError,
+    Programs,
+    Standings,
+    Told,
+)
+from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.study import OpenStudy, Proposal, open_study
+from hypergrad.training.progress import SweepProgress
 from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
@@ -50,7 +58,7 @@ def sweep(
     seed: int = 0,
     name: str = "hypergrad",
     progress: bool = True,
-) -> Result:
+) -> SweepResult:
     """Searches a mixed space: discrete choices by Optuna, continuous values by gradients too.
 
     Trials with equal discrete choices are one program and train as a population; hyperparameters
@@ -106,8 +114,9 @@ def sweep(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
             f"{list(space)}. Give refine=None."
         )
-    if population < 1:
-        raise ValueError(f"population={population} must be at least 1.")
+    num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
+    population, polish = integer("population", population), integer("polish", polish, 0)
+    choice("told", told, TOLD_FIELDS)
     if direction == "maximize" and metric is None:
         raise ValueError(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
@@ -123,8 +132,6 @@ def sweep(
             f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
             "and fewer than all trials, as there must be something to polish."
         )
-    if told not in TOLD_FIELDS:
-        raise ValueError(f"told={told!r} is unknown: give one of {', '.join(TOLD_FIELDS)}.")
     steps = _steps_per_update(refine, num_steps)
     ladders = [
         tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
@@ -135,37 +142,38 @@ def sweep(
     Minibatches(data.train, batch_size, steps)  # refuses a batch larger than the data
     # A sampler that is made already has its own seed.
     sampler_seed = seed if isinstance(sampler, str) else None
-    opened = open_study(
-        space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
-    )
     moves = refine is not None or exploit is not None
-    try:
+    full = (Rung(population, num_steps),)
+    with open_study(
+        space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
+    ) as opened:
         check_recipe(opened.study, num_steps=num_steps, batch_size=batch_size, metric=metric)
         for hyper in enqueue:
             opened.enqueue(hyper)
-        with live_view(num_trials, progress) as show:
+        with SweepProgress(num_trials, progress) as view:
             cohort = Cohort(
-                opened,
                 programs,
                 _score_by(metric),
+                direction == "maximize",
                 # What copies made of a trial is its end.
                 told if refine is not None else "last",
                 exploit,
                 num_steps,
                 seed,
-                show,
-                _log,
+                view.show if view.is_open else None,
             )
-            full = (Rung(population, num_steps),)
+            _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
                 teams = _ask_or_wait(opened, ladder[0].members, population, record=not moves)
                 if not teams:
                     break
-                cohort.run(teams, ladder, population)
-    finally:
-        opened.close()
-    return Result(opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed)
+                for news in cohort.run(teams, ladder, population):
+                    _tell(opened, news)
+                    _look_back(view, opened, cohort)
+    return SweepResult(
+        opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed
+    )
 
 
 def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
@@ -251,6 +259,37 @@ def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[l
         else:
             teams.append([proposal])
     return teams
+
+
+def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
+    """Tells the study what became of its trials, and the log in a line."""
+    if isinstance(news, Failure):
+        for proposal in news.proposals:
+            opened.fail(proposal, news.error)
+        numbers = ", ".join(f"#{proposal.number}" for proposal in news.proposals)
+        _log.warning(f"{numbers} failed: {news.error.strip().splitlines()[-1]}")
+        return
+    for proposal, score, refined, attrs, fate in news.trials:
+        if fate == "diverged":
+            opened.fail(proposal, f"ValueError: the score is {score} after {news.steps} steps.")
+            continue
+        opened.report(proposal, score, news.steps)
+        values = None if proposal.recorded else refined
+        if fate == "finished":
+            opened.finish(proposal, score, values, attrs)
+        elif fate == "stopped":
+            opened.prune(proposal, score, news.steps, values, attrs)
+    best = "none finite" if news.best is None else f"best {news.best:.4g}"
+    going = sum(standing.fate == "goes on" for standing in news.trials)
+    _log.info(f"{len(news.trials)} trials at {news.steps} steps: {best}, {going} go on")
+
+
+def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
+    """Shows where the study stands, others' trials included."""
+    if view.is_open:
+        view.finished = opened.progress().finished
+        view.best = next((best.score for best in ranked(opened.study)), None)
+        view.show(*cohort.training, now=True)
 
 
 def _score_by(metric: str | None) -> Callable[[PopulationReport], jax.Array]:

@@ -6,11 +6,9 @@ value, on a log scale, under the name `"1 - momentum"`. On each of these scales 
 uniform in the Float's unit coordinate, which is what a sampler models.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from hypergrad.checks import integer
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
 
@@ -56,6 +55,10 @@ class Coordinates:
         self.order: tuple[str, ...] = tuple(
             dict.fromkeys(n for name in space for n in self._up(name))
         )
+
+    def parameters(self) -> Iterator[tuple[str, str, BaseDistribution]]:
+        """Go through all names, parents first, with the parameter of each and its distribution."""
+        return ((name, self.names[name], self.distributions[name]) for name in self.order)
 
     def to_study(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return parameters of the study for `values` in the user's units, clipped to the bounds.
@@ -100,28 +103,7 @@ class Coordinates:
         for name, value in values.items():
             if name not in self.space:
                 raise ValueError(f"{label} holds {name!r}: this space holds {list(self.space)}.")
-            dimension = self.space[name]
-            if not isinstance(dimension, Float):
-                if not dimension.admits(value):
-                    raise ValueError(
-                        f"{label}[{name!r}] is {value!r}: give one of the values of {dimension!r}."
-                    )
-                continue
-            number = np.asarray(value)
-            if (
-                number.shape
-                or not np.issubdtype(number.dtype, np.number)
-                or not np.isfinite(number)
-            ):
-                raise ValueError(f"{label}[{name!r}] is {value!r}: give one finite number.")
-            assert dimension.low is not None and dimension.high is not None
-            # A float32 of a bound lies outside it by rounding; `to_study` clips it back.
-            slack = 1e-6 * max(abs(dimension.low), abs(dimension.high))
-            if not dimension.low - slack <= number <= dimension.high + slack:
-                raise ValueError(
-                    f"{label}[{name!r}] is {value!r}, outside [{dimension.low!r}, "
-                    f"{dimension.high!r}]: give a value inside, or widen the space."
-                )
+            self._check_value(self.space[name], value, f"{label}[{name!r}]")
         choices = {name: values[name] for name in self.space.discrete if name in values}
         for name in self.order:
             parents_known = all(p in choices for p in self._up(name)[:-1])
@@ -135,6 +117,23 @@ class Coordinates:
             if complete and active and name not in values:
                 raise ValueError(f"{label} has no {name!r}: give a value of {self.space[name]!r}.")
 
+    def _check_value(self, dimension: Dimension, value: object, label: str) -> None:
+        if not isinstance(dimension, Float):
+            if not dimension.admits(value):
+                raise ValueError(f"{label} is {value!r}: give one of the values of {dimension!r}.")
+            return
+        number = np.asarray(value)
+        if number.shape or not np.issubdtype(number.dtype, np.number) or not np.isfinite(number):
+            raise ValueError(f"{label} is {value!r}: give one finite number.")
+        assert dimension.low is not None and dimension.high is not None
+        # A float32 of a bound lies outside it by rounding; `to_study` clips it back.
+        slack = 1e-6 * max(abs(dimension.low), abs(dimension.high))
+        if not dimension.low - slack <= number <= dimension.high + slack:
+            raise ValueError(
+                f"{label} is {value!r}, outside [{dimension.low!r}, {dimension.high!r}]: give a "
+                "value inside, or widen the space."
+            )
+
     def grid(self, points: int, seed: int | None) -> list[dict[str, Any]]:
         """Return the points of a grid as parameters of the study, without inactive ones.
 
@@ -143,19 +142,16 @@ class Coordinates:
         follow one another, so that they can train together; else the order is shuffled by `seed`.
         Raises ValueError for `points < 2` and for more than 100,000 points.
         """
-        if points < 2:
-            raise ValueError(f"grid_points={points!r} is too few: give at least 2.")
+        points = integer("grid_points", points, 2)
         axes = {name: _grid_axis(self.distributions[name], points) for name in self.order}
         groups: list[dict[str, Any]] = [{}]
         for name in self.space.discrete:
+            choices = [{name: value} for value in axes[name]]
             groups = [
-                {**group, name: value}
+                {**group, **choice}
                 for group in groups
-                for value in (axes[name] if self.space.is_active(name, group) else [None])
+                for choice in (choices if self.space.is_active(name, group) else [{}])
             ]
-        groups = [
-            {n: v for n, v in group.items() if self.space.is_active(n, group)} for group in groups
-        ]
         floats = [
             [n for n in self.space.continuous if self.space.is_active(n, group)] for group in groups
         ]

@@ -11,8 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ledger import ERROR, counted
 from hypergrad.study.signature import stored_space
+from hypergrad.study.slots import ERROR, counted
 
 
 class Best(NamedTuple):

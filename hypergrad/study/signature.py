@@ -1,16 +1,12 @@
 """What a study was made for, written into it, so that another space or direction is refused."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import optuna
 
 from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 
-__all__ = ["check_same", "fingerprint", "first_difference", "stored_space"]
+__all__ = ["check_recipe", "check_same", "stored_space"]
 
 # User attributes of the study.
 _SPACE = "hypergrad:space"
@@ -51,7 +47,7 @@ def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) ->
     study.set_user_attr(_SPACE, now)
 
 
-def check_recipe(study: optuna.Study, **recipe: Any) -> None:
+def check_recipe(study: optuna.Study, **recipe: int | str | None) -> None:
     """Refuse to go on with what makes scores incomparable; sign a study that is new.
 
     Raises ValueError naming what differs.

@@ -1,62 +1,189 @@
-"""The slots of a sweep: who may run which trial, agreed on by several processes without a lock.
+"""The slots of a sweep: what its trials count as, who runs which, and what the dead leave behind.
 
-Optuna gives every trial a number of its own. Whether a slot is still free, and which point of a
-grid a trial gets, follow from the numbers below its own, so that all processes agree.
+A sweep has `num_trials` slots. A slot is a trial that somebody asked for or enqueued, together with
+its successors: a trial whose worker died is marked FAIL and one successor with the same parameters
+is queued. All marks stand in the trials' system attributes, which no later write can change once
+a trial is finished.
+
+Several processes agree without a lock. Optuna gives every trial a number of its own: whether a slot
+is still free, and which point of a grid a trial gets, follow from the numbers below its own. Only
+one worker can set a running trial's state, and that one queues the successor; one that dies between
+the two has left its name in the trial, and the next one queues it in its place. A trial whose error
+was written before its worker died has failed for good and gets no successor.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hypergrad.study import ledger
-from hypergrad.study.ledger import Ledger
-from hypergrad.study.recovery import Recovery
-from hypergrad.study.workers import Worker
+from hypergrad.study.optuna_private import id_of, read_trials
+from hypergrad.study.workers import Worker, is_dead, read_workers
 
-__all__ = ["Slots"]
+__all__ = ["ASKED", "ERROR", "Slots", "TrialCounts", "counted", "trial_counts"]
+
+# Which workers may hold this trial, one key for each.
+_CLAIM = "hypergrad:claim:"
+# Written at the end of an ask: what was proposed, and the sampler's random state after it.
+ASKED = "hypergrad:asked"
+# Which worker declared this trial lost.
+_LOST = "hypergrad:lost"
+# The number of the first trial of this slot, and how many successors came before and with this one.
+_ROOT = "hypergrad:root"
+_ATTEMPT = "hypergrad:attempt"
+# A known good point that was queued by hand; a finished trial of another study.
+_ENQUEUED = "hypergrad:enqueued"
+_ADDED = "hypergrad:added"
+# A good point of this study that is queued to be run again: of no use without a slot.
+_AGAIN = "hypergrad:again"
+# Made by mistake in a race, with the reason; it never ran.
+_CANCELLED = "hypergrad:cancelled"
+# A user attribute: why a trial failed.
+ERROR = "error"
+
+
+class TrialCounts(NamedTuple):
+    """How far a sweep is: numbers of trials; `finished` is `complete + pruned + failed`.
+
+    Lost trials are counted by their successors, trials added from other studies not at all.
+    """
+
+    finished: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+
+def trial_counts(trials: Sequence[FrozenTrial]) -> TrialCounts:
+    """Count the trials that count."""
+    states = [trial.state for trial in counted(trials)]
+    ended = [states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
+    going = [states.count(s) for s in (TrialState.RUNNING, TrialState.WAITING)]
+    return TrialCounts(sum(ended), *ended, *going)
+
+
+def counted(trials: Sequence[FrozenTrial], added: bool = False) -> list[FrozenTrial]:
+    """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
+    return [
+        trial
+        for trial in trials
+        if not (_is_lost(trial) or _CANCELLED in trial.system_attrs)
+        and (added or _ADDED not in trial.system_attrs)
+    ]
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    """Say whether a trial ended only because its worker died."""
+    failed = trial.state == TrialState.FAIL
+    return failed and _LOST in trial.system_attrs and ERROR not in trial.user_attrs
+
+
+def _claimants(trial: FrozenTrial) -> list[str]:
+    """Return the workers that may hold a trial; none for a trial that was not asked for by us."""
+    return [key.removeprefix(_CLAIM) for key in trial.system_attrs if key.startswith(_CLAIM)]
+
+
+def _lineage(trial: FrozenTrial) -> tuple[int, int]:
+    """Return the number of the slot's first trial, and which attempt at it this trial is."""
+    return trial.system_attrs.get(_ROOT, trial.number), trial.system_attrs.get(_ATTEMPT, 0)
+
+
+def _begins_slot(trial: FrozenTrial) -> bool:
+    """Say whether a trial is the first one of a slot."""
+    return not any(mark in trial.system_attrs for mark in (_ROOT, _ADDED, _CANCELLED))
+
+
+def _is_duplicate(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+    """Say whether an earlier trial is the same successor of the same slot.
+
+    Two workers that find the same dead one may, in a narrow race, both queue a successor.
+    """
+    return _ROOT in trial.system_attrs and any(
+        _lineage(other) == _lineage(trial)
+        and _ROOT in other.system_attrs
+        and _CANCELLED not in other.system_attrs
+        for other in trials[: trial.number]
+    )
+
+
+class _Ledger:
+    """Counts slots in time that grows with the unfinished trials only.
+
+    Every method takes all trials of the study, in the order of their numbers.
+    """
+
+    def __init__(self) -> None:
+        # The trials before this number are all finished and will not change.
+        self._settled = 0
+        self._slots = 0
+        self._drawn = 0
+
+    def waiting(self, trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
+        """Go through the queued trials, oldest first."""
+        self._settle(trials)
+        return (t for t in trials[self._settled :] if t.state == TrialState.WAITING)
+
+    def count(self, trials: Sequence[FrozenTrial], before: int | None = None) -> tuple[int, int]:
+        """Count the slots whose first trial's number is below `before`.
+
+        Then those of them that were not enqueued by hand: the grid's place.
+        """
+        self._settle(trials)
+        start, slots, drawn = self._settled, self._slots, self._drawn
+        if before is not None and before < start:
+            # The first trial of a successor that waited long is among the settled ones.
+            start = slots = drawn = 0
+        more = [t for t in trials[start:before] if _begins_slot(t)]
+        return slots + len(more), drawn + sum(_ENQUEUED not in t.system_attrs for t in more)
+
+    def _settle(self, trials: Sequence[FrozenTrial]) -> None:
+        while self._settled < len(trials) and trials[self._settled].state.is_finished():
+            trial = trials[self._settled]
+            if _begins_slot(trial):
+                self._slots += 1
+                self._drawn += _ENQUEUED not in trial.system_attrs
+            self._settled += 1
 
 
 class Slots:
-    """Takes trials of `study` for `worker`: at most `num_trials` in all, or the grid's `points`."""
+    """What `worker` does with whole trials of `study`: takes, queues again and gives them back.
+
+    At most `num_trials` are run in all, or the grid's `points`; one whose worker died is queued
+    again at most `max_retries` times.
+    """
 
     def __init__(
         self,
         study: optuna.Study,
         worker: Worker,
-        recovery: Recovery,
         num_trials: int | None,
         points: Sequence[dict[str, Any]] | None,
+        max_retries: int | None,
     ) -> None:
-        self._study = study
-        self._storage = study._storage
-        self._worker = worker
-        self._recovery = recovery
-        self._num_trials = num_trials
-        self._points = points
-        self._ledger = Ledger()
+        self._study, self._worker, self._storage = study, worker, worker.storage
+        self._num_trials, self.points, self._max_retries = num_trials, points, max_retries
+        self._ledger = _Ledger()
 
     def take(self, wanted: Mapping[str, Any]) -> int | None:
         """Return the id of a trial that is ours to run now; None where nothing is left.
 
         Of the queued trials only those are taken that agree with the parameters `wanted`.
         """
-        # As in Study.ask: trials are read from the storage once for an ask.
-        self._study._thread_local.cached_all_trials = None
-        trials = self._study._get_trials(deepcopy=False, use_cache=True)
+        trials = read_trials(self._study)
         trial_id = self._take_waiting(trials, wanted)
         return self._create(trials) if trial_id is None else trial_id
 
-    def point(self, trial: FrozenTrial) -> dict[str, Any] | None:
+    def point(self, trial: FrozenTrial) -> dict[str, Any]:
         """Return the grid's point for a trial, the same one for all its successors."""
-        if self._points is None:
-            return None
+        assert self.points is not None
         trials = self._study.get_trials(deepcopy=False)
-        return self._points[self._ledger.drawn(trials, ledger.lineage(trial)[0])]
+        return self.points[self._ledger.count(trials, _lineage(trial)[0])[1]]
 
     def _take_waiting(self, trials: list[FrozenTrial], wanted: Mapping[str, Any]) -> int | None:
         """Make one queued trial ours, or return None."""
@@ -64,52 +191,146 @@ class Slots:
             asked = trial.system_attrs.get("fixed_params", {})
             if any(name in wanted and asked[name] != wanted[name] for name in asked):
                 continue
-            if self._is_over(self._ledger.slots(trials, ledger.lineage(trial)[0])):
+            trial_id = id_of(trial)
+            slots, _ = self._ledger.count(trials, _lineage(trial)[0])
+            if self._num_trials is not None and slots >= self._num_trials:
                 # A point queued by hand may wait for a larger num_trials. One queued again was
                 # queued by two processes; a successor had no right to its slot: its worker died
                 # before it could cancel the first trial.
-                if not ledger.is_slot(trial) or ledger.AGAIN in trial.system_attrs:
-                    self._recovery.cancel(trial._trial_id, "every slot is taken")
+                if not _begins_slot(trial) or _AGAIN in trial.system_attrs:
+                    self.cancel(trial_id, "every slot is taken")
                 continue
-            if self._ledger.is_duplicate(trial, trials):
-                self._recovery.cancel(trial._trial_id, "its slot has a successor already")
+            if _is_duplicate(trial, trials):
+                self.cancel(trial_id, "its slot has a successor already")
                 continue
-            try:
+            with suppress(UpdateFinishedTrialError):
                 # Before the state, so that there is no moment at which a running trial is nobody's.
-                self._storage.set_trial_system_attr(
-                    trial._trial_id, ledger.CLAIM + self._worker.id, True
-                )
-                if not self._storage.set_trial_state_values(
-                    trial._trial_id, state=TrialState.RUNNING
-                ):
-                    continue
-            except UpdateFinishedTrialError:
-                continue
-            return trial._trial_id
+                self._mark(trial_id, _CLAIM + self._worker.id, True)
+                if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
+                    return trial_id
         return None
 
     def _create(self, trials: list[FrozenTrial]) -> int | None:
         """Make a new trial that is ours from its first moment, or return None."""
-        if self._is_over(self._ledger.slots(trials)) or self._grid_ends(self._ledger.drawn(trials)):
+        if self._is_over(*self._ledger.count(trials)):
             return None
         template = create_trial(
-            state=TrialState.RUNNING, system_attrs={ledger.CLAIM + self._worker.id: True}
+            state=TrialState.RUNNING, system_attrs={_CLAIM + self._worker.id: True}
         )
-        trial_id = self._storage.create_new_trial(self._study._study_id, template_trial=template)
+        trial_id = self._storage.create_new_trial(self._worker.study_id, template_trial=template)
         # Others may have created trials in the meantime. Numbers are unique, so all agree on who
         # came too late.
-        self._study._thread_local.cached_all_trials = None
-        trials = self._study._get_trials(deepcopy=False, use_cache=True)
+        trials = read_trials(self._study)
         number = self._storage.get_trial(trial_id).number
-        if self._is_over(self._ledger.slots(trials, number)) or self._grid_ends(
-            self._ledger.drawn(trials, number)
-        ):
-            self._recovery.cancel(trial_id, "another process took the last slot")
+        if self._is_over(*self._ledger.count(trials, number)):
+            self.cancel(trial_id, "another process took the last slot")
             return None
         return trial_id
 
-    def _is_over(self, slots: int) -> bool:
-        return self._num_trials is not None and slots >= self._num_trials
+    def _is_over(self, slots: int, drawn: int) -> bool:
+        full = self._num_trials is not None and slots >= self._num_trials
+        return full or (self.points is not None and drawn >= len(self.points))
 
-    def _grid_ends(self, drawn: int) -> bool:
-        return self._points is not None and drawn >= len(self._points)
+    def cancel(self, trial_id: int, reason: str) -> None:
+        """Take a trial out that must not run, and that nobody runs."""
+        with suppress(UpdateFinishedTrialError):
+            self._mark(trial_id, _CANCELLED, reason)
+            self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
+
+    def enqueue(self, params: dict[str, Any], again: bool) -> bool:
+        """Queue a point by its parameters; False where it was queued before and not `again`."""
+        for trial in () if again else self._study.get_trials(deepcopy=False):
+            known = _ENQUEUED in trial.system_attrs
+            if known and trial.system_attrs.get("fixed_params") == params:
+                return False
+        attrs = {"fixed_params": params, _ENQUEUED: True}
+        attrs |= {_AGAIN: True} if again else {}
+        self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
+        return True
+
+    def add(
+        self,
+        params: dict[str, Any],
+        distributions: dict[str, BaseDistribution],
+        value: float,
+        attrs: dict[str, Any],
+    ) -> bool:
+        """Add a finished trial, which takes no slot; False where it was added before."""
+        for trial in self._study.get_trials(deepcopy=False):
+            known = _ADDED in trial.system_attrs and trial.params == params
+            if known and trial.value == value:
+                return False
+        self._study.add_trial(
+            create_trial(
+                params=params,
+                distributions=distributions,
+                value=value,
+                user_attrs=attrs,
+                system_attrs={_ADDED: True},
+            )
+        )
+        return True
+
+    def recover(self, held: Iterable[int]) -> list[int]:
+        """Queue again what dead workers ran; `held` are the numbers of our own running trials."""
+        held = set(held)
+        workers = read_workers(self._storage, self._worker.study_id)
+        trials = self._study.get_trials(deepcopy=False)
+        succeeded = {(root, attempt - 1) for root, attempt in map(_lineage, trials) if attempt}
+
+        def gone(worker: str) -> bool:
+            return worker == self._worker.id or is_dead(worker, workers.get(worker))
+
+        found = []
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and trial.number not in held:
+                claimed = _claimants(trial)
+                if not claimed or not all(map(gone, claimed)) or not self.lose(trial):
+                    continue
+            # Or its successor is missing, and whoever was to queue it has died.
+            elif not (
+                _is_lost(trial)
+                and _lineage(trial) not in succeeded
+                and gone(trial.system_attrs[_LOST])
+            ):
+                continue
+            if self.queue_successor(trial):
+                found.append(trial.number)
+        return found
+
+    def give_back(self, held: Iterable[int]) -> None:
+        """Queue again our own running trials, as we are about to end."""
+        held = set(held)
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number in held and self.lose(trial):
+                self.queue_successor(trial)
+
+    def lose(self, trial: FrozenTrial) -> bool:
+        """Mark a running trial as lost; False where somebody was faster or it has failed."""
+        trial_id = id_of(trial)
+        with suppress(UpdateFinishedTrialError):
+            self._mark(trial_id, _LOST, self._worker.id)
+            if self._max_retries is not None and _lineage(trial)[1] >= self._max_retries:
+                error = f"its process died {self._max_retries + 1} times while it ran"
+                self._storage.set_trial_user_attr(trial_id, ERROR, error)
+            if self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
+                return _is_lost(self._storage.get_trial(trial_id))
+        return False
+
+    def queue_successor(self, trial: FrozenTrial) -> bool:
+        """Queue a lost trial again; False where it had its retries."""
+        root, attempt = _lineage(trial)
+        if self._max_retries is not None and attempt >= self._max_retries:
+            return False
+        attrs: dict[str, Any] = {_ROOT: root, _ATTEMPT: attempt + 1}
+        fixed = dict(trial.system_attrs.get("fixed_params", {}))
+        # An ask that was cut short is done again: the sampler's state is that from before it.
+        if ASKED in trial.system_attrs:
+            fixed |= trial.params | trial.system_attrs[ASKED].get("params", {})
+        if fixed:
+            attrs["fixed_params"] = fixed
+        self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
+        return True
+
+    def _mark(self, trial_id: int, key: str, value: str | bool) -> None:
+        self._storage.set_trial_system_attr(trial_id, key, value)

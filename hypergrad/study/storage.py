@@ -7,8 +7,6 @@ both make its tables, and one fails; and a machine that is lost within a transac
 on PostgreSQL for hours. Each is mended here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random
@@ -28,9 +26,9 @@ from optuna.storages import (
     JournalStorage,
     RDBStorage,
 )
-from optuna.storages._cached_storage import _CachedStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal import JournalFileBackend
+
+from hypergrad.study.optuna_private import backend_of, path_of, symlink_lock
 
 try:
     import fcntl
@@ -83,12 +81,14 @@ def open_journal(path: str) -> JournalStorage:
         raise ValueError(f"storage={path!r} lies in {str(folder)!r}, which is no folder: make it.")
     if fcntl is None:
         return JournalStorage(JournalFileBackend(path))
-    backend = JournalFileBackend(path, lock_obj=_Lock(path))
-    _cut_torn_line(path, backend._lock)
+    lock = _Lock(path)
+    # Optuna asks for two methods; the base class that it names is private.
+    backend = JournalFileBackend(path, lock_obj=lock)  # type: ignore[arg-type]
+    _cut_torn_line(path, lock)
     return JournalStorage(backend)
 
 
-class _Lock(BaseJournalFileLock):
+class _Lock:
     """Optuna's symbolic link, behind a lock that the kernel releases when its holder dies.
 
     The link points at the file of this machine's kernel lock. Whoever has that lock and finds such
@@ -100,9 +100,9 @@ class _Lock(BaseJournalFileLock):
         # One name per machine: a kernel's lock may not reach beyond it (NFS).
         self._kernel_file = f"{path}.{_machine()}.lock"
         self._link_file = path + ".lock"
-        self._link = JournalFileSymlinkLock(path)
-        # Beside the link, where Optuna looks at its age; ours points at another file.
-        self._link._lock_target_file = os.path.basename(self._kernel_file)
+        # A name beside the link's own, as the link is followed for its age.
+        self._target = os.path.basename(self._kernel_file)
+        self._link = symlink_lock(path, self._target)
         self._descriptor = -1
 
     def acquire(self) -> bool:
@@ -113,7 +113,7 @@ class _Lock(BaseJournalFileLock):
             # this, all of our short locks would look to it like one long one.
             os.utime(self._kernel_file)
             with contextlib.suppress(OSError):
-                if os.readlink(self._link_file) == self._link._lock_target_file:
+                if os.readlink(self._link_file) == self._target:
                     self._link.release()
             return self._link.acquire()
         except BaseException:
@@ -140,7 +140,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _cut_torn_line(path: str, lock: Any) -> None:
+def _cut_torn_line(path: str, lock: _Lock) -> None:
     lock.acquire()
     try:
         with open(path, "rb+") as file:
@@ -244,9 +244,9 @@ def dashboard_command(storage: BaseStorage) -> str:
         ...
     ValueError: This study is kept in memory, where no dashboard can see it: sweep with ...
     """
-    backend = storage._backend if isinstance(storage, _CachedStorage | JournalStorage) else storage
+    backend = backend_of(storage)
     if isinstance(backend, JournalFileBackend):
-        return f"optuna-dashboard {shlex.quote(backend._file_path)}"
+        return f"optuna-dashboard {shlex.quote(path_of(backend))}"
     if isinstance(backend, RDBStorage) and not _is_in_memory(backend):
         return f"optuna-dashboard {shlex.quote(backend.url)}"
     if isinstance(backend, GrpcStorageProxy):

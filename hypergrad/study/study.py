@@ -4,36 +4,53 @@
 ordinary Optuna study: its plots, its dashboard and its storages work.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
+from hypergrad.checks import choice, integer
 from hypergrad.space.space import Space
-from hypergrad.study import ledger
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ledger import Progress
-from hypergrad.study.randomness import SavedRandomness
-from hypergrad.study.recovery import Recovery
-from hypergrad.study.sampling import Fixed, Proposal, make_sampler, propose
+from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
+from hypergrad.study.sampler import SavedRandomness, make_sampler
 from hypergrad.study.signature import check_same
-from hypergrad.study.slots import Slots
+from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, counted, trial_counts
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker
 
-__all__ = ["OpenStudy", "Progress", "Proposal", "open_study"]
+__all__ = ["OpenStudy", "Proposal", "open_study"]
 
-_DIRECTIONS = ("minimize", "maximize")
 # A traceback's end says what went wrong; databases limit a text's length.
 _LONGEST_ERROR = 8000
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One trial to run: active discrete `choices`, and a `start` for each active Float.
+
+    Values are in the user's own units. `recorded` says whether the study already holds the starts
+    as the trial's parameters; if not, `finish` and `prune` record what they were refined to.
+    `unrecorded` are those starts as parameters of the study, before any rounding between units.
+    """
+
+    trial: optuna.Trial
+    choices: dict[str, Any]
+    start: dict[str, float]
+    recorded: bool
+    unrecorded: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        """The trial's number in the study."""
+        return self.trial.number
 
 
 def open_study(
@@ -49,7 +66,7 @@ def open_study(
     beat_every: float = 10.0,
     grace: float = 60.0,
     max_retries: int | None = None,
-) -> OpenStudy:
+) -> "OpenStudy":
     """Make or reopen the study `name` of `space` in `storage`; use the result in a `with` block.
 
     `storage` is None (memory), a path `"sweep.journal"`, a database's URL or an Optuna storage.
@@ -79,10 +96,9 @@ def open_study(
     ...     opened.progress().finished
     3
     """
-    if direction not in _DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown: 'minimize' or 'maximize'.")
-    if num_trials is not None and num_trials < 1:
-        raise ValueError(f"num_trials={num_trials!r} leaves nothing to do: run at least one trial.")
+    choice("direction", direction, ("minimize", "maximize"))
+    if num_trials is not None:
+        num_trials = integer("num_trials", num_trials, remedy="or None for no limit")
     coordinates = Coordinates(space)
     points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)
@@ -98,11 +114,11 @@ def open_study(
         load_if_exists=True,
     )
     check_same(study, coordinates, direction)
-    worker = Worker(study._storage, study._study_id, beat_every, grace)
-    opened = OpenStudy(
-        study, coordinates, worker, num_trials=num_trials, points=points, max_retries=max_retries
-    )
-    opened._randomness.open(opened._recovery.alone(), seed, study.get_trials(deepcopy=False))
+    worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
+    slots = Slots(study, worker, num_trials, points, max_retries)
+    randomness = SavedRandomness(engine, seed, worker)
+    opened = OpenStudy(study, coordinates, randomness, slots, worker)
+    randomness.open(worker.is_alone(), study.get_trials(deepcopy=False))
     opened.recover()
     return opened
 
@@ -110,31 +126,24 @@ def open_study(
 class OpenStudy:
     """A study that this process works on, made by `open_study`; one thread asks and tells.
 
-    `study` is the Optuna study, `space` the space.
+    `study` is the Optuna study, `space` the space, `storage` where the study is kept.
     """
 
     def __init__(
         self,
         study: optuna.Study,
         coordinates: Coordinates,
+        randomness: SavedRandomness,
+        slots: Slots,
         worker: Worker,
-        *,
-        num_trials: int | None,
-        points: list[dict[str, Any]] | None,
-        max_retries: int | None,
     ) -> None:
-        self.study = study
-        self.space = coordinates.space
-        self._coordinates = coordinates
-        self._worker = worker
-        self._storage = study._storage
-        self._recovery = Recovery(study, worker, max_retries)
-        self._slots = Slots(study, worker, self._recovery, num_trials, points)
-        self._is_grid = points is not None
-        self._randomness = SavedRandomness(study)
+        self.study, self.space, self.storage = study, coordinates.space, worker.storage
+        self._coordinates, self._randomness = coordinates, randomness
+        self._slots, self._worker = slots, worker
+        # The numbers of our running trials.
         self._held: set[int] = set()
 
-    def __enter__(self) -> OpenStudy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -208,13 +217,13 @@ class OpenStudy:
         """
         if math.isnan(value):
             return self.fail(proposal, "ValueError: the trial's value is NaN.")
-        if step not in proposal.trial._cached_frozen_trial.intermediate_values:
+        if step not in frozen(proposal.trial).intermediate_values:
             self.report(proposal, value, step)
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
     def fail(self, proposal: Proposal, error: str) -> bool:
         """Record that a trial failed for good, with its traceback as user attribute `error`."""
-        attrs = {ledger.ERROR: error[-_LONGEST_ERROR:]}
+        attrs = {ERROR: error[-_LONGEST_ERROR:]}
         return self._tell(proposal, TrialState.FAIL, None, None, attrs)
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
@@ -227,15 +236,7 @@ class OpenStudy:
         unknown names, values outside the space and values that are inactive beside the others.
         """
         self._coordinates.check(hyper, "hyper", complete=False)
-        params = self._coordinates.to_study(hyper)
-        for trial in () if again else self.study.get_trials(deepcopy=False):
-            known = ledger.ENQUEUED in trial.system_attrs
-            if known and trial.system_attrs.get("fixed_params") == params:
-                return False
-        attrs = {"fixed_params": params, ledger.ENQUEUED: True}
-        attrs |= {ledger.AGAIN: True} if again else {}
-        self.study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
-        return True
+        return self._slots.enqueue(self._coordinates.to_study(hyper), again)
 
     def check(self, hyper: Mapping[str, Any]) -> None:
         """Raise ValueError unless `hyper` holds all active values, each within the space."""
@@ -255,21 +256,8 @@ class OpenStudy:
         """
         self._coordinates.check(hyper, "hyper", complete=True)
         params = self._coordinates.to_study(hyper)
-        for trial in self.study.get_trials(deepcopy=False):
-            known = ledger.ADDED in trial.system_attrs and trial.params == params
-            if known and trial.value == float(value):
-                return False
-        names = {self._coordinates.names[name]: name for name in hyper}
-        self.study.add_trial(
-            create_trial(
-                params=params,
-                distributions={n: self._coordinates.distributions[names[n]] for n in params},
-                value=float(value),
-                user_attrs=dict(attrs or {}),
-                system_attrs={ledger.ADDED: True},
-            )
-        )
-        return True
+        distributions = {p: d for _, p, d in self._coordinates.parameters() if p in params}
+        return self._slots.add(params, distributions, float(value), dict(attrs or {}))
 
     def values(self, trial: FrozenTrial) -> dict[str, Any]:
         """Return a trial's parameters by the space's names, in the user's units."""
@@ -277,15 +265,11 @@ class OpenStudy:
 
     def trials(self, added: bool = False) -> list[FrozenTrial]:
         """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
-        return ledger.counted(self.study.get_trials(deepcopy=False), added)
+        return counted(self.study.get_trials(deepcopy=False), added)
 
-    def progress(self) -> Progress:
+    def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
-        return ledger.progress(self.study.get_trials(deepcopy=False))
-
-    def beat(self) -> None:
-        """Give a sign of life now, beside those of the background thread."""
-        self._worker.beat()
+        return trial_counts(self.study.get_trials(deepcopy=False))
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.
@@ -294,45 +278,43 @@ class OpenStudy:
         state queues the successor; a worker that dies between the two is found by the next one.
         Trials that Optuna was asked for directly are left alone. Cost: one read of all trials.
         """
-        return self._recovery.recover(self._held)
+        return self._slots.recover(self._held)
 
     def close(self) -> None:
         """Give running trials of this process back to the queue and stop its beats."""
         held, self._held = self._held, set()
         try:
-            self._recovery.give_back(held)
+            self._slots.give_back(held)
         finally:
             self._worker.close()
 
     def _fill(self, trial_id: int, wanted: dict[str, Any], record: bool) -> Proposal:
-        sampler = self.study.sampler
-        if wanted and not self._is_grid:
-            self.study.sampler = Fixed(wanted, sampler)
+        """Propose the values of a trial that is ours, parents first."""
+        sampler, is_grid = self.study.sampler, self._slots.points is not None
+        choices: dict[str, Any] = {}
+        start: dict[str, float] = {}
+        unrecorded: dict[str, Any] = {}
+        if wanted and not is_grid:
+            self.study.sampler = FixedChoices(wanted, sampler)
         try:
             trial = optuna.Trial(self.study, trial_id)
             self._held.add(trial.number)
-            if self._is_grid and not trial._fixed_params:
-                trial._fixed_params = self._slots.point(trial._cached_frozen_trial)
-            choices: dict[str, Any] = {}
-            start: dict[str, float] = {}
-            unrecorded: dict[str, Any] = {}
-            for name in self._coordinates.order:
+            if is_grid and not frozen(trial).system_attrs.get("fixed_params"):
+                fix(trial, self._slots.point(frozen(trial)))
+            for name, parameter, distribution in self._coordinates.parameters():
                 if not self.space.is_active(name, choices):
                     continue
-                parameter = self._coordinates.names[name]
-                distribution = self._coordinates.distributions[name]
                 if name not in self.space.continuous:
-                    choices[name] = trial._suggest(parameter, distribution)
-                elif record:
-                    start[name] = self._coordinates.value(
-                        name, trial._suggest(parameter, distribution)
-                    )
+                    choices[name] = suggest(trial, parameter, distribution)
+                    continue
+                if record:
+                    value = suggest(trial, parameter, distribution)
                 else:
-                    unrecorded[parameter] = propose(trial, parameter, distribution)
-                    start[name] = self._coordinates.value(name, unrecorded[parameter])
+                    value = unrecorded[parameter] = propose(trial, parameter, distribution)
+                start[name] = self._coordinates.value(name, value)
         except BaseException:
             # Nobody will tell it: `recover` may take it.
-            self._held.difference_update({self._storage.get_trial(trial_id).number})
+            self._held.discard(self.storage.get_trial(trial_id).number)
             raise
         finally:
             self.study.sampler = sampler
@@ -340,7 +322,8 @@ class OpenStudy:
         place = self._randomness.place()
         if place is not None:
             asked["random"] = place
-        self._storage.set_trial_system_attr(trial_id, ledger.ASKED, asked)
+        # Last, and at once: a trial without it is asked for again, from the same random state.
+        self.storage.set_trial_system_attr(trial_id, ASKED, asked)
         return Proposal(trial, choices, start, record, unrecorded)
 
     def _tell(
@@ -351,42 +334,46 @@ class OpenStudy:
         refined: Mapping[str, float] | None,
         attrs: Mapping[str, Any] | None,
     ) -> bool:
-        if proposal.recorded and refined is not None:
-            raise ValueError(
-                f"refined={dict(refined)!r} comes too late: trial {proposal.number} has its start "
-                "recorded. Ask with record=False."
-            )
-        told: Mapping[str, Any] = proposal.start if refined is None else refined
-        if told.keys() != proposal.start.keys():
-            raise ValueError(
-                f"refined holds {sorted(told)}: give exactly the active Floats "
-                f"{sorted(proposal.start)}."
-            )
-        if refined is not None:
-            self._coordinates.check({**proposal.choices, **refined}, "refined", complete=False)
+        self._check_refined(proposal, refined)
         trial = proposal.trial
         try:
             if not proposal.recorded:
-                params = proposal._unrecorded
-                if refined is not None:
-                    params = self._coordinates.to_study(refined)
-                for name in proposal.start:
-                    parameter = self._coordinates.names[name]
-                    distribution = self._coordinates.distributions[name]
-                    internal = distribution.to_internal_repr(params[parameter])
-                    self._storage.set_trial_param(
-                        trial._trial_id, parameter, internal, distribution
-                    )
+                self._record(proposal, refined)
                 attrs = {"start": dict(proposal.start), **(attrs or {})}
             for key, attr in (attrs or {}).items():
                 trial.set_user_attr(key, attr)
             self.study.tell(trial, value, state=state)
         except (UpdateFinishedTrialError, ValueError):
             # Somebody thought that this process was dead, and has queued the trial again.
-            if not self._storage.get_trial(trial._trial_id).state.is_finished():
+            if not self.storage.get_trial(id_of(trial)).state.is_finished():
                 raise
             return False
         finally:
             self._held.discard(proposal.number)
         self._randomness.save_if_moved()
         return True
+
+    def _record(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
+        """Write the Floats that the sampler is to learn from, for which there is one chance."""
+        params = proposal.unrecorded if refined is None else self._coordinates.to_study(refined)
+        for name, parameter, distribution in self._coordinates.parameters():
+            if name in proposal.start:
+                internal = distribution.to_internal_repr(params[parameter])
+                self.storage.set_trial_param(
+                    id_of(proposal.trial), parameter, internal, distribution
+                )
+
+    def _check_refined(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
+        if refined is None:
+            return
+        if proposal.recorded:
+            raise ValueError(
+                f"refined={dict(refined)!r} comes too late: trial {proposal.number} has its start "
+                "recorded. Ask with record=False."
+            )
+        if refined.keys() != proposal.start.keys():
+            raise ValueError(
+                f"refined holds {sorted(refined)}: give exactly the active Floats "
+                f"{sorted(proposal.start)}."
+            )
+        self._coordinates.check({**proposal.choices, **refined}, "refined", complete=False)

@@ -5,8 +5,6 @@ id, start time of the process) and renews its beat every few seconds, on any sto
 heartbeat exists for databases only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket
@@ -19,6 +17,8 @@ from functools import cache
 from typing import Any
 
 from optuna.storages import BaseStorage, InMemoryStorage
+
+from hypergrad.checks import positive
 
 __all__ = ["Worker", "is_dead", "read_workers"]
 
@@ -38,15 +38,14 @@ class Worker:
     def __init__(
         self, storage: BaseStorage, study_id: int, beat_every: float, grace: float
     ) -> None:
-        if beat_every <= 0:
-            raise ValueError(f"beat_every={beat_every!r} seconds is no period: give more than 0.")
+        positive("beat_every", beat_every, "a period in seconds")
         if grace < 2 * beat_every:
             raise ValueError(
                 f"grace={grace!r} seconds declares a worker dead before it misses two beats: give "
                 f"at least {2 * beat_every!r}, or a smaller beat_every={beat_every!r}."
             )
         self.id = uuid.uuid4().hex
-        self._storage, self._study_id = storage, study_id
+        self.storage, self.study_id = storage, study_id
         self._record = {
             "place": _place(),
             "pid": os.getpid(),
@@ -70,13 +69,20 @@ class Worker:
         """Write a sign of life now."""
         self._write(self._record | {"beat": time.time()})
 
+    def is_alone(self) -> bool:
+        """Say whether no other worker lives."""
+        workers = read_workers(self.storage, self.study_id)
+        return all(
+            worker == self.id or is_dead(worker, record) for worker, record in workers.items()
+        )
+
     def close(self) -> None:
         """Stop beating and say that this worker ended."""
         self._finalizer()
         self._write(self._record | {"beat": time.time(), "ended": True})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._storage.set_study_system_attr(self._study_id, _PREFIX + self.id, dict(record))
+        self.storage.set_study_system_attr(self.study_id, _PREFIX + self.id, dict(record))
 
 
 def read_workers(storage: BaseStorage, study_id: int) -> dict[str, dict[str, Any]]:

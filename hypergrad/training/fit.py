@@ -23,7 +23,7 @@ from hypergrad.training.callbacks import check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
-from hypergrad.training.progress import Progress
+from hypergrad.training.progress import FitProgress
 from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
@@ -181,7 +181,7 @@ def fit(
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
-        run.progress = stack.enter_context(Progress(resumed.done, stop, steps))
+        run.progress = stack.enter_context(FitProgress(resumed.done, stop, steps))
         run.through(ahead, terminated)
     if terminated is not None and terminated.is_set():
         # A handler of the user's own has its turn; the usual one would end us without cleaning up.
@@ -207,7 +207,7 @@ class _Run:
     saver: Saver | None = None
     every = 1
     callbacks: Sequence[Callable[[Record], Any]] = ()
-    progress: Progress
+    progress: FitProgress
 
     def __init__(
         self,

@@ -1,18 +1,17 @@
-"""How a run is going, for whoever watches: a bar on a terminal, else one log line a minute."""
+"""How a run or a sweep is going, for whoever watches: a bar on a terminal, lines in the log."""
 
 import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
 
 from hypergrad.training.history import Record
 
-__all__ = ["Progress", "summary"]
+__all__ = ["FitProgress", "ProgressBar", "SweepProgress"]
 
 _log = logging.getLogger("hypergrad")
 
@@ -22,19 +21,84 @@ _BETWEEN_DRAWINGS = 0.5
 _MOST_NAMED = 4
 
 
-class Progress:
-    """Shows records as they come in; a context.
+class ProgressBar:
+    """What is done of `total`, a bar, the time left and a text, on a terminal only; a context.
 
-    On a terminal a rich bar on `file` with the time left, the loss, steps per second and up
-    to four hyperparameters. Elsewhere one line a minute to the logger "hypergrad" (level
-    INFO), or to `file` where no logging is set up.
+    `first` of them are done before. `file` is where to, and what is asked whether it is a terminal;
+    None is standard error. `clock` gives seconds.
+    """
 
-    Args:
-      first: the number of the first update to come.
-      total: that of the last, plus one.
-      steps_per_update: K.
-      file: where to, and what is asked whether it is a terminal; None for standard error.
-      clock: seconds, as `time.monotonic`.
+    def __init__(
+        self,
+        first: int,
+        total: int,
+        unit: str = "",
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        text: str = "",
+    ) -> None:
+        self._first, self._total, self._unit, self._text = first, total, unit, text
+        self._file = sys.stderr if file is None else file
+        self._clock = clock
+        self._shown = clock()
+        self._bar: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a terminal to draw on."""
+        return self._bar is not None
+
+    def __enter__(self) -> Self:
+        if self._file is not None and self._file.isatty():
+            self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        fixed, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f}/{task.total}" + self._unit, table_column=fixed),
+            BarColumn(bar_width=10),
+            TimeRemainingColumn(table_column=fixed),
+            TextColumn("left", table_column=fixed),
+            TextColumn("{task.description}", markup=False, table_column=rest),
+            expand=True,
+            console=Console(file=self._file),
+            auto_refresh=False,
+            # Lets a message of the user's own appear above the bar.
+            redirect_stdout=True,
+            redirect_stderr=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self._text, total=self._total, completed=self._first)
+        self._bar.refresh()
+
+    def _is_due(self, seconds: float) -> bool:
+        """Whether so many seconds have passed since this was last so."""
+        now = self._clock()
+        due = now - self._shown >= seconds
+        self._shown = now if due else self._shown
+        return due
+
+    def _draw(self, done: float, text: str, now: bool = True) -> None:
+        self._bar.update(self._task, completed=done, description=text)
+        if now:
+            self._bar.refresh()
+
+
+class FitProgress(ProgressBar):
+    """Shows records as they come in.
+
+    On a terminal the loss, steps per second and up to four hyperparameters. Elsewhere one line a
+    minute to the logger "hypergrad" (level INFO), or to `file` where no logging is set up.
     """
 
     def __init__(
@@ -45,83 +109,69 @@ class Progress:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._steps = total, steps_per_update
-        self._file = sys.stderr if file is None else file
-        self._clock = clock
-        self._first = self._done = first
+        super().__init__(first, total, file=file, clock=clock, text="compiling")
+        self._steps = steps_per_update
         self._begin: float | None = None
-        self._shown = clock()
-        self._bar: Any = None
-
-    def __enter__(self) -> "Progress":
-        if self._file is not None and self._file.isatty():
-            self._open_bar()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.stop()
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-        from rich.table import Column
-
-        fixed, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        self._bar = Bar(
-            MofNCompleteColumn(table_column=fixed),
-            BarColumn(bar_width=10),
-            TimeRemainingColumn(table_column=fixed),
-            TextColumn("{task.description}", markup=False, table_column=rest),
-            expand=True,
-            console=Console(file=self._file),
-            auto_refresh=False,
-            # Lets a message of the user's own appear above the bar.
-            redirect_stdout=True,
-            redirect_stderr=True,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("compiling", total=self._total, completed=self._first)
-        self._bar.refresh()
 
     def show(self, record: Record) -> None:
-        """Take one record; costs next to nothing where nothing is due."""
-        self._done = record.update + 1
-        now = self._clock()
+        """Takes one record; costs next to nothing where nothing is due."""
+        done = record.update + 1
         if self._begin is None:
             # What compiles is the first update, and no measure of the others.
-            self._begin, self._first = now, self._done
-        ends = self._bar is not None and self._done == self._total
-        between = _BETWEEN_LINES if self._bar is None else _BETWEEN_DRAWINGS
-        if now - self._shown < between and not ends:
+            self._begin, self._first = self._clock(), done
+        ends = self.is_open and done == self._total
+        if not self._is_due(_BETWEEN_DRAWINGS if self.is_open else _BETWEEN_LINES) and not ends:
             return
-        self._shown = now
-        rate = (self._done - self._first) / max(now - self._begin, 1e-9)
-        text = summary(record, rate, self._steps)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=text)
-            self._bar.refresh()
+        rate = (done - self._first) / max(self._clock() - self._begin, 1e-9)
+        text = record_line(record, rate, self._steps)
+        if self.is_open:
+            self._draw(done, text)
             return
-        left = (self._total - self._done) / rate if rate else float("inf")
-        line = f"{self._done}/{self._total} {text}, {_duration(left)} left"
+        left = (self._total - done) / rate if rate else float("inf")
+        line = f"{done}/{self._total} {text}, {_duration(left)} left"
         if _log.hasHandlers():
             _log.info(line)
         elif self._file is not None:
             print(line, file=self._file, flush=True)
 
 
-def summary(record: Record, rate: float, steps_per_update: int) -> str:
+class SweepProgress(ProgressBar):
+    """Shows the trials done, the best score, who runs, and speed; nothing off a terminal.
+
+    Attributes:
+      finished: the trials that all processes have finished.
+      best: the best score so far, or None.
+    """
+
+    finished = 0
+    best: float | None = None
+
+    def __init__(self, num_trials: int, enabled: bool = True) -> None:
+        super().__init__(0, num_trials, " trials")
+        self._file = self._file if enabled else None
+        self._begin = self._clock()
+        self._before: float | None = None
+
+    def show(self, running: int, partial: float, steps: int, now: bool = False) -> None:
+        """Draws where the sweep stands, `now` or when it is time.
+
+        `running` trials train here and have `partial` full runs behind them; this call has spent
+        `steps` training steps.
+        """
+        done = self.finished + partial
+        # What a storage held before is not this call's speed.
+        self._before = done if self._before is None else self._before
+        speed = (done - self._before) / max(self._clock() - self._begin, 1e-9)
+        best = "none yet" if self.best is None else f"{self.best:.4g}"
+        text = f"best {best}, {running} run, {speed:.2g} trials/s, {steps} steps"
+        self._draw(done, text, self._is_due(_BETWEEN_DRAWINGS) or now)
+
+
+def record_line(record: Record, rate: float, steps_per_update: int) -> str:
     """A record in one line; `rate` in updates per second.
 
     >>> record = Record(0, 0.25, 0.5, {"rate": np.array(0.1), "l2": np.array([1.0, 3.0])}, None)
-    >>> summary(record, 20.0, 10)
+    >>> record_line(record, 20.0, 10)
     'loss 0.25, 200 steps/s, rate 0.1, l2 1..3'
     """
     speed = f"{rate * steps_per_update:.3g} steps/s"

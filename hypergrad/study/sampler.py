@@ -1,24 +1,25 @@
-"""The random state of a sampler, kept in a few numbers, so that a resumed study continues it.
+"""The sampler of a study, and its random state, kept so that a resumed study continues it.
 
 A Mersenne Twister's state is 2.5 KB. As it only ever moves forward in blocks of 624 words, its
 first state is kept once, and then the number of blocks and the place in the block.
 """
 
-from __future__ import annotations
-
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from hypergrad.study.ledger import ASKED
+from hypergrad.checks import choice
+from hypergrad.study.optuna_private import random_generators
+from hypergrad.study.slots import ASKED
+from hypergrad.study.workers import Worker
 
-__all__ = ["Randomness", "SavedRandomness"]
+__all__ = ["Randomness", "SavedRandomness", "make_sampler"]
+
+_SAMPLERS = ("tpe", "random", "grid")
 
 # System attributes of a study: full states by their index, and the place after the last tell.
 _START = "hypergrad:random:start:"
@@ -29,23 +30,34 @@ _BLOCK = 624
 _MOST_BLOCKS = 50_000
 
 
+def make_sampler(sampler: str | BaseSampler, seed: int | None) -> BaseSampler:
+    """Return the sampler that a name stands for; a grid needs one for what it leaves open."""
+    if isinstance(sampler, BaseSampler):
+        if seed is not None:
+            raise ValueError(
+                f"seed={seed!r} cannot reach a sampler that is made already: give it to "
+                f"{type(sampler).__name__}(seed=...) and leave seed=None here."
+            )
+        return sampler
+    choice("sampler", sampler, _SAMPLERS, "or give a sampler of Optuna")
+    return TPESampler(seed=seed) if sampler == "tpe" else RandomSampler(seed=seed)
+
+
 class Randomness:
-    """Every `numpy.random.RandomState` inside `sampler`, in the order of its attributes.
+    """The state of every `numpy.random.RandomState` inside `sampler`; other kinds are not saved.
 
-    Optuna's own samplers hold no other kind; other kinds are not saved.
-
-    >>> import optuna
-    >>> sampler = optuna.samplers.RandomSampler(seed=0)
+    >>> sampler = RandomSampler(seed=0)
+    >>> (generator,) = random_generators(sampler)
     >>> randomness = Randomness(sampler)
     >>> start, place = randomness.start(), randomness.place()
-    >>> first = sampler._rng.rng.uniform()
+    >>> first = generator.uniform()
     >>> _ = randomness.restore(start, place)
-    >>> first == sampler._rng.rng.uniform()
+    >>> first == generator.uniform()
     True
     """
 
     def __init__(self, sampler: BaseSampler) -> None:
-        self._generators = list(_generators(sampler, set()))
+        self._generators = list(random_generators(sampler))
         self._keys: list[np.ndarray] = []
         self._shadows: list[np.random.MT19937] = []
         self._blocks: list[int] = []
@@ -64,6 +76,7 @@ class Randomness:
         for i, generator in enumerate(self._generators):
             _, key, position, has_gauss, gauss = _legacy(generator)
             tried = 0
+            # Numbers are drawn from a block; which one it is shows only by generating them again.
             while not np.array_equal(self._keys[i], key):
                 if tried == _MOST_BLOCKS:
                     return None
@@ -99,49 +112,48 @@ class SavedRandomness:
     saved in one write; the place after a tell in the study, where telling moved it (CMA-ES).
     """
 
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
+    def __init__(self, sampler: BaseSampler, seed: int | None, worker: Worker) -> None:
+        self._sampler, self._worker = sampler, worker
+        self._about = {"sampler": type(sampler).__name__, "seed": seed}
         self._randomness: Randomness | None = None
         self._index = -1
         self._count = 0
         self._last: list[list[Any]] | None = None
 
-    def open(self, alone: bool, seed: int | None, trials: Sequence[FrozenTrial]) -> None:
+    def open(self, alone: bool, trials: Sequence[FrozenTrial]) -> None:
         """Go on from the saved state where nobody else may; otherwise draw from the system's.
 
         Two workers with one seed would propose the same trials twice.
         """
-        study = self._study
         if not alone:
-            study.sampler.reseed_rng()
+            self._sampler.reseed_rng()
             return
-        randomness = Randomness(study.sampler)
-        about = {"sampler": type(study.sampler).__name__, "seed": seed}
-        attributes = study._storage.get_study_system_attrs(study._study_id)
+        self._randomness = Randomness(self._sampler)
+        attributes = self._worker.storage.get_study_system_attrs(self._worker.study_id)
         starts = {
             int(key.removeprefix(_START)): value
             for key, value in attributes.items()
             if key.startswith(_START)
         }
+        # Asks write into their trials and tells into the study, but both count on one counter.
         places = [t.system_attrs[ASKED].get("random") for t in trials if ASKED in t.system_attrs]
         known = [place for place in (attributes.get(_PLACE), *places) if place]
         latest = max(known, key=lambda place: place["count"], default=None)
-        self._randomness = randomness
         self._index = max(starts, default=-1)
         if latest is None and starts:
             latest = {"count": 0, "start": self._index, "place": None}
         if latest is not None:
             self._count = latest["count"]
             start = starts[latest["start"]]
-            if {key: start[key] for key in about} == about:
+            if {key: start[key] for key in self._about} == self._about:
                 place = latest["place"] or [[0, *rest] for rest in start["rest"]]
-                if randomness.restore(start["states"], place):
+                if self._randomness.restore(start["states"], place):
                     self._index, self._last = latest["start"], place
                     return
         elif trials:
             # Made by Optuna alone: a seed would repeat its first trials.
-            study.sampler.reseed_rng()
-        self._begin(about)
+            self._sampler.reseed_rng()
+        self._begin()
 
     def place(self) -> dict[str, Any] | None:
         """Return what to save now; None for a worker that does not own the state."""
@@ -149,9 +161,7 @@ class SavedRandomness:
             return None
         place = self._randomness.place()
         if place is None:
-            start = self._study._storage.get_study_system_attrs(self._study._study_id)
-            about = start[f"{_START}{self._index}"]
-            self._begin({"sampler": about["sampler"], "seed": about["seed"]})
+            self._begin()
             place = self._last
         self._last = place
         self._count += 1
@@ -162,17 +172,18 @@ class SavedRandomness:
         if self._randomness is not None and self._randomness.place() != self._last:
             self._write(_PLACE, self.place())
 
-    def _begin(self, about: dict[str, Any]) -> None:
+    def _begin(self) -> None:
+        """Count places from the present state on, which is written in full."""
         assert self._randomness is not None
         self._index += 1
         states = self._randomness.start()
         self._last = self._randomness.place()
         assert self._last is not None
         rest = [entry[1:] for entry in self._last]
-        self._write(f"{_START}{self._index}", {**about, "states": states, "rest": rest})
+        self._write(f"{_START}{self._index}", {**self._about, "states": states, "rest": rest})
 
-    def _write(self, key: str, value: Any) -> None:
-        self._study._storage.set_study_system_attr(self._study._study_id, key, value)
+    def _write(self, key: str, value: dict[str, Any] | None) -> None:
+        self._worker.storage.set_study_system_attr(self._worker.study_id, key, value)
 
 
 def _legacy(generator: np.random.RandomState) -> tuple[Any, ...]:
@@ -186,20 +197,3 @@ def _twister(key: np.ndarray) -> np.random.MT19937:
     twister = np.random.MT19937(0)
     twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": _BLOCK}}
     return twister
-
-
-def _generators(sampler: Any, seen: set[int]) -> Iterator[np.random.RandomState]:
-    for value in vars(sampler).values():
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, LazyRandomState):
-            value = value.rng
-            seen.add(id(value))
-        if isinstance(value, BaseSampler):
-            yield from _generators(value, seen)
-        elif (
-            isinstance(value, np.random.RandomState)
-            and value.get_state(legacy=False)["bit_generator"] == "MT19937"
-        ):
-            yield value

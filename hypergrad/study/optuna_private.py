@@ -1,0 +1,118 @@
+"""Every use of Optuna's private names: what its public interface does not do, one function each.
+
+No other file reads one (a test sees to it), so that a new release of Optuna is checked here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, PartialFixedSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, Trial
+
+
+def read_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Read all trials once for an ask, as `Study.ask` does: the sampler then reads them here.
+
+    The public `get_trials` reads for itself alone, so that a database would be read twice.
+    """
+    study._thread_local.cached_all_trials = None
+    return study._get_trials(deepcopy=False, use_cache=True)
+
+
+def id_of(trial: Trial | FrozenTrial) -> int:
+    """Return the id by which a storage's (public) methods know a trial; a number needs a search."""
+    return trial._trial_id
+
+
+def frozen(trial: Trial) -> FrozenTrial:
+    """Return what a trial of ours holds, without reading the storage again."""
+    return trial._cached_frozen_trial
+
+
+def fix(trial: Trial, params: dict[str, Any]) -> None:
+    """Give a running trial its parameters; `study.enqueue_trial` does so before it runs only."""
+    trial._fixed_params = params
+
+
+def suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    """Propose a parameter and record it; public are only methods for one kind of it each."""
+    return trial._suggest(name, distribution)
+
+
+def propose(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    """Do what `suggest` does, but record nothing.
+
+    What a trial has recorded cannot be overwritten on databases, and is what samplers learn from.
+    """
+    if trial._is_fixed_param(name, distribution):
+        return trial._fixed_params[name]
+    if trial._is_relative_param(name, distribution):
+        return trial.relative_params[name]
+    return trial.study.sampler.sample_independent(
+        trial.study, trial._get_latest_trial(), name, distribution
+    )
+
+
+class FixedChoices(PartialFixedSampler):
+    """Optuna's sampler with some values given, without its warning that it is experimental.
+
+    The others are proposed by their marginal model over all trials, whatever is given.
+    """
+
+    def __init__(self, fixed_params: dict[str, Any], base_sampler: BaseSampler) -> None:
+        self._fixed_params = fixed_params
+        self._base_sampler = base_sampler
+
+
+def random_generators(sampler: BaseSampler) -> Iterator[np.random.RandomState]:
+    """Find every Mersenne Twister inside a sampler, in the order of its attributes.
+
+    Publicly a sampler's random state can only be seeded again. Optuna's own hold no other kind.
+    """
+    return _generators(sampler, set())
+
+
+def _generators(sampler: BaseSampler, seen: set[int]) -> Iterator[np.random.RandomState]:
+    for value in vars(sampler).values():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, LazyRandomState):
+            value = value.rng
+            seen.add(id(value))
+        if isinstance(value, BaseSampler):
+            yield from _generators(value, seen)
+        elif (
+            isinstance(value, np.random.RandomState)
+            and value.get_state(legacy=False)["bit_generator"] == "MT19937"
+        ):
+            yield value
+
+
+def symlink_lock(path: str, target: str) -> JournalFileSymlinkLock:
+    """Return the lock of the journal at `path`, a link that points at `target`.
+
+    Optuna's own points at the journal, which says nothing of who holds it.
+    """
+    lock = JournalFileSymlinkLock(path)
+    lock._lock_target_file = target
+    return lock
+
+
+def backend_of(storage: BaseStorage) -> object:
+    """Return what a storage keeps its studies in: itself, or the database or file it wraps."""
+    if isinstance(storage, _CachedStorage | JournalStorage):
+        return storage._backend
+    return storage
+
+
+def path_of(journal: JournalFileBackend) -> str:
+    """Return a journal's path as it was given, which it does not tell."""
+    return journal._file_path
