@@ -4,6 +4,7 @@ Run: `python -m benchmarks.rooms` (ten seconds). Files of `hypergrad` in which a
 the call is traced for the first time, `trees` aside; imports do not count.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -31,13 +32,21 @@ def problem(choices: dict[str, Any]) -> hg.Problem:
     return hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda hyper: optax.sgd(hyper["rate"]))
 
 
-def files_entered(call: Callable[[], Any]) -> list[str]:
-    """The files of hypergrad, by their paths in it, in which a function runs during `call`."""
-    entered = set()
+def files_entered(call: Callable[[], Any], begin: str = "", end: str = "") -> list[str]:
+    """The files of hypergrad, by their paths in it, in which a function runs during `call`.
+
+    From the first function called `begin` on, up to the first call of one named `end`.
+    """
+    entered, counting = set(), not begin
 
     def note(frame: Any, event: str, _: Any) -> None:
+        nonlocal counting
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<module>":
+        if event != "call" or not code.co_filename.startswith(PACKAGE):
+            return
+        counting = (counting or code.co_name == begin) and code.co_name != end
+        # A module or a class that is loaded is no step of the call.
+        if counting and code.co_flags & inspect.CO_OPTIMIZED:
             entered.add(os.path.relpath(code.co_filename, PACKAGE))
 
     sys.setprofile(note)
@@ -61,3 +70,29 @@ def update() -> list[str]:
     tuner = hg.alternating(problem({}), SPACE)
     state = tuner.init({"rate": 1e-3}, KEY)
     return files_entered(lambda: jax.jit(tuner.update)(state, TRAIN, DATA.valid))
+
+
+def trial() -> list[str]:
+    """From asking to telling, of the first trial of a sweep, once its study is open."""
+    space = hg.Space({**SPACE, "width": hg.Categorical([1, 2])})
+    settings = {"num_trials": 1, "num_steps": 20, "batch_size": 4, "progress": False}
+    refine = hg.Refine(steps_per_update=5)
+    return files_entered(
+        lambda: hg.sweep(problem, space, DATA, refine=refine, **settings),
+        begin="_ask_or_wait",
+        end="close",
+    )
+
+
+def main(quick: bool = False) -> dict[str, int]:
+    """Prints each call's files; returns how many they are."""
+    counts = {}
+    for (name, target), call in zip(TARGETS.items(), (hypergradient, update, trial), strict=True):
+        files = call()
+        counts[name] = len(files)
+        print(f"{name}: {len(files)} files (target {target})\n  {' '.join(files)}")
+    return counts
+
+
+if __name__ == "__main__":
+    main()
