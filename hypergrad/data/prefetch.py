@@ -4,13 +4,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from hypergrad.data.streams import Fixed, Stream
-
-__all__ = ["Fed", "feed"]
+from hypergrad.data.streams import Fixed, Position, Stream
+from hypergrad.trees import Batch, Train
 
 # Groups of batches that wait on the device, besides the one in use.
 _READY = 2
@@ -25,9 +24,9 @@ class Fed(NamedTuple):
       positions: by name, of the streams among the two; {} where there is none.
     """
 
-    train: Any
-    valid: Any
-    positions: dict[str, Any]
+    train: Train
+    valid: Batch
+    positions: dict[str, Position]
 
 
 def feed(
