@@ -18,7 +18,7 @@ _log = logging.getLogger("hypergrad")
 _END = object()
 # Where a stream stands, as JSON: a state of the iterable, how many batches were read after it and
 # how many in all, and what the first batch was like.
-Position = dict[str, Any]
+StreamPosition = dict[str, Any]
 Shapes = list[tuple[tuple[int, ...], str]]  # and dtypes, leaf by leaf
 
 
@@ -26,7 +26,7 @@ class RanOut(Exception):
     """A one-shot iterator has no whole group of batches left."""
 
 
-class Fixed:
+class Constant:
     """Data that every update gets anew: arrays, or a `Minibatches`."""
 
     def __init__(self, data: Train | Batch) -> None:
@@ -55,7 +55,7 @@ class Stream:
     """
 
     def __init__(
-        self, name: str, source: Iterable[Batch], group: int | None, position: Position | None
+        self, name: str, source: Iterable[Batch], group: int | None, position: StreamPosition | None
     ) -> None:
         self._name, self._source, self._group = name, source, group
         self._iterator: Any = None
@@ -87,7 +87,7 @@ class Stream:
             return
         self._since_saved = 0
 
-    def position(self) -> Position:
+    def position(self) -> StreamPosition:
         """Where the stream stands."""
         like = [[list(shape), dtype] for shape, dtype in self._shapes]
         return {"saved": self._saved, "skip": self._since_saved, "read": self._read, "like": like}
@@ -103,7 +103,7 @@ class Stream:
         if self._start is not None:
             self._go_on_from(self._start)
 
-    def _go_on_from(self, start: Position) -> None:
+    def _go_on_from(self, start: StreamPosition) -> None:
         saved = start["saved"]
         if saved is not None:
             if self._protocol is None:
@@ -210,15 +210,15 @@ class Stream:
 
 
 def open_source(
-    name: str, data: Train | Batch, group: int | None, position: Position | None = None
-) -> Fixed | Stream:
+    name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
+) -> Constant | Stream:
     """`data` as what updates take from: as it is, or `group` batches of it from `position` on.
 
     Raises:
       TypeError: neither arrays nor an iterable.
     """
     if isinstance(data, Minibatches) or _is_arrays(data):
-        return Fixed(data)
+        return Constant(data)
     if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
         raise TypeError(
             f"{name}={data!r} is neither a pytree of arrays, nor a Minibatches, nor an iterable of "

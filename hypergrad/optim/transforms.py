@@ -167,7 +167,7 @@ def hypergradient_descent(
             optimizer = optax.with_extra_args_support(optimizer_factory(rate))
             return optimizer.update(grads, state.optimizer_state, params, **extra)
 
-        # At the first update, as no factory shows before it is called with real gradients.
+        # Not at construction: only an update with gradients shows it.
         _refuse_unused_rate(move, rate)
         one = jnp.ones_like(rate)
         updates, tangent, optimizer_state = jax.jvp(move, (rate,), (one,), has_aux=True)
