@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hypergrad import checks
 from hypergrad.trees import Hyper, Leaf, widen
@@ -36,7 +37,7 @@ class Schedule(NamedTuple):
 
 def piecewise_linear(
     values: Leaf, num_steps: Leaf | None = None, *, positions: Leaf | None = None
-) -> Callable[[Leaf], jax.Array]:
+) -> optax.Schedule:
     """Straight lines between knots; the first value before the first knot, the last after the last.
 
     Args:
@@ -110,7 +111,7 @@ def piecewise_constant(values: Leaf, steps_each: int) -> Schedule:
 
 def warmup_cosine(
     peak: Leaf, warmup_steps: Leaf, decay_steps: Leaf, floor: Leaf = 0.0, start: Leaf = 0.0
-) -> Callable[[Leaf], jax.Array]:
+) -> optax.Schedule:
     """Linear warm-up from `start` to `peak`, then half a cosine down to `floor`.
 
     `optax.warmup_cosine_decay_schedule` with all five numbers traced or not, lengths included.
@@ -145,9 +146,7 @@ def warmup_cosine(
     return schedule
 
 
-def exponential_decay(
-    initial: Leaf, rate: Leaf, transition_steps: Leaf
-) -> Callable[[Leaf], jax.Array]:
+def exponential_decay(initial: Leaf, rate: Leaf, transition_steps: Leaf) -> optax.Schedule:
     """`initial * rate ** (step / transition_steps)`, as `optax.exponential_decay`.
 
     All three numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones

@@ -273,12 +273,7 @@ def _with_prefix(
         return f(value, leaf, *others).astype(leaf.dtype)
 
     try:
-        return jax.tree.map(
-            lambda value, *subtrees: jax.tree.map(lambda *x: on_leaf(value, *x), *subtrees),
-            prefix,
-            tree,
-            *rest,
-        )
+        return jax.tree.map(on_leaf, jax.tree.broadcast(prefix, tree), tree, *rest)
     except ValueError as error:
         raise ValueError(
             f"{name} with leaves {leaf_names(prefix)} does not fit updates with leaves "
