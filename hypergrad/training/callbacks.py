@@ -29,6 +29,7 @@ Each class below imports its tracker when it is used, and writes no update twice
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,8 +219,6 @@ class MLflow:
             self._client.set_terminated(self._run)
 
     def _log(self) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
