@@ -52,7 +52,7 @@ def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> 
     _refuse_other_than_numbers(name, value, end)
     if not ((value > 0 or (zero and value == 0)) and math.isfinite(value)):
         kind = "0 or positive, and finite" if zero else "positive and finite"
-        raise ValueError(f"{_given(name, value)} must be {kind}{end}")
+        raise ValueError(f"{name}={value!r} must be {kind}{end}")
     return value
 
 
@@ -82,7 +82,7 @@ def within(name: str, value: Any, low: float, high: float, remedy: str = "") -> 
     end = f": {remedy}." if remedy else "."
     _refuse_other_than_numbers(name, value, end)
     if not low <= value <= high:
-        raise ValueError(f"{_given(name, value)} must lie between {low} and {high}{end}")
+        raise ValueError(f"{name}={value!r} must lie between {low} and {high}{end}")
     return value
 
 

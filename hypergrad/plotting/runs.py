@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from hypergrad import checks
 from hypergrad.optim.schedules import Schedule
 from hypergrad.plotting.panels import (
     PALETTE,
@@ -245,6 +246,8 @@ def _stacked(hypers: Sequence[Mapping[str, Tree]]) -> dict[str, Tree]:
 
 def _positions(history: Sequence[Any], steps_per_update: int | None) -> np.ndarray:
     """Where the updates stand: at the last training step of each, or at their number from 1."""
+    if steps_per_update is not None:
+        checks.integer("steps_per_update", steps_per_update)
     # `fit` numbers its updates, which may begin anywhere.
     numbers = [getattr(info, "update", i) for i, info in enumerate(history)]
     return (steps_per_update or 1) * (np.array(numbers) + 1)
