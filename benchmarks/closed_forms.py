@@ -28,7 +28,6 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from examples import digits200
-from hypergrad.problem.window import objective
 from hypergrad.testing import Oracle, momentum_quadratic, relative_error, ridge
 
 EXACT: dict[str, hg.Estimator] = {
@@ -137,7 +136,7 @@ def central_differences(
 ) -> list[Any]:
     """The gradient by differences of plain training runs, for each relative step."""
     flat, unravel = ravel_pytree(hyper)
-    loss = jax.jit(lambda flat: objective(problem, unravel(flat), *args)[0])
+    loss = jax.jit(lambda flat: hg.Window(problem, *args).objective(unravel(flat))[0])
 
     def difference(i: int, step: float) -> float:
         up, down = (flat.at[i].multiply(1 + s) for s in (step, -step))

@@ -120,13 +120,13 @@ def episode(
     """`update((theta, ...), grad)` after each window of an episode; returns the last carry."""
     problem = problem_of(task)
     inner = problem.init(carry[0], key)
-    state = estimator.init(problem, carry[0], inner, key)
+    state = estimator.init(hg.Window(problem, inner, None, None, key), carry[0])
     train, targets = jnp.zeros((window, 1)), jnp.asarray(task.targets[window - 1 :: window])
 
     def one(progress: Any, target: jax.Array) -> Any:
         carry, inner, state = progress
-        arguments = (carry[0], inner, train, target, key, state)
-        estimate, state = estimator.estimate(problem, *arguments)
+        window = hg.Window(problem, inner, train, target, key)
+        estimate, state = estimator.estimate(window, carry[0], state)
         return (update(carry, estimate.grad), estimate.inner, state), None
 
     return jax.lax.scan(one, (carry, inner, state), targets)[0][0]

@@ -98,11 +98,13 @@ def soba(rounds: int) -> list[tuple[int, float]]:
     key = jax.random.key(0)
     hyper = {"h": jnp.ones(d)}
     inner = problem.init(hyper, key)
-    carry = (hyper, inner, estimator.init(problem, hyper, inner, key), outer.init(hyper))
+    memory = estimator.init(hg.Window(problem, inner, None, None, key), hyper)
+    carry = (hyper, inner, memory, outer.init(hyper))
 
     def round_(carry: Any, _: None) -> Any:
         hyper, inner, memory, outer_state = carry
-        estimate, memory = estimator.estimate(problem, hyper, inner, train, valid, key, memory)
+        window = hg.Window(problem, inner, train, valid, key)
+        estimate, memory = estimator.estimate(window, hyper, memory)
         updates, outer_state = outer.update(estimate.grad, outer_state)
         return (optax.apply_updates(hyper, updates), estimate.inner, memory, outer_state), None
 

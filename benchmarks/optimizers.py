@@ -21,7 +21,6 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad.problem.window import objective
 
 STEPS = (1e-5, 1e-6, 1e-7)
 NUM_STEPS = 8
@@ -174,7 +173,8 @@ def hypergradient(row: Row, differences: bool = True) -> tuple[np.ndarray, np.nd
         grad = hg.hypergradient(problem, unravel(flat), *arguments).grad
         if not differences:
             return ravel_pytree(grad)[0], points[:, :, 0]
-        loss = lambda flat: objective(problem, unravel(flat), *arguments)[0]  # noqa: E731
+        window = hg.Window(problem, *arguments)
+        loss = lambda flat: window.objective(unravel(flat))[0]  # noqa: E731
         return ravel_pytree(grad)[0], jax.vmap(jax.vmap(loss))(points)
 
     grad, losses = run(flat, points)

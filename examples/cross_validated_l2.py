@@ -242,7 +242,8 @@ def cross_validated(task: Task) -> tuple[Callable[..., Any], Any, Any]:
             one_step = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], train)
             hyper = {"log_l2": log_l2}
             # hg.hypergradient in one call would forget the linear solve; this keeps its state.
-            return estimator.estimate(problem, hyper, inner, one_step, valid, key, state)
+            window = hg.Window(problem, inner, one_step, valid, key)
+            return estimator.estimate(window, hyper, state)
 
         estimate, state = jax.vmap(of_fold)(task.used, inner, state)
         # The line search compares losses: those at the solution, to which the inner solver came
@@ -251,7 +252,9 @@ def cross_validated(task: Task) -> tuple[Callable[..., Any], Any, Any]:
         return loss, estimate.grad["log_l2"].mean(), estimate.inner, state
 
     inner = jax.vmap(lambda _: problem.init(None, key))(task.used)
-    state = jax.vmap(lambda inner: estimator.init(problem, None, inner, key))(inner)
+    state = jax.vmap(
+        lambda inner: estimator.init(hg.Window(problem, inner, None, None, key), None)
+    )(inner)
     objective(np.float64(0), inner, state)  # compiles
     return objective, inner, state
 

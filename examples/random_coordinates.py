@@ -21,7 +21,6 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import summary
-from hypergrad.problem.window import objective
 
 
 @dataclass(frozen=True)
@@ -40,31 +39,22 @@ class RandomCoordinates(hg.Estimator):
         if self.count < 1:
             raise ValueError(f"count={self.count} must be at least 1: no entry would be looked at.")
 
-    def init(self, problem: hg.Problem, hyper: Any, inner: Any, key: jax.Array) -> jax.Array:
+    def init(self, window: hg.Window, hyper: Any) -> jax.Array:
         """The number of estimates so far, so that each draws other entries."""
         return jnp.zeros((), jnp.int32)
 
     def estimate(
-        self,
-        problem: hg.Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: jax.Array,
+        self, window: hg.Window, hyper: Any, state: jax.Array
     ) -> tuple[hg.Estimate, jax.Array]:
-        """Advances `inner` by the K steps of `train`; see the class."""
+        """Advances training by the K steps of the window; see the class."""
         flat, unravel = ravel_pytree(hyper)
         count = min(self.count, flat.size)
-        draw = jax.random.fold_in(jax.random.fold_in(key, NOISE), state)
+        draw = jax.random.fold_in(jax.random.fold_in(window.key, NOISE), state)
         chosen = jax.random.permutation(draw, flat.size)[:count]
-
-        def loss_at(flat: jax.Array) -> Any:
-            return objective(problem, unravel(flat), inner, train, valid, key)
 
         def along(index: jax.Array) -> Any:
             direction = jnp.zeros_like(flat).at[index].set(1)
+            loss_at = lambda flat: window.objective(unravel(flat))  # noqa: E731
             loss, slope, end = jax.jvp(loss_at, (flat,), (direction,), has_aux=True)
             return slope, loss, end
 

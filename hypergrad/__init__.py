@@ -5,7 +5,7 @@ from typing import Any
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.estimators.base import Estimate, Estimator
+from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.check import check_hypergradient
 from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
@@ -73,6 +73,7 @@ __all__ = [
     "Trust",
     "Tuner",
     "Unrolled",
+    "Window",
     "alternating",
     "bilevel",
     "check_hypergradient",

@@ -35,6 +35,11 @@ def integer(name: str, value: Any, least: int | None = 1, remedy: str = "") -> i
     return int(value)
 
 
+def integer_field(strategy: Any, name: str, least: int = 1, remedy: str = "") -> None:
+    """`integer` for a field of a frozen dataclass, where the Python int then stands."""
+    object.__setattr__(strategy, name, integer(name, getattr(strategy, name), least, remedy))
+
+
 def is_integer(value: object) -> bool:
     """Whether this is of an integer type, NumPy's included; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -212,11 +212,10 @@ def test_carried_tangents_make_two_windows_one(chunk: int | None) -> None:
     oracle = momentum_quadratic(10)
     estimator = hg.Forward(carry=True, chunk=chunk)
     inner = oracle.problem.init(oracle.hyper, oracle.key)
-    state = estimator.init(oracle.problem, oracle.hyper, inner, oracle.key)
+    state = estimator.init(hg.Window(oracle.problem, inner, None, None, oracle.key), oracle.hyper)
     for half in (oracle.train[:5], oracle.train[5:]):
-        estimate, state = estimator.estimate(
-            oracle.problem, oracle.hyper, inner, half, oracle.valid, oracle.key, state
-        )
+        window = hg.Window(oracle.problem, inner, half, oracle.valid, oracle.key)
+        estimate, state = estimator.estimate(window, oracle.hyper, state)
         inner = estimate.inner
     assert relative_error(estimate.grad, oracle.grad) < 1e-10
 
@@ -292,16 +291,17 @@ def test_auto_takes_the_cheapest_checkpoint_that_fits(share: float, checkpoint: 
     problem = _small_problem(OPTIMIZERS["momentum"][0])
     hyper, key = jax.tree.map(jnp.float32, OPTIMIZERS["momentum"][1]), jax.random.key(3)
     train = hg.Minibatches(_digits_like(jax.random.key(0)), 8, 400)
-    arguments = (hyper, problem.init(hyper, key), train, _digits_like(jax.random.key(5)), key)
-    whole = temporary_bytes(compiled_estimate(hg.Unrolled(), problem, *arguments))
+    valid = _digits_like(jax.random.key(5))
+    window = hg.Window(problem, problem.init(hyper, key), train, valid, key)
+    whole = temporary_bytes(compiled_estimate(hg.Unrolled(), window, hyper))
     auto = hg.Unrolled(checkpoint="auto", memory_limit=int(share * whole))
     if not checkpoint:
         with pytest.raises(ValueError, match=r"memory_limit=\d+ bytes is too little"):
-            auto.resolve(problem, *arguments)
+            auto.resolve(window, hyper)
         return
-    assert auto.resolve(problem, *arguments) == hg.Unrolled(checkpoint=checkpoint)
+    assert auto.resolve(window, hyper) == hg.Unrolled(checkpoint=checkpoint)
     seen = []
-    jax.jit(lambda *a: seen.append(auto.resolve(problem, *a)))(*arguments)
+    jax.jit(lambda *a: seen.append(auto.resolve(*a)))(window, hyper)
     assert seen == [hg.Unrolled(checkpoint=checkpoint)]
 
 

@@ -97,12 +97,11 @@ def episode(estimator: hg.Estimator, hyper: Any, key: jax.Array) -> Any:
     """The sum of the estimates over the windows of an episode."""
     problem = recurrence()
     inner = problem.init(hyper, key)
-    state = estimator.init(problem, hyper, inner, key)
+    state = estimator.init(hg.Window(problem, inner, None, None, key), hyper)
 
     def window(carry: Any, _: None) -> Any:
-        estimate, state = estimator.estimate(
-            problem, hyper, carry[0], WINDOW, WINDOW[0], key, carry[1]
-        )
+        window = hg.Window(problem, carry[0], WINDOW, WINDOW[0], key)
+        estimate, state = estimator.estimate(window, hyper, carry[1])
         return (estimate.inner, state), estimate.grad
 
     return jnp.sum(jax.lax.scan(window, (inner, state), None, WINDOWS)[1], 0)
@@ -264,12 +263,12 @@ def windows(estimator: Evolution, count: int) -> tuple[Any, Particles]:
     @jax.jit
     def begin() -> Any:
         inner = problem.init(HYPER, key)
-        return inner, estimator.init(problem, HYPER, inner, key)
+        return inner, estimator.init(hg.Window(problem, inner, None, None, key), HYPER)
 
     @jax.jit
     def update(inner: Any, state: Any) -> Any:
         train = hg.Minibatches(DATA, 4, 5)
-        return estimator.estimate(problem, HYPER, inner, train, DATA, key, state)
+        return estimator.estimate(hg.Window(problem, inner, train, DATA, key), HYPER, state)
 
     inner, state = begin()
     estimates = []
@@ -306,12 +305,12 @@ def test_particles_follow_the_count_of_steps_that_a_tuner_kept() -> None:
     """A tuner that goes back restores the particles, not `step`; they share the run's minibatch."""
     problem, key, estimator = noisy_problem(), jax.random.key(8), Evolution(2, 1e-6)
     inner = problem.init(HYPER, key)
-    state = estimator.init(problem, HYPER, inner, key)
+    state = estimator.init(hg.Window(problem, inner, None, None, key), HYPER)
 
     @jax.jit
     def window(inner: Any) -> Any:
         train = hg.Minibatches(DATA, 4, 5)
-        return estimator.estimate(problem, HYPER, inner, train, DATA, key, state)
+        return estimator.estimate(hg.Window(problem, inner, train, DATA, key), HYPER, state)
 
     estimate, after = window(inner._replace(step=inner.step + 3))
     assert np.array_equal(after.inner.step, np.full(4, 8))
@@ -328,15 +327,16 @@ def test_noise_is_fresh_in_every_call(method: str, whole: bool) -> None:
     problem, key = counting(), jax.random.key(5)
     hyper, estimator = {"threshold": jnp.float32(0.5)}, Evolution(3, 0.2, method)
     inner = None if whole else problem.init(hyper, key)
-    state = estimator.init(problem, hyper, inner, key)
+    window = hg.Window(problem, inner, BATCHES, BATCHES[0], key)
+    state = estimator.init(window, hyper)
     grads = []
     for _ in range(2):
-        estimate, state = estimator.estimate(problem, hyper, inner, BATCHES, BATCHES[0], key, state)
+        estimate, state = estimator.estimate(window, hyper, state)
         grads.append(float(estimate.grad["threshold"]))
     # The particles of ES-Single go on, so that its second estimate differs by its states alone.
     assert grads[0] != grads[1]
     if state.noise is not None and method == "es_single":
-        first = estimator.init(problem, hyper, inner, key).noise
+        first = estimator.init(window, hyper).noise
         np.testing.assert_array_equal(state.noise, first)
 
 
@@ -357,11 +357,10 @@ def test_a_population_under_vmap_keeps_its_own_particles() -> None:
     def two_windows(rate: jax.Array) -> Any:
         hyper = dict(HYPER, rate=rate)
         inner = problem.init(hyper, key)
-        state = estimator.init(problem, hyper, inner, key)
+        state = estimator.init(hg.Window(problem, inner, None, None, key), hyper)
         for _ in range(2):
-            estimate, state = estimator.estimate(
-                problem, hyper, inner, BATCH_ROWS, DATA, key, state
-            )
+            window = hg.Window(problem, inner, BATCH_ROWS, DATA, key)
+            estimate, state = estimator.estimate(window, hyper, state)
             inner = estimate.inner
         return estimate.grad, state.inner.params
 
@@ -425,9 +424,9 @@ def test_a_lost_particle_is_never_hidden(method: str) -> None:
     hyper, key = jnp.float32(0.1), jax.random.key(6)
     inner = problem.init(hyper, key)
     estimator = Evolution(200, 0.1, method)
-    state = estimator.init(problem, hyper, inner, key)
-    arguments = (jnp.ones((3, 2)), jnp.ones(2), key)
-    estimate, _ = jax.jit(lambda: estimator.estimate(problem, hyper, inner, *arguments, state))()
+    window = hg.Window(problem, inner, jnp.ones((3, 2)), jnp.ones(2), key)
+    state = estimator.init(window, hyper)
+    estimate, _ = jax.jit(lambda: estimator.estimate(window, hyper, state))()
     # A normal variable lies below -1 with a probability of 0.159.
     assert 0.1 < float(estimate.info["nonfinite"]) < 0.22
     assert not bool(estimate.info["finite"])
@@ -462,9 +461,9 @@ def test_tuners_take_it() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"pairs=0 must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"pairs=0 must be at least 1"):
         Evolution(0, 0.1)
-    with pytest.raises(ValueError, match=r"pairs=2\.5 must be an integer"):
+    with pytest.raises(ValueError, match=r"pairs=2\.5 is no integer"):
         Evolution(2.5, 0.1)  # type: ignore[arg-type]
     for std in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"std=.* must be positive and finite"):

@@ -19,10 +19,10 @@ ROOMS = {
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
     "optim": "transforms schedules",
-    "problem": "inner_gradient problem noise structure window",
+    "problem": "inner_gradient problem noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose check",
-    "tuners": "trust base alternating restarting learned",
+    "tuners": "base trust alternating restarting learned",
     "tuners.population": "refine plain trail member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
     "study": "distributions signature ledger workers storage sampling randomness recovery slots"

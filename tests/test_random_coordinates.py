@@ -27,8 +27,8 @@ def test_draws_are_unbiased() -> None:
 
     def grad(state: jax.Array) -> jax.Array:
         inner = oracle.problem.init(oracle.hyper, oracle.key)
-        arguments = (inner, oracle.train, oracle.valid, oracle.key, state)
-        return ravel_pytree(estimator.estimate(oracle.problem, oracle.hyper, *arguments)[0].grad)[0]
+        window = hypergrad.Window(oracle.problem, inner, oracle.train, oracle.valid, oracle.key)
+        return ravel_pytree(estimator.estimate(window, oracle.hyper, state)[0].grad)[0]
 
     grads = np.asarray(jax.jit(lambda: jax.lax.map(grad, jnp.arange(draws)))())
     exact = np.asarray(ravel_pytree(oracle.grad)[0])
@@ -42,10 +42,10 @@ def test_draws_are_unbiased() -> None:
 
 def test_the_state_counts_estimates() -> None:
     oracle, estimator = hypergrad.testing.momentum_quadratic(3), RandomCoordinates(1)
-    state = estimator.init(oracle.problem, oracle.hyper, None, oracle.key)
-    arguments = (oracle.hyper, None, oracle.train, oracle.valid, oracle.key)
+    window = hypergrad.Window(oracle.problem, None, oracle.train, oracle.valid, oracle.key)
+    state = estimator.init(window, oracle.hyper)
     assert int(state) == 0
-    assert int(estimator.estimate(oracle.problem, *arguments, state)[1]) == 1
+    assert int(estimator.estimate(window, oracle.hyper, state)[1]) == 1
 
 
 def test_no_coordinate_is_refused() -> None:

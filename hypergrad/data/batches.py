@@ -51,8 +51,7 @@ class Minibatches:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
-            value = checks.integer(name, getattr(self, name), remedy=FIXES_A_SHAPE)
-            object.__setattr__(self, name, value)
+            checks.integer_field(self, name, remedy=FIXES_A_SHAPE)
         size = _num_examples(self.arrays)
         if size < self.batch_size:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Hypergradients, one file each; which one to take, and whether it is right."""
 
-from hypergrad.estimators.base import Estimate, Estimator
+from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.check import check_hypergradient
 from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
@@ -32,6 +32,7 @@ __all__ = [
     "Nystrom",
     "Richardson",
     "Unrolled",
+    "Window",
     "check_hypergradient",
     "choose_estimator",
     "hypergradient",

@@ -1,20 +1,29 @@
 """The estimator that "auto" stands for: the cheapest exact one that fits the memory."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.data.batches import num_batches, num_steps
-from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, strong
+from hypergrad.data.batches import num_batches
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    ValidateAt,
+    Window,
+    compiled_estimate,
+    strong,
+)
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
-from hypergrad.problem.problem import Problem
-from hypergrad.problem.window import ValidateAt
+from hypergrad.trees import Hyper, State
+
+_log = logging.getLogger("hypergrad")
 
 # Gradient evaluations per training step, as timed by `python -m benchmarks.choice`.
 _UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}
@@ -23,9 +32,6 @@ _FORWARD, _TANGENT = 2.8, 1.2
 _MAX_TANGENTS = 100
 _PRODUCTS = 20
 CG = Implicit(ConjugateGradient(_PRODUCTS, tolerance=1e-3))
-
-
-Arguments = tuple[Any, Any, Any, jax.Array]  # inner, train, valid, key
 
 
 class Choice(NamedTuple):
@@ -40,7 +46,8 @@ class Auto(Estimator):
     """The estimator that `estimator="auto"` stands for in a tuner: chosen by shapes when traced.
 
     Only structure and memory are looked at, as a traced program has no values to probe: see
-    `choose_estimator` for the whole examination. What it chose is printed at each compilation.
+    `choose_estimator` for the whole examination. What it chose is logged at each compilation
+    (logger "hypergrad", level INFO).
 
     Args:
       validate_at: as in `Unrolled`.
@@ -50,49 +57,32 @@ class Auto(Estimator):
     validate_at: ValidateAt = "last"
     memory_limit: int | None = None
 
-    def resolve(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> Estimator:
+    def resolve(self, window: Window, hyper: Hyper) -> Estimator:
         """The cheapest exact estimator that fits."""
         limit = device_bytes() if self.memory_limit is None else self.memory_limit
-        arguments = (inner, train, valid, key)
-        choice = cheapest_exact(problem, strong(hyper), arguments, self.validate_at, limit)
-        print(f'estimator="auto": {choice.estimator}, as {choice.reason}')
+        choice = cheapest_exact(window, strong(hyper), self.validate_at, limit)
+        _log.info('estimator="auto": %s, as %s', choice.estimator, choice.reason)
         return choice.estimator
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """By the estimator that `resolve` names."""
-        arguments = (problem, hyper, inner, train, valid, key)
-        return self.resolve(*arguments).estimate(*arguments, state)
+        return self.resolve(window, hyper).estimate(window, hyper, state)
 
 
 class NothingFitsError(ValueError):
     """No exact estimator fits the memory."""
 
 
-def cheapest_exact(
-    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt, limit: int
-) -> Choice:
+def cheapest_exact(window: Window, hyper: Hyper, validate_at: ValidateAt, limit: int) -> Choice:
     """From shapes alone: traced values will do."""
-    count, steps = count_of(hyper), num_steps(arguments[1])
+    count, steps = count_of(hyper), window.num_steps
     exact: list[Estimator] = [Unrolled(None, mode, validate_at) for mode in _UNROLLED]
     if count <= _MAX_TANGENTS:
         exact.append(Forward(validate_at=validate_at))
-    costs = {e: evaluations_of(e, hyper, arguments) / steps for e in exact}
+    costs = {e: evaluations_of(e, window, hyper) / steps for e in exact}
     needed = {}
     for estimator in sorted(costs, key=lambda e: costs[e]):
-        needed[estimator] = temporary_bytes(
-            compiled_estimate(estimator, problem, hyper, *arguments)
-        )
+        needed[estimator] = temporary_bytes(compiled_estimate(estimator, window, hyper))
         if needed[estimator] <= limit:
             what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
             cost = f"{costs[estimator]:.1f} gradient evaluations a step"
@@ -106,16 +96,16 @@ def cheapest_exact(
     )
 
 
-def evaluations_of(estimator: Estimator, hyper: Any, arguments: Arguments) -> float:
+def evaluations_of(estimator: Estimator, window: Window, hyper: Hyper) -> float:
     """Gradient evaluations of one estimate, by what was measured on digits."""
-    steps = num_steps(arguments[1])
+    steps = window.num_steps
     if isinstance(estimator, Unrolled):
         return _UNROLLED[estimator.checkpoint] * steps
     if isinstance(estimator, Implicit):
-        return steps + (2 * _PRODUCTS + 10) * num_batches(arguments[1])
+        return steps + (2 * _PRODUCTS + 10) * num_batches(window.train)
     return (_FORWARD + _TANGENT * count_of(hyper)) * steps
 
 
-def count_of(hyper: Any) -> int:
+def count_of(hyper: Hyper) -> int:
     """How many numbers `hyper` holds."""
     return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(hyper))

@@ -1,17 +1,178 @@
-"""What an estimator is: advance training K steps, return the gradient of the validation loss."""
+"""What an estimator is given, a window of training, and what it gives, a hypergradient."""
 
 import abc
+import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.memory import compiled_for, shapes_of
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, steps_done, training_steps, validation_loss
 from hypergrad.problem.structure import naming_missing, require_reach, require_use
-from hypergrad.problem.window import objective
-from hypergrad.trees import all_finite, is_inexact, widen
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Params,
+    Scalar,
+    State,
+    Train,
+    Tree,
+    all_finite,
+    is_inexact,
+    widen,
+)
+
+ValidateAt = Literal["last", "mean"] | int | float
+
+
+class Progress(NamedTuple):
+    """What a window carries from step to step.
+
+    Attributes:
+      inner: the training state.
+      total: the sum of the parameter vectors that are averaged, or None: the last are judged.
+      first_bad_step: int32, the first step of the window whose training loss (`inner.loss`, or
+        where there is none, whose parameters) is not finite; -1.
+    """
+
+    inner: InnerState
+    total: Tree
+    first_bad_step: jax.Array
+
+
+Step = Callable[[Progress, tuple[jax.Array, Batch]], Progress]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inner", "train", "valid", "key"],
+    meta_fields=["problem", "averaged"],
+)
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """K training steps and the validation loss after them, which is what estimators differentiate.
+
+    `loss, progress = window.objective(hyper)` is E in its plainest form. The other methods are its
+    parts, for estimators that follow training step by step:
+    `begin`, then K times the step that `one_step` gives, then `loss` of what is `judged`.
+    A pytree; the problem is static.
+
+    Attributes:
+      problem: what is trained and judged.
+      inner: the training state before the first step; None: a fresh start, inside the gradient.
+      train: K batches, leaves `[K, batch, ...]`, or a `Minibatches`.
+      valid: one batch, or a `Minibatches`.
+      key: step t of the run uses `jax.random.fold_in(key, t)`.
+      averaged: how many of the last parameter vectors are judged, by their mean; see `judging`.
+    """
+
+    problem: Problem
+    inner: InnerState | None
+    train: Train
+    valid: Batch
+    key: Key
+    averaged: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """K."""
+        return num_steps(self.train)
+
+    def objective(self, hyper: Hyper) -> tuple[Scalar, Progress]:
+        """The validation loss after the K steps, and where training then stands."""
+        start = self.begin(hyper)
+        offset = steps_done(start.inner)
+        end = self.through(hyper, start, offset)
+        return self.loss(self.judged(end), hyper, offset), end
+
+    def judging(self, validate_at: ValidateAt, within: int | None = None) -> "Window":
+        """The same window, judged where `validate_at` says (see `Unrolled`).
+
+        `within` is how many of its last steps are differentiated; None for all.
+        """
+        steps = self.num_steps if within is None else within
+        count = {"last": 1, "mean": steps}.get(str(validate_at), validate_at)
+        if isinstance(count, float) and 0 < count <= 1:
+            count = max(round(count * steps), 1)
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= steps:
+            raise ValueError(
+                f"validate_at={validate_at!r} is not possible in a window of {steps} steps: choose "
+                "'last' (the last parameters), 'mean' (their mean over the window), an integer "
+                "(the mean of that many last ones), or a float up to 1.0 (that share of the "
+                "window)."
+            )
+        return dataclasses.replace(self, averaged=count)
+
+    def start(self, hyper: Hyper) -> InnerState:
+        """`inner`, or a fresh start inside the gradient if that is None."""
+        return self.problem.init(hyper, self.key) if self.inner is None else self.inner
+
+    def begin(self, hyper: Hyper) -> Progress:
+        """The progress before the first step."""
+        inner, total = self.start(hyper), None
+        if self.averaged > 1:
+            # Wide: a sum of bfloat16 parameters stops growing at 256 times one of them.
+            total = jax.tree.map(
+                lambda p: jnp.zeros_like(widen(p)) if is_inexact(p) else None, inner.params
+            )
+        return Progress(inner, total, jnp.int32(-1))
+
+    def one_step(self, hyper: Hyper, offset: jax.typing.ArrayLike) -> Step:
+        """`(progress, (t, batch)) -> progress`; `offset` is the steps done before the window."""
+        step = training_steps(self.problem, hyper, self.train, self.key, offset)
+        first_averaged = self.num_steps - self.averaged
+
+        def advance(progress: Progress, x: tuple[jax.Array, Batch]) -> Progress:
+            t, batch = x
+            inner = step(progress.inner, t, batch)
+            total = progress.total
+            if total is not None:
+                total = _map_averaged(
+                    lambda s, p: None if s is None else s + jnp.where(t >= first_averaged, p, 0),
+                    total,
+                    inner.params,
+                )
+            # A state that shows its training loss spares a pass over all parameters in every step.
+            finite = all_finite(inner.loss if hasattr(inner, "loss") else inner.params)
+            bad = (progress.first_bad_step < 0) & ~finite
+            return Progress(inner, total, jnp.where(bad, t, progress.first_bad_step))
+
+        return advance
+
+    def through(self, hyper: Hyper, progress: Progress, offset: jax.typing.ArrayLike) -> Progress:
+        """All K steps from `progress`."""
+        return scan(self.one_step(hyper, offset), progress, step_inputs(self.train))
+
+    def judged(self, progress: Progress) -> Params:
+        """The parameters that are validated: the last, or the mean over the last `averaged`."""
+        if progress.total is None:
+            return progress.inner.params
+        return _map_averaged(
+            lambda s, p: p if s is None else (s / self.averaged).astype(p.dtype),
+            progress.total,
+            progress.inner.params,
+        )
+
+    def loss(self, params: Params, hyper: Hyper, offset: jax.typing.ArrayLike) -> Scalar:
+        """The validation loss of `params` after the window's K steps."""
+        step = offset + self.num_steps
+        return validation_loss(self.problem, params, hyper, self.valid, self.key, step)
+
+
+def scan(step: Step, progress: Progress, inputs: tuple[jax.Array, Batch]) -> Progress:
+    """`step` along the leading axis of `inputs`."""
+    return jax.lax.scan(lambda p, x: (step(p, x), None), progress, inputs)[0]
+
+
+def _map_averaged(f: Callable[[Any, Any], Any], total: Tree, params: Params) -> Tree:
+    # None marks the leaves that have no mean (counters); it must count as a leaf here.
+    return jax.tree.map(f, total, params, is_leaf=lambda s: s is None)
 
 
 class Estimate(NamedTuple):
@@ -26,9 +187,9 @@ class Estimate(NamedTuple):
         where the estimator can say more about its trustworthiness.
     """
 
-    loss: jax.Array
-    grad: Any
-    inner: Any
+    loss: Scalar
+    grad: Hyper
+    inner: InnerState
     info: dict[str, jax.Array]
 
 
@@ -44,65 +205,42 @@ class Estimator(abc.ABC):
     # suits every hyperparameter.
     perturbs: ClassVar[bool] = False
 
-    def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
-        """The state before the first estimate; `()` for an estimator without memory."""
+    def init(self, window: Window, hyper: Hyper) -> State:
+        """The state before the first estimate; `()` for an estimator without memory.
+
+        Only `problem`, `inner` and `key` of this window need be there: no data were seen yet.
+        """
         return ()
 
     @abc.abstractmethod
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
-        """Advances `inner` by the K steps of `train` and differentiates the validation loss.
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
+        """Advances training by the K steps of the window and differentiates its objective."""
 
-        `inner` None means: start from `problem.init(hyper, key)` inside the gradient.
-        """
-
-    def resolve(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> "Estimator":
-        """The estimator that does the work on inputs of these shapes: itself, unless it chooses.
+    def resolve(self, window: Window, hyper: Hyper) -> "Estimator":
+        """The estimator that does the work on a window of these shapes: itself, unless it chooses.
 
         Reads shapes only, so that tuners can ask while they are traced.
         """
         return self
 
-    def check_structure(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> None:
+    def check_structure(self, window: Window, hyper: Hyper) -> None:
         """Raises where a gradient would be missing by structure; traces once, runs nothing."""
-
-        def loss(hyper: Any) -> jax.Array:
-            return objective(problem, hyper, inner, train, valid, key)[0]
-
-        (require_use if self.perturbs else require_reach)(loss, hyper)
+        check = require_use if self.perturbs else require_reach
+        check(lambda hyper: window.objective(hyper)[0], hyper)
 
 
 def checked_estimate(
-    estimator: Estimator,
-    problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
-    state: Any,
-) -> tuple[Estimate, Any]:
+    estimator: Estimator, window: Window, hyper: Hyper, state: State
+) -> tuple[Estimate, State]:
     """`estimator.estimate`, resolved, behind the structure check, which traces and runs nothing.
 
     Raises:
       ValueError: a gradient would be missing by structure, or a loss closes over a traced value.
     """
-    estimator = estimator.resolve(problem, hyper, inner, train, valid, key)
-    require_structure(estimator, problem, hyper, inner, train, valid, key)
+    estimator = estimator.resolve(window, hyper)
+    require_structure(estimator, window, hyper)
     try:
-        return estimator.estimate(problem, hyper, inner, train, valid, key, state)
+        return estimator.estimate(window, hyper, state)
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "A function of the problem closes over a traced value, whose derivative would be lost. "
@@ -110,15 +248,7 @@ def checked_estimate(
         ) from error
 
 
-def require_structure(
-    estimator: Estimator,
-    problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
-) -> None:
+def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> None:
     """`estimator.check_structure`; a name that `hyper` lacks becomes an error that says so.
 
     Raises:
@@ -126,50 +256,41 @@ def require_structure(
         missing by structure.
     """
     with naming_missing(hyper):
-        estimator.check_structure(problem, hyper, inner, train, valid, key)
+        estimator.check_structure(window, hyper)
 
 
-def compiled_estimate(
-    estimator: Estimator,
-    problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
-) -> Any:
+def compiled_estimate(estimator: Estimator, window: Window, hyper: Hyper) -> jax.stages.Compiled:
     """One estimate from the estimator's first state, compiled for inputs of these shapes.
 
-    Call it with (hyper, inner, train, valid, key), or ask it what memory it needs. The last few are
-    kept, so that asking again, or running what was asked about, compiles nothing.
+    Call it with (window, hyper), or ask it what memory it needs. The last few are kept, so that
+    asking again, or running what was asked about, compiles nothing.
     """
-    leaves, treedef = jax.tree.flatten(shapes_of((hyper, inner, train, valid, key)))
+    leaves, treedef = jax.tree.flatten(shapes_of((window, hyper)))
     # Programs also depend on what new arrays become.
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     around = (jnp.result_type(float), device)
     try:
-        hash(problem)
+        hash(window.problem)
     except TypeError:
-        return _compiled.__wrapped__(estimator, problem, treedef, tuple(leaves), around)
-    return _compiled(estimator, problem, treedef, tuple(leaves), around)
+        return _compiled.__wrapped__(estimator, treedef, tuple(leaves), around)
+    return _compiled(estimator, treedef, tuple(leaves), around)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
-    estimator: Estimator, problem: Problem, treedef: Any, leaves: tuple[Any, ...], around: Any
-) -> Any:
-    def run(hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array) -> Estimate:
-        state = estimator.init(problem, hyper, inner, key)
-        return estimator.estimate(problem, hyper, inner, train, valid, key, state)[0]
+    estimator: Estimator, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], around: Any
+) -> jax.stages.Compiled:
+    def run(window: Window, hyper: Hyper) -> Estimate:
+        return estimator.estimate(window, hyper, estimator.init(window, hyper))[0]
 
     return compiled_for(run, *treedef.unflatten(leaves))
 
 
-def strong(hyper: Any) -> Any:
+def strong(hyper: Hyper) -> Hyper:
     """`hyper` as strongly typed arrays of at least float32: weakly typed scalars recompile."""
     return jax.tree.map(lambda x: widen(x) if is_inexact(x) else jnp.asarray(x), hyper)
 
 
-def summary(loss: jax.Array, grad: Any, first_bad_step: jax.Array) -> dict[str, jax.Array]:
+def summary(loss: Scalar, grad: Hyper, first_bad_step: jax.Array) -> dict[str, jax.Array]:
     """The part of `info` that every estimator gives."""
     return {"finite": all_finite((loss, grad)), "first_bad_step": first_bad_step}

@@ -9,14 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.data.batches import num_steps, step_inputs
-from hypergrad.estimators.base import Estimator, strong
+from hypergrad.data.batches import step_inputs
+from hypergrad.estimators.base import Estimator, Window, strong
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem, steps_done
-from hypergrad.problem.problem import training_steps as steps_of
-from hypergrad.problem.window import ValidateAt, objective
+from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space.space import Space
-from hypergrad.trees import is_inexact, leaf_names, split_inexact
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Scalar,
+    Train,
+    Tree,
+    is_inexact,
+    leaf_names,
+    split_inexact,
+)
 
 
 class Row(NamedTuple):
@@ -65,11 +74,11 @@ class Report(NamedTuple):
 
 def check_hypergradient(
     problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
+    hyper: Hyper,
+    inner: InnerState | None,
+    train: Train,
+    valid: Batch,
+    key: Key,
     estimator: Estimator = Unrolled(),  # noqa: B008  frozen, so safe to share
     space: Space | None = None,
     *,
@@ -106,8 +115,9 @@ def check_hypergradient(
         is not finite (with the first step, the leaf, and the likely cause).
     """
     hyper = strong(hyper)
-    estimator.check_structure(problem, hyper, inner, train, valid, key)
-    validate_at: ValidateAt = getattr(estimator, "validate_at", "last")
+    window = Window(problem, inner, train, valid, key)
+    estimator.check_structure(window, hyper)
+    judged = window.judging(getattr(estimator, "validate_at", "last"))
     unit = hyper if space is None else space.to_unit(hyper)
     flat, unravel = ravel_pytree(unit)
 
@@ -119,19 +129,18 @@ def check_hypergradient(
 
     @jax.jit
     def loss(u: jax.Array) -> jax.Array:
-        return objective(problem, from_flat(u), inner, train, valid, key, validate_at)[0]
+        return judged.objective(from_flat(u))[0]
 
     @jax.jit
     def estimated(u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         hyper, pull_back = jax.vjp(from_flat, u)
-        state = estimator.init(problem, hyper, inner, key)
-        estimate, _ = estimator.estimate(problem, hyper, inner, train, valid, key, state)
+        estimate, _ = estimator.estimate(window, hyper, estimator.init(window, hyper))
         return estimate.loss, ravel_pytree(estimate.grad)[0], pull_back(estimate.grad)[0]
 
     value, raw, grad = (np.asarray(x, np.float64) for x in estimated(flat))
     if not (np.isfinite(value) and np.isfinite(grad).all()):
         bad = [n for n, g in zip(_entries(hyper), grad, strict=True) if not np.isfinite(g)]
-        raise ValueError(_not_finite(problem, hyper, inner, train, valid, key, bad))
+        raise ValueError(_not_finite(window, hyper, bad))
     chosen = np.arange(flat.size)
     if flat.size > max_entries:
         chosen = np.sort(np.random.default_rng(0).choice(flat.size, max_entries, replace=False))
@@ -167,7 +176,7 @@ def check_hypergradient(
     return report
 
 
-def _entries(hyper: Any) -> list[str]:
+def _entries(hyper: Hyper) -> list[str]:
     names = []
     for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
         size, shape = np.size(leaf), np.shape(leaf)
@@ -178,7 +187,9 @@ def _entries(hyper: Any) -> list[str]:
     return names
 
 
-def _difference(loss: Any, flat: jax.Array, i: int, bounded: bool) -> tuple[float, float]:
+def _difference(
+    loss: Callable[[jax.Array], Scalar], flat: jax.Array, i: int, bounded: bool
+) -> tuple[float, float]:
     """The central difference that agrees best with its neighbour in step size, and its error."""
     size = 1.0 if bounded else max(abs(float(flat[i])), 1e-3)
     wide = flat.dtype == jnp.float64
@@ -225,27 +236,25 @@ def _verdict(
     return "agrees"
 
 
-def _not_finite(
-    problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array, bad: list[str]
-) -> str:
+def _not_finite(window: Window, hyper: Hyper, bad: list[str]) -> str:
     """Where the first number that is not finite arises: in training, or only in its derivative."""
-    start = lambda h: problem.init(h, key) if inner is None else inner  # noqa: E731
-    offset = steps_done(start(hyper))
-    names = [
-        name
-        for name, leaf in zip(leaf_names(start(hyper)), jax.tree.leaves(start(hyper)), strict=True)
-        if is_inexact(leaf)
-    ]
+    train, start = window.train, window.start
+    first = start(hyper)
+    named = zip(leaf_names(first), jax.tree.leaves(first), strict=True)
+    names = [name for name, leaf in named if is_inexact(leaf)]
     which = f"The hypergradient of {', '.join(bad) or 'no hyperparameter, but the loss'}"
 
-    def finite(floats: list[Any]) -> jax.Array:
+    def step_under(hyper: Hyper) -> Callable[..., Any]:
+        return training_steps(window.problem, hyper, train, window.key, steps_done(first))
+
+    def finite(floats: list[jax.Array]) -> jax.Array:
         return jnp.stack([jnp.isfinite(x).all() for x in floats])
 
     @jax.jit
-    def training(hyper: Any) -> jax.Array:
-        step = steps_of(problem, hyper, train, key, offset)
+    def training(hyper: Hyper) -> jax.Array:
+        step = step_under(hyper)
 
-        def body(inner: Any, x: Any) -> tuple[Any, jax.Array]:
+        def body(inner: InnerState, x: Tree) -> tuple[InnerState, jax.Array]:
             inner = step(inner, *x)
             return inner, finite(split_inexact(inner)[0])
 
@@ -257,28 +266,28 @@ def _not_finite(
         leaf = names[int(np.argmin(flags[t]))]
         return (
             f"{which} is not finite: training itself is not. First at step {t} of "
-            f"{num_steps(train)}, in {leaf!r}. Likely cause: {_cause_in_training(train, t)}."
+            f"{window.num_steps}, in {leaf!r}. Likely cause: {_cause_in_training(train, t)}."
         )
-    if broken := _broken_leaves(valid):
+    if broken := _broken_leaves(window.valid):
         return (
             f"{which} is not finite, though training is: the validation batch holds values that "
             f"are not finite, in leaf {', '.join(broken)}."
         )
 
     @jax.jit
-    def tangents(hyper: Any, direction: Any) -> jax.Array:
-        def push(f: Callable[[Any, Any], Any], tree: Any, dots: list[Any]) -> tuple[Any, list[Any]]:
+    def tangents(hyper: Hyper, direction: Hyper) -> jax.Array:
+        def push(f: Callable[..., Tree], tree: Tree, dots: list[Any]) -> tuple[Tree, list[Any]]:
             floats, join = split_inexact(tree)
 
-            def on_floats(h: Any, floats: list[Any]) -> Any:
+            def on_floats(h: Hyper, floats: list[Any]) -> Any:
                 out = f(h, join(floats))
                 return split_inexact(out)[0], out
 
             _, dots, out = jax.jvp(on_floats, (hyper, floats), (direction, dots), has_aux=True)
             return out, dots
 
-        def body(carry: Any, x: Any) -> Any:
-            carry = push(lambda h, s: steps_of(problem, h, train, key, offset)(s, *x), *carry)
+        def body(carry: tuple[Tree, list[Any]], x: Tree) -> Any:
+            carry = push(lambda h, s: step_under(h)(s, *x), *carry)
             return carry, finite(carry[1])
 
         return jax.lax.scan(body, push(lambda h, _: start(h), (), []), step_inputs(train))[1]
@@ -293,7 +302,7 @@ def _not_finite(
             leaf = names[int(np.argmin(found[t]))]
             return (
                 f"{which} is not finite, though training is: the derivative of {leaf!r} in "
-                f"{name!r} is lost at step {t} of {num_steps(train)}. Likely cause: an infinite "
+                f"{name!r} is lost at step {t} of {window.num_steps}. Likely cause: an infinite "
                 "slope, such as the square root in Adam, or a norm, at exactly zero "
                 "(hypergrad.nonzero_gradient in a hand-filled step)."
             )
@@ -305,7 +314,7 @@ def _not_finite(
     )
 
 
-def _broken_leaves(batch: Any) -> list[str]:
+def _broken_leaves(batch: Batch) -> list[str]:
     return [
         name
         for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
@@ -313,7 +322,7 @@ def _broken_leaves(batch: Any) -> list[str]:
     ]
 
 
-def _cause_in_training(train: Any, t: int) -> str:
+def _cause_in_training(train: Train, t: int) -> str:
     arrays = getattr(train, "arrays", None)
     batch = arrays if arrays is not None else jax.tree.map(lambda x: x[t], train)
     if broken := _broken_leaves(batch):

@@ -1,38 +1,51 @@
 """Which estimator when: the field's rules of thumb as code, checked on the problem at hand."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad.estimators.auto import (
     CG,
-    Arguments,
     Choice,
     NothingFitsError,
     cheapest_exact,
     count_of,
     evaluations_of,
 )
-from hypergrad.estimators.base import Estimator, compiled_estimate, strong
+from hypergrad.estimators.base import (
+    Estimator,
+    ValidateAt,
+    Window,
+    compiled_estimate,
+    strong,
+)
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import require_use
-from hypergrad.problem.window import ValidateAt, objective
 from hypergrad.space.space import Space
-from hypergrad.trees import inner_product, norm
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Scalar,
+    Train,
+    Unit,
+    inner_product,
+    norm,
+)
 
 
 def choose_estimator(
     problem: Problem,
     space: Space,
-    inner: Any,
-    hyper: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
+    inner: InnerState | None,
+    hyper: Hyper,
+    train: Train,
+    valid: Batch,
+    key: Key,
     *,
     memory_limit: int | None = None,
     validate_at: ValidateAt = "last",
@@ -75,41 +88,37 @@ def choose_estimator(
     Unrolled(window=None, checkpoint='none', ...): 1 hyperparameter over 5 steps; ...
     """
     hyper = strong(space.validate(hyper))
-    arguments = (inner, train, valid, key)
+    window = Window(problem, inner, train, valid, key)
     limit = device_bytes() if memory_limit is None else memory_limit
-    chosen = _without_derivative(problem, hyper, arguments, validate_at)
-    chosen = chosen or _examined(problem, space, hyper, arguments, validate_at, limit)
+    chosen = _without_derivative(window, hyper, validate_at)
+    chosen = chosen or _examined(window, space, hyper, validate_at, limit)
     print(f"{chosen.estimator}: {chosen.reason}")
     return chosen.estimator
 
 
 def _examined(
-    problem: Problem,
-    space: Space,
-    hyper: Any,
-    arguments: Arguments,
-    validate_at: ValidateAt,
-    limit: int,
+    window: Window, space: Space, hyper: Hyper, validate_at: ValidateAt, limit: int
 ) -> Choice:
     try:
-        exact = cheapest_exact(problem, hyper, arguments, validate_at, limit)
+        exact = cheapest_exact(window, hyper, validate_at, limit)
     except NothingFitsError:
-        implicit = _implicit(problem, space, hyper, arguments, limit, None)
+        implicit = _implicit(window, space, hyper, limit, None)
         if implicit is None:
             raise
         return implicit
     unit = space.to_unit(hyper)
-    estimate = compiled_estimate(exact.estimator, problem, hyper, *arguments)(hyper, *arguments)
+    estimate = compiled_estimate(exact.estimator, window, hyper)(window, hyper)
     grad = jax.vjp(space.from_unit, unit)[1](estimate.grad)[0]
     size = norm(grad)
     if float(size) == 0:
         return exact._replace(reason=f"{exact.reason}; the gradient is 0 here: nothing to probe")
+    judged = window.judging(validate_at)
 
     @jax.jit
-    def loss(unit: Any) -> jax.Array:
-        return objective(problem, space.from_unit(unit), *arguments, validate_at=validate_at)[0]
+    def loss(unit: Unit) -> Scalar:
+        return judged.objective(space.from_unit(unit))[0]
 
-    def moved(step: float) -> Any:
+    def moved(step: float) -> Unit:
         return space.project(jax.tree.map(lambda u, g: u + step * g / size, unit, grad))
 
     up, down = moved(0.005), moved(-0.005)
@@ -124,47 +133,40 @@ def _examined(
             f"coordinates, {ratio:.2g} of what it promises happens over 1% of the range, and the "
             f"adjoint grows {growth:.2g} times along the run"
         )
-        return Choice(_evolution(arguments[0], validate_at), why)
-    if evaluations_of(exact.estimator, hyper, arguments) > evaluations_of(CG, hyper, arguments):
-        implicit = _implicit(problem, space, hyper, arguments, limit, grad)
+        return Choice(_evolution(window, validate_at), why)
+    if evaluations_of(exact.estimator, window, hyper) > evaluations_of(CG, window, hyper):
+        implicit = _implicit(window, space, hyper, limit, grad)
         if implicit is not None:
             return implicit
     why = f"{exact.reason}; differences are {ratio:.2f} of what it promises"
     return exact._replace(reason=why)
 
 
-def _without_derivative(
-    problem: Problem, hyper: Any, arguments: Arguments, validate_at: ValidateAt
-) -> Choice | None:
-    for reach in require_use(lambda hyper: objective(problem, hyper, *arguments)[0], hyper):
+def _without_derivative(window: Window, hyper: Hyper, validate_at: ValidateAt) -> Choice | None:
+    for reach in require_use(lambda hyper: window.objective(hyper)[0], hyper):
         if not reach.differentiable:
             why = f"the path of {reach.name!r} has no derivative ({', '.join(reach.cut_by)})"
-            return Choice(_evolution(arguments[0], validate_at), why)
+            return Choice(_evolution(window, validate_at), why)
     return None
 
 
-def _evolution(inner: Any, validate_at: ValidateAt) -> Evolution:
+def _evolution(window: Window, validate_at: ValidateAt) -> Evolution:
     # a whole run is an episode of one window, for which the plainest method is enough
-    return Evolution(8, 0.03, "es" if inner is None else "pes", validate_at)
+    return Evolution(8, 0.03, "es" if window.inner is None else "pes", validate_at)
 
 
 def _implicit(
-    problem: Problem,
-    space: Space,
-    hyper: Any,
-    arguments: Arguments,
-    limit: int,
-    reference: Any | None,
+    window: Window, space: Space, hyper: Hyper, limit: int, reference: Unit | None
 ) -> Choice | None:
     """`Implicit`, if it is right here; `reference` is an exact gradient in unit coordinates."""
     try:
-        CG.check_structure(problem, hyper, *arguments)
+        CG.check_structure(window, hyper)
     except ValueError:
         return None  # something acts through the optimiser or the start
-    compiled = compiled_estimate(CG, problem, hyper, *arguments)
+    compiled = compiled_estimate(CG, window, hyper)
     if temporary_bytes(compiled) > limit:
         return None
-    estimate = compiled(hyper, *arguments)
+    estimate = compiled(window, hyper)
     residual, unconverged = (float(estimate.info[k]) for k in ("residual", "unconverged"))
     what = f"all {count_of(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
     if not residual <= 1e-2:

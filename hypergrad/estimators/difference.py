@@ -1,15 +1,15 @@
 """Finite differences: the reference that every other estimator is measured against."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.problem.problem import Problem
-from hypergrad.problem.window import ValidateAt, objective
+from hypergrad.checks import positive
+from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, summary
+from hypergrad.trees import Hyper, Scalar, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +32,22 @@ class FiniteDifference(Estimator):
     perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.step > 0:
-            raise ValueError(f"step={self.step} must be positive, for instance 1e-5.")
+        positive("step", self.step, "for instance 1e-5")
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """The loss at `hyper` and central differences around it; see the class."""
+        window = window.judging(self.validate_at)
         flat, unravel = ravel_pytree(hyper)
 
-        def loss(flat: jax.Array) -> jax.Array:
-            arguments = (inner, train, valid, key, self.validate_at)
-            return objective(problem, unravel(flat), *arguments)[0]
+        def loss(flat: jax.Array) -> Scalar:
+            return window.objective(unravel(flat))[0]
 
-        def difference(i: jax.Array) -> jax.Array:
+        def difference(i: jax.Array) -> Scalar:
             d = self.step * jnp.maximum(jnp.abs(flat[i]), 1e-3)
             up, down = flat.at[i].add(d), flat.at[i].add(-d)
             # what was really added, after rounding
             return (loss(up) - loss(down)) / (up[i] - down[i])
 
         grad = unravel(jax.lax.map(difference, jnp.arange(flat.size)).astype(flat.dtype))
-        value, end = objective(problem, hyper, inner, train, valid, key, self.validate_at)
+        value, end = window.objective(hyper)
         return Estimate(value, grad, end.inner, summary(value, grad, end.first_bad_step)), state

@@ -7,12 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.data.batches import num_steps
+from hypergrad import checks
 from hypergrad.data.keys import NOISE
-from hypergrad.estimators.base import Estimate, Estimator, strong, summary
-from hypergrad.problem.problem import Problem, steps_done, validation_loss
-from hypergrad.problem.window import ValidateAt, averaged, begin, judged, through
-from hypergrad.trees import path_name, widen
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    ValidateAt,
+    Window,
+    strong,
+    summary,
+)
+from hypergrad.problem.problem import steps_done
+from hypergrad.trees import Hyper, InnerState, Leaf, Scalar, State, path_name, widen
 
 Method = Literal["pes", "es", "es_single"]
 
@@ -58,7 +64,7 @@ class Evolution(Estimator):
         Unbiased.
       validate_at: as in `Unrolled`.
 
-    An episode starts with `init(problem, hyper, inner, key)`, whose particles all stand at `inner`.
+    An episode starts with `init(window, hyper)`, whose particles all stand at `window.inner`.
     Where it ends, call `init` again with the new start and a new key: kept particles would belong
     to the old run, and under an old key ES-Single repeats its directions. With `inner=None` each
     call is a whole run from `problem.init(hyper +- e_i, key)`, an episode of one window, in which
@@ -114,63 +120,38 @@ class Evolution(Estimator):
     perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pairs, int) or self.pairs < 1:
-            raise ValueError(
-                f"pairs={self.pairs!r} must be an integer of at least 1: the number of antithetic "
-                "pairs of particles, for instance 16."
-            )
-        if not 0 < self.std < float("inf"):
-            raise ValueError(
-                f"std={self.std!r} must be positive and finite: the noise's standard deviation in "
-                "the coordinates of hyper, for instance 0.01."
-            )
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"method={self.method!r} is unknown: choose 'pes', 'es' or 'es_single'."
-            )
+        checks.integer_field(self, "pairs", remedy="the antithetic pairs, for instance 16")
+        checks.positive("std", self.std, "in the coordinates of hyper, for instance 0.01")
+        checks.choice("method", self.method, get_args(Method))
 
-    def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Particles:
+    def init(self, window: Window, hyper: Hyper) -> Particles:
         """The state at an episode's start: all particles at `inner`; see the class."""
         calls = jnp.zeros((), jnp.int32)
-        if not self._lasting(inner):
+        if not self._lasting(window):
             return Particles(calls, None, None)
         like = ravel_pytree(strong(hyper))[0]
         noise = jnp.zeros((self.pairs, like.size), like.dtype)
         if self.method == "es_single":
-            noise = self._draw(key, steps_done(inner), calls, like)
-        particles = jax.tree.map(lambda x: _repeat(x, 2 * self.pairs), inner)
+            noise = self._draw(window.key, steps_done(window.inner), calls, like)
+        particles = jax.tree.map(lambda x: _repeat(x, 2 * self.pairs), window.inner)
         return Particles(calls, particles, noise)
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """One window of all particles and of the unperturbed run; see the class."""
         flat, unravel = ravel_pytree(hyper)
-        steps = num_steps(train)
-        count = averaged(self.validate_at, steps)
-        start = problem.init(hyper, key) if inner is None else inner
-        offset = steps_done(start)
-        weight, noise = self._noise(key, offset, state, flat)  # [pairs, |hyper|] both
+        window = window.judging(self.validate_at)
+        offset = steps_done(window.start(hyper))
+        weight, noise = self._noise(window.key, offset, state, flat)  # [pairs, |hyper|] both
 
-        def run(move: jax.Array, inner: Any) -> tuple[jax.Array, Any, jax.Array]:
-            moved = unravel(flat + move)
-            progress = begin(problem, moved, inner, key, count)
+        def run(move: jax.Array, inner: InnerState) -> tuple[Scalar, InnerState, jax.Array]:
+            moved, own = unravel(flat + move), dataclasses.replace(window, inner=inner)
             # The unperturbed run's offset for all: a count per particle would draw the same
             # minibatch once per particle.
-            progress = through(problem, moved, progress, train, key, offset, count)
-            params = judged(progress, count)
-            loss = validation_loss(problem, params, moved, valid, key, offset + steps)
-            return loss, progress.inner, progress.first_bad_step
+            end = own.through(moved, own.begin(moved), offset)
+            return own.loss(own.judged(end), moved, offset), end.inner, end.first_bad_step
 
-        lasting = self._lasting(inner)
-        starts = _joined(inner, state.inner) if lasting else inner
+        lasting = self._lasting(window)
+        starts = _with_particles(window.inner, state.inner) if lasting else window.inner
         moves = jnp.concatenate([jnp.zeros_like(flat)[None], noise, -noise])  # [1 + 2 pairs, ...]
         losses, ends, bad = jax.vmap(run, in_axes=(0, 0 if lasting else None))(moves, starts)
 
@@ -180,7 +161,7 @@ class Evolution(Estimator):
         mean = jnp.mean(grads, 0)
         end = jax.tree.map(lambda x: x[0], ends)
         grad = unravel(mean.astype(flat.dtype))
-        info = summary(losses[0], grad, _earliest(bad, steps))
+        info = summary(losses[0], grad, _earliest(bad, window.num_steps))
         info["std_error"] = _standard_error(grads, mean)
         info["nonfinite"] = jnp.mean(~jnp.isfinite(perturbed), dtype=jnp.float32)
         if lasting:
@@ -191,8 +172,8 @@ class Evolution(Estimator):
             state = state._replace(calls=state.calls + 1)
         return Estimate(losses[0], grad, end, info), state
 
-    def _lasting(self, inner: Any) -> bool:
-        return inner is not None and self.method != "es"
+    def _lasting(self, window: Window) -> bool:
+        return window.inner is not None and self.method != "es"
 
     def _draw(
         self, key: jax.Array, step: jax.typing.ArrayLike, calls: jax.Array, like: jax.Array
@@ -217,17 +198,17 @@ class Evolution(Estimator):
         return (noise if state.noise is None else state.noise + noise), noise
 
 
-def _repeat(leaf: Any, count: int) -> jax.Array:
+def _repeat(leaf: Leaf, count: int) -> jax.Array:
     # jnp.array makes a copy that is strongly typed: weak types recompile at the second window.
     leaf = jnp.asarray(leaf)
     leaf = leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.astype(leaf.dtype)
     return jnp.broadcast_to(leaf, (count, *leaf.shape))
 
 
-def _joined(inner: Any, particles: Any) -> Any:
+def _with_particles(inner: InnerState, particles: InnerState) -> InnerState:
     """The unperturbed state in front of the particles, `[1 + 2 pairs, ...]`, at one step."""
 
-    def join(path: tuple[Any, ...], first: Any, rest: jax.Array) -> jax.Array:
+    def join(path: tuple[Any, ...], first: Leaf, rest: jax.Array) -> jax.Array:
         if path_name(path[:1]) == "step":
             # A tuner that goes back restores the particles, but never the count of steps.
             return _repeat(first, 1 + rest.shape[0])

@@ -8,19 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.data.batches import num_steps, step_inputs
-from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.problem.problem import Problem, steps_done, validation_loss
-from hypergrad.problem.window import (
+from hypergrad import checks
+from hypergrad.data.batches import step_inputs
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
     Progress,
     ValidateAt,
-    averaged,
-    begin,
-    judged,
-    objective,
-    one_step,
+    Window,
+    summary,
 )
-from hypergrad.trees import split_inexact
+from hypergrad.problem.problem import steps_done
+from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, is_inexact, split_inexact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Forward(Estimator):
         `problem.init`), and equals `Unrolled()` to rounding. True: Z goes on from the last estimate
         (RTHO), so that an online tuner sees effects older than the window; the state is Z.
       validate_at: as in `Unrolled`.
-
       chunk: how many tangents are carried at once; None for all. The run is repeated for each
         chunk, so that 100 hyperparameters fit where 10 do.
 
@@ -55,102 +53,108 @@ class Forward(Estimator):
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk={self.chunk} must be at least 1, or None for all at once.")
+        if self.chunk is not None:
+            checks.integer_field(self, "chunk", remedy="or None for all at once")
 
-    def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
+    def init(self, window: Window, hyper: Hyper) -> State:
         """Zero tangents with `carry`, else `()`."""
-        return _no_tangents(hyper, inner) if self.carry and inner is not None else ()
+        if not self._goes_on(window):
+            return ()
+        size = ravel_pytree(hyper)[0].size
+        floats = split_inexact(window.inner)[0]
+        return [jnp.zeros((size, *jnp.shape(x)), jnp.result_type(x)) for x in floats]
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """One value and gradient of the validation loss; see the class."""
+        window = window.judging(self.validate_at)
         flat, unravel = ravel_pytree(hyper)
-        steps = num_steps(train)
-        count = averaged(self.validate_at, steps)
-        carried = self.carry and inner is not None
+        goes_on = self._goes_on(window)
 
-        def along(basis: jax.Array, carried_zs: Tangents) -> tuple[Any, Progress, jax.Array, Any]:
-            """Loss, end, and the gradient's entries and tangents along the rows of `basis`."""
-            start, zs = _pushforward(
-                lambda h, _: begin(problem, unravel(h), inner, key, count), flat, basis, (), []
-            )
-            zs = _with_inner_tangents(zs, carried_zs)
-            offset = steps_done(start.inner)
+        def along(directions: jax.Array, carried: Tangents) -> tuple[Any, ...]:
+            """Loss, end, and the gradient's entries and the tangents along rows of the identity."""
+            push = _pushforward(flat, directions)
+            s, z = push(lambda h, _: window.begin(unravel(h)), (), [])  # Z_0 = ds_0/dhyper
+            z = _with_inner(s, z, carried) if goes_on else z
+            offset = steps_done(s.inner)
 
             # The step is counted in the carry: indices to scan along would grow with K.
-            def advance(carry: tuple[jax.Array, Progress, Any], batch: Any) -> tuple[Any, None]:
-                t, progress, zs = carry
+            def advance(carry: tuple[jax.Array, Progress, Tangents], batch: Batch) -> Any:
+                t, s, z = carry
 
-                def step(h: jax.Array, p: Progress) -> Progress:
-                    return one_step(problem, unravel(h), train, key, offset, count)(p, (t, batch))
+                def step(h: jax.Array, s: Progress) -> Progress:
+                    return window.one_step(unravel(h), offset)(s, (t, batch))
 
-                return (t + 1, *_pushforward(step, flat, basis, progress, zs)), None
+                return (t + 1, *push(step, s, z)), None  # Z_t = A_t Z_(t-1) + B_t, eq. 13
 
-            begun = (jnp.zeros((), jnp.int32), start, zs)
-            (_, end, zs), _ = jax.lax.scan(advance, begun, step_inputs(train)[1], length=steps)
+            begun = (jnp.zeros((), jnp.int32), s, z)
+            batches = step_inputs(window.train)[1]
+            (_, s, z), _ = jax.lax.scan(advance, begun, batches, length=window.num_steps)
 
-            def loss_at(h: jax.Array, progress: Progress) -> jax.Array:
-                params = judged(progress, count)
-                return validation_loss(problem, params, unravel(h), valid, key, offset + steps)
+            def error(h: jax.Array, s: Progress) -> Scalar:
+                return window.loss(window.judged(s), unravel(h), offset)
 
-            loss, [entries] = _pushforward(loss_at, flat, basis, end, zs)
-            return loss, end, entries.astype(flat.dtype), zs[: len(carried_zs)]
+            loss, [entries] = push(error, s, z)  # dE/ds Z_K + dE/dhyper, eq. 15
+            return loss, s, entries.astype(flat.dtype), _inner_of(s, z) if goes_on else []
 
-        basis = jnp.eye(flat.size, dtype=flat.dtype)
-        zs = list(state) if carried else []
+        identity = jnp.eye(flat.size, dtype=flat.dtype)
+        z = list(state) if goes_on else []
         if self.chunk is None or self.chunk >= flat.size:
-            loss, end, entries, zs = along(basis, zs)
+            loss, end, entries, z = along(identity, z)
         else:
-            blocks = _in_blocks((basis, zs), self.chunk)
-            entries, zs = jax.lax.map(lambda block: along(*block)[2:], blocks)
-            entries, zs = _joined((entries, zs), flat.size)
-            loss, end = objective(problem, hyper, inner, train, valid, key, self.validate_at)
+            blocks = _in_blocks((identity, z), self.chunk)
+            entries, z = jax.lax.map(lambda block: along(*block)[2:], blocks)
+            entries, z = _joined((entries, z), flat.size)
+            loss, end = window.objective(hyper)
         grad = unravel(entries)
         info = summary(loss, grad, end.first_bad_step)
-        return Estimate(loss, grad, end.inner, info), zs if carried else ()
+        return Estimate(loss, grad, end.inner, info), z if goes_on else ()
+
+    def _goes_on(self, window: Window) -> bool:
+        # A fresh start has no past whose tangents could be carried.
+        return self.carry and window.inner is not None
 
 
-Tangents = list[jax.Array]  # one [|hyper|, ...] per inexact leaf
+Tangents = list[jax.Array]  # one [|hyper|, ...] per inexact leaf, in the order of the leaves
 
 
 def _pushforward(
-    f: Callable[[jax.Array, Any], Any], flat: jax.Array, basis: jax.Array, tree: Any, zs: Tangents
-) -> tuple[Any, Tangents]:
-    """`f(flat, tree)` and the tangents of its inexact leaves along every row of `basis`."""
-    floats, join = split_inexact(tree)
+    flat: jax.Array, directions: jax.Array
+) -> Callable[[Callable[..., Any], Tree, Tangents], tuple[Any, Tangents]]:
+    """`(f, tree, z) -> (f(flat, tree), tangents of its inexact leaves)`, along every direction."""
 
-    def on_floats(h: jax.Array, floats: list[Any]) -> tuple[list[Any], Any]:
-        out = f(h, join(floats))
-        return split_inexact(out)[0], out
+    def push(f: Callable[[jax.Array, Tree], Any], tree: Tree, z: Tangents) -> tuple[Any, Tangents]:
+        floats, join = split_inexact(tree)
 
-    def along(e: jax.Array, z: Tangents) -> tuple[Any, Tangents]:
-        _, dz, out = jax.jvp(on_floats, (flat, floats), (e, z), has_aux=True)
-        return out, dz
+        def on_floats(h: jax.Array, floats: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+            out = f(h, join(floats))
+            return split_inexact(out)[0], out
 
-    # The primal does not depend on the direction, so vmap computes it once.
-    return jax.vmap(along, out_axes=(None, 0))(basis, zs)
+        def along(e: jax.Array, z: Tangents) -> tuple[Any, Tangents]:
+            _, dz, out = jax.jvp(on_floats, (flat, floats), (e, z), has_aux=True)
+            return out, dz
 
+        # The primal does not depend on the direction, so vmap computes it once.
+        return jax.vmap(along, out_axes=(None, 0))(directions, z)
 
-def _no_tangents(hyper: Any, inner: Any) -> Tangents:
-    size = ravel_pytree(hyper)[0].size
-    return [jnp.zeros((size, *jnp.shape(x)), jnp.result_type(x)) for x in split_inexact(inner)[0]]
-
-
-def _with_inner_tangents(zs: Tangents, inner_zs: Tangents) -> Tangents:
-    # A Progress flattens with its inner first.
-    return [*inner_zs, *zs[len(inner_zs) :]]
+    return push
 
 
-def _in_blocks(tree: Any, size: int) -> Any:
+def _as_tree(tree: Tree, z: Tangents) -> Tree:
+    """The tangents in the structure of `tree`, None where a leaf has none."""
+    supply = iter(z)
+    return jax.tree.map(lambda x: next(supply) if is_inexact(x) else None, tree)
+
+
+def _inner_of(s: Progress, z: Tangents) -> Tangents:
+    return jax.tree.leaves(_as_tree(s, z).inner)
+
+
+def _with_inner(s: Progress, z: Tangents, carried: Tangents) -> Tangents:
+    """The tangents of `s` with those of its training state replaced by the last estimate's."""
+    return jax.tree.leaves(_as_tree(s, z)._replace(inner=_as_tree(s.inner, carried)))
+
+
+def _in_blocks(tree: Tree, size: int) -> Tree:
     """Leaves `[n, ...]` as `[blocks, size, ...]`, the last block filled up with zeros."""
 
     def block(x: jax.Array) -> jax.Array:
@@ -161,5 +165,5 @@ def _in_blocks(tree: Any, size: int) -> Any:
     return jax.tree.map(block, tree)
 
 
-def _joined(tree: Any, length: int) -> Any:
+def _joined(tree: Tree, length: int) -> Tree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], tree)

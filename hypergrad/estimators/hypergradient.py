@@ -1,23 +1,28 @@
 """One hypergradient, in plain JAX."""
 
-from typing import Any, Literal
-
-import jax
+from typing import Literal
 
 from hypergrad.estimators.auto import Auto
-from hypergrad.estimators.base import Estimate, Estimator, checked_estimate, strong
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    ValidateAt,
+    Window,
+    checked_estimate,
+    strong,
+)
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
-from hypergrad.problem.window import ValidateAt
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train
 
 
 def hypergradient(
     problem: Problem,
-    hyper: Any,
-    inner: Any,
-    train: Any,
-    valid: Any,
-    key: jax.Array,
+    hyper: Hyper,
+    inner: InnerState | None,
+    train: Train,
+    valid: Batch,
+    key: Key,
     estimator: Estimator | Literal["auto"] = Unrolled(),  # noqa: B008  frozen, so safe to share
 ) -> Estimate:
     """The gradient of the validation loss after K training steps, with respect to `hyper`.
@@ -51,9 +56,9 @@ def hypergradient(
     Array(-2., dtype=float32)
     """
     hyper = strong(hyper)
+    window = Window(problem, inner, train, valid, key)
     estimator = as_estimator(estimator)
-    state = estimator.init(problem, hyper, inner, key)
-    return checked_estimate(estimator, problem, hyper, inner, train, valid, key, state)[0]
+    return checked_estimate(estimator, window, hyper, estimator.init(window, hyper))[0]
 
 
 def as_estimator(

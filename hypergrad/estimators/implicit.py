@@ -1,22 +1,44 @@
 """Implicit differentiation: of the stationary point of training, or of its update's fixed point."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad import checks
 from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batches, num_steps
 from hypergrad.data.keys import SOLVER
-from hypergrad.estimators.base import Estimate, Estimator, summary
-from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, relative_residual
-from hypergrad.problem.problem import Problem, steps_done, validation_loss
+from hypergrad.estimators.base import Estimate, Estimator, Window, summary
+from hypergrad.estimators.linear import (
+    ConjugateGradient,
+    LinearSolver,
+    MatVec,
+    relative_residual,
+)
+from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.problem.structure import StructureError, keeps, reaches
-from hypergrad.problem.window import begin, objective, through
-from hypergrad.trees import inner_product, is_inexact, norm, path_name
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Scalar,
+    State,
+    Train,
+    Tree,
+    inner_product,
+    is_inexact,
+    norm,
+    path_name,
+)
+
+Of = Literal["stationary", "fixed_point"]
+Batches = Literal["all", "last"]
+# z, or a vector of its space: inexact arrays of one dtype of at least float32
+Vector = list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +97,8 @@ class Implicit(Estimator):
     """
 
     solver: LinearSolver = ConjugateGradient()  # noqa: RUF009  frozen, so safe to share
-    of: Literal["stationary", "fixed_point"] = "stationary"
-    batches: Literal["all", "last"] = "all"
+    of: Of = "stationary"
+    batches: Batches = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
@@ -84,96 +106,62 @@ class Implicit(Estimator):
                 f"solver={self.solver!r} is no solver: give one such as ConjugateGradient(), an "
                 "object and not its class or name."
             )
-        if self.of not in ("stationary", "fixed_point"):
-            raise ValueError(f"of={self.of!r} is unknown: choose 'stationary' or 'fixed_point'.")
-        if self.batches not in ("all", "last"):
-            raise ValueError(f"batches={self.batches!r} is unknown: choose 'all' or 'last'.")
+        checks.choice("of", self.of, get_args(Of))
+        checks.choice("batches", self.batches, get_args(Batches))
         if self.of == "fixed_point" and self.solver.symmetric:
             raise ValueError(
                 f"solver={self.solver} needs a symmetric matrix, which that of an update's fixed "
                 "point is not. Use GMRES, Neumann or Richardson."
             )
 
-    def init(self, problem: Problem, hyper: Any, inner: Any, key: jax.Array) -> Any:
+    def init(self, window: Window, hyper: Hyper) -> State:
         """What the solver remembers."""
-        inner = problem.init(hyper, key) if inner is None else inner
-        z, _ = _point(inner, self.of, 0)
-        return self.solver.init(z)
+        return self.solver.init(_vector_of(window.start(hyper), self.of, 0)[0])
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """One value and gradient of the validation loss; see the class."""
-        steps = num_steps(train)
-        end = begin(problem, hyper, inner, key, 1)
-        offset = steps_done(end.inner)
-        end = through(problem, hyper, end, train, key, offset)
-        z, inner_at = _point(end.inner, self.of, offset)
-        examples = _examples(train, key, offset, self.batches)
+        start = window.begin(hyper)
+        offset = steps_done(start.inner)
+        end = window.through(hyper, start, offset)
+        residual = _residual(self, window, end.inner, offset)  # F
+        z = residual.z
 
-        def judged(z: list[jax.Array], hyper: Any) -> jax.Array:
-            params = inner_at(z).params
-            return validation_loss(problem, params, hyper, valid, key, offset + steps)
+        def error(z: Vector, hyper: Hyper) -> Scalar:
+            return window.loss(residual.inner_at(z).params, hyper, offset)
 
-        def residual(z: list[jax.Array], hyper: Any) -> list[jax.Array]:
-            return _RESIDUALS[self.of](problem, inner_at, z, hyper, examples)
-
-        loss, (v, direct) = jax.value_and_grad(judged, (0, 1))(z, hyper)
-        if self.of == "stationary":
-            # a Hessian is its own transpose, and forward over reverse is the cheaper product
-            value, product = jax.linearize(lambda z: residual(z, hyper), z)
-        else:
-            value, pull_back = jax.vjp(lambda z: residual(z, hyper), z)
-            product = lambda x: pull_back(x)[0]  # noqa: E731
-        solver_key = jax.random.fold_in(jax.random.fold_in(key, SOLVER), offset)
-        trained = _trained(problem, inner_at, z, hyper, examples, self.of, product)
-        only = lambda x: jax.tree.map(lambda m, x: jnp.where(m, x, 0), trained, x)  # noqa: E731
-
-        def product_of_trained(x: list[jax.Array]) -> list[jax.Array]:
-            # The identity elsewhere, so that the matrix stays regular. Combinations of v and of
-            # products are 0 there by themselves, which spares a pass over all parameters.
-            inside = product(x if self.solver.krylov else only(x))
-            return jax.tree.map(lambda m, y, x: jnp.where(m, y, x), trained, inside, x)
-
-        v = only(v)
-        x, state = self.solver.solve(product_of_trained, v, solver_key, state)
-        x = only(x)
+        loss, (v, direct) = jax.value_and_grad(error, (0, 1))(z, hyper)  # dE/dz, dE/dhyper
+        value, product = residual.transposed(hyper)  # F, and x -> (dF/dz)^T x
+        key = jax.random.fold_in(jax.random.fold_in(window.key, SOLVER), offset)
+        moves = residual.moves(hyper, product)
+        v, matvec = _only(moves, v), _regular(product, moves, self.solver.krylov)
+        x, state = self.solver.solve(matvec, v, key, state)  # (dF/dz)^T x = v
+        x = _only(moves, x)
         (indirect,) = jax.vjp(lambda hyper: residual(z, hyper), hyper)[1](x)
-        grad = jax.tree.map(jnp.subtract, direct, indirect)
+        grad = jax.tree.map(jnp.subtract, direct, indirect)  # Bengio eq. 14
+
         info = summary(loss, grad, end.first_bad_step)
-        info["residual"] = relative_residual(product_of_trained, x, v)
+        info["residual"] = relative_residual(matvec, x, v)
         name = "inner_gradient_norm" if self.of == "stationary" else "update_norm"
         # of the parameters alone: the state also holds the last loss, which is never at rest
-        info[name] = norm(inner_at(only(value)).params)
+        info[name] = norm(residual.inner_at(_only(moves, value)).params)
         gain = inner_product(x, value)
         info["unconverged"] = jnp.abs(gain)
         info["converged_loss"] = loss - gain.astype(loss.dtype)
         return Estimate(loss, grad, end.inner, info), state
 
-    def check_structure(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> None:
+    def check_structure(self, window: Window, hyper: Hyper) -> None:
         """Raises where a gradient would be missing by structure; traces, runs nothing."""
-        super().check_structure(problem, hyper, inner, train, valid, key)
+        super().check_structure(window, hyper)
         if self.of == "fixed_point":
             return
-        start = problem.init(hyper, key) if inner is None else inner
-        offset = steps_done(start)
-        z, inner_at = _point(start, self.of, offset)
-        examples = _examples(train, key, offset, self.batches)
+        start = window.start(hyper)
+        residual = _residual(self, window, start, steps_done(start))
 
-        def stationarity(hyper: Any) -> jax.Array:
-            return _total(_gradient(problem, inner_at, z, hyper, examples))
+        def stationarity(hyper: Hyper) -> Scalar:
+            return _total(residual(residual.z, hyper))
 
-        def trained(hyper: Any) -> jax.Array:
-            return _total(objective(problem, hyper, inner, train, valid, key)[1].inner.params)
+        def trained(hyper: Hyper) -> Scalar:
+            return _total(window.objective(hyper)[1].inner.params)
 
         for direct, by_training in zip(
             reaches(stationarity, hyper), reaches(trained, hyper), strict=True
@@ -188,13 +176,96 @@ class Implicit(Estimator):
                 )
 
 
-# z, in one dtype of at least float32, and the function that puts it back into the training state
-Point = tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]
-# batches with a leading axis [n], and the keys of their steps [n]
-Examples = tuple[Any, jax.Array]
+@dataclasses.dataclass(frozen=True)
+class _Residual:
+    """F(z, hyper), which training brings to 0.
+
+    Attributes:
+      problem: what is trained.
+      of: "stationary": F is the gradient of the training loss; "fixed_point": minus the update.
+      z: where training stands.
+      inner_at: puts a z back into the training state.
+      batches: leaves `[n, batch, ...]`: F is the mean over them.
+      keys: of their steps, `[n]`.
+    """
+
+    problem: Problem
+    of: Of
+    z: Vector
+    inner_at: Callable[[Vector], InnerState]
+    batches: Batch
+    keys: Key
+
+    def __call__(self, z: Vector, hyper: Hyper) -> Vector:
+        """F."""
+        if self.of == "stationary":
+            return self._gradient(z, hyper)
+        return self._minus_update(z, hyper)
+
+    def transposed(self, hyper: Hyper) -> tuple[Vector, MatVec]:
+        """F at z, and x -> (dF/dz)^T x."""
+        if self.of == "stationary":
+            # a Hessian is its own transpose, and forward over reverse is the cheaper product
+            return jax.linearize(lambda z: self(z, hyper), self.z)
+        value, pull_back = jax.vjp(lambda z: self(z, hyper), self.z)
+        return value, lambda x: pull_back(x)[0]
+
+    def moves(self, hyper: Hyper, product: MatVec) -> Vector:
+        """Which entries of z training moves, and for "stationary" the training loss depends on.
+
+        Frozen parameters, batch statistics, the rows of an embedding that no batch holds: they do
+        not answer to `hyper`, and with them the matrix is singular, or that of another problem.
+        """
+        batch, key = jax.tree.map(lambda x: x[0], (self.batches, self.keys))
+        kept = keeps(self._stepped, self.z, hyper, batch, key)
+        # Along a random direction the derivative of what no batch touches is exactly 0. That of the
+        # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
+        t = [_scattered(x, seed) for seed, x in enumerate(self.z)]
+
+        def answers(f: Callable[[Vector, Hyper], Vector]) -> Vector:
+            return [d != 0 for d in jax.jvp(lambda z: f(z, hyper), (self.z,), (t,))[1]]
+
+        if self.of == "stationary":
+            used = [d != 0 for d in product(t)]
+        else:
+            used, moved = answers(self._gradient), answers(self._minus_update)
+            used = [a | b for a, b in zip(used, moved, strict=True)]
+        return [(not still) & flag for still, flag in zip(kept, used, strict=True)]
+
+    def _gradient(self, z: Vector, hyper: Hyper) -> Vector:
+        def gradient(batch: Batch, key: Key) -> Vector:
+            loss = self.problem.train_loss
+            return jax.grad(lambda z: loss(self.inner_at(z).params, hyper, batch, key))(z)
+
+        return self._mean(gradient)
+
+    def _minus_update(self, z: Vector, hyper: Hyper) -> Vector:
+        mean = self._mean(lambda batch, key: self._stepped(z, hyper, batch, key))
+        return jax.tree.map(jnp.subtract, z, mean)
+
+    def _stepped(self, z: Vector, hyper: Hyper, batch: Batch, key: Key) -> Vector:
+        return _vector_of(self.problem.step(self.inner_at(z), hyper, batch, key), self.of, 0)[0]
+
+    def _mean(self, f: Callable[[Batch, Key], Vector]) -> Vector:
+        examples = (self.batches, self.keys)
+        if self.keys.shape[0] == 1:
+            return f(*jax.tree.map(lambda x: x[0], examples))
+        return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(lambda x: f(*x), examples))
 
 
-def _point(inner: Any, of: str, offset: jax.typing.ArrayLike) -> Point:
+def _residual(
+    estimator: Implicit, window: Window, inner: InnerState, offset: jax.typing.ArrayLike
+) -> _Residual:
+    """F around the training state `inner`, on the batches that the estimator takes it on."""
+    z, inner_at = _vector_of(inner, estimator.of, offset)
+    batches, keys = _examples(window.train, window.key, offset, estimator.batches)
+    return _Residual(window.problem, estimator.of, z, inner_at, batches, keys)
+
+
+def _vector_of(
+    inner: InnerState, of: Of, offset: jax.typing.ArrayLike
+) -> tuple[Vector, Callable[[Vector], InnerState]]:
+    """Z of a training state, and the function that puts a z back into it."""
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(inner)
     chosen = [
         is_inexact(leaf) and (of == "fixed_point" or path_name(path[:1]) == "params")
@@ -208,7 +279,7 @@ def _point(inner: Any, of: str, offset: jax.typing.ArrayLike) -> Point:
     floats = [leaf for flag, leaf in zip(chosen, leaves, strict=True) if flag]
     dtype = jnp.result_type(jnp.float32, *floats)
 
-    def inner_at(z: list[jax.Array]) -> Any:
+    def inner_at(z: Vector) -> InnerState:
         supply = iter(z)
         return treedef.unflatten(
             next(supply).astype(jnp.result_type(leaf)) if flag else leaf
@@ -218,7 +289,10 @@ def _point(inner: Any, of: str, offset: jax.typing.ArrayLike) -> Point:
     return [jnp.asarray(f, dtype) for f in floats], inner_at
 
 
-def _examples(train: Any, key: jax.Array, offset: jax.typing.ArrayLike, batches: str) -> Examples:
+def _examples(
+    train: Train, key: Key, offset: jax.typing.ArrayLike, batches: Batches
+) -> tuple[Batch, Key]:
+    """Batches with a leading axis [n], and the keys of their steps [n]."""
     steps = num_steps(train)
     if batches == "last":
         data = jax.tree.map(lambda x: jnp.asarray(x)[None], last_batch(train, key, offset))
@@ -232,76 +306,20 @@ def _examples(train: Any, key: jax.Array, offset: jax.typing.ArrayLike, batches:
     return data, jax.vmap(lambda t: jax.random.fold_in(key, offset + t))(jnp.arange(count))
 
 
-def _mean_over(examples: Examples, f: Callable[[Any, jax.Array], list[jax.Array]]) -> Any:
-    if examples[1].shape[0] == 1:
-        return f(*jax.tree.map(lambda x: x[0], examples))
-    return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(lambda x: f(*x), examples))
+def _only(moves: Vector, x: Vector) -> Vector:
+    return jax.tree.map(lambda m, x: jnp.where(m, x, 0), moves, x)
 
 
-def _gradient(
-    problem: Problem, inner_at: Any, z: list[jax.Array], hyper: Any, examples: Examples
-) -> list[jax.Array]:
-    """F of the stationary point: the gradient of the training loss."""
+def _regular(product: MatVec, moves: Vector, krylov: bool) -> MatVec:
+    """`product` on the entries that training moves, the identity elsewhere: a regular matrix."""
 
-    def gradient(batch: Any, key: jax.Array) -> list[jax.Array]:
-        loss = lambda z: problem.train_loss(inner_at(z).params, hyper, batch, key)  # noqa: E731
-        return jax.grad(loss)(z)
+    def matvec(x: Vector) -> Vector:
+        # Combinations of v and of products are 0 elsewhere by themselves, which spares a Krylov
+        # solver a pass over all parameters.
+        inside = product(x if krylov else _only(moves, x))
+        return jax.tree.map(lambda m, y, x: jnp.where(m, y, x), moves, inside, x)
 
-    return _mean_over(examples, gradient)
-
-
-def _minus_update(
-    problem: Problem, inner_at: Any, z: list[jax.Array], hyper: Any, examples: Examples, of: str
-) -> list[jax.Array]:
-    def stepped(batch: Any, key: jax.Array) -> list[jax.Array]:
-        return _point(problem.step(inner_at(z), hyper, batch, key), of, 0)[0]
-
-    return jax.tree.map(jnp.subtract, z, _mean_over(examples, stepped))
-
-
-# F(z, hyper), by what it is the residual of
-_RESIDUALS: dict[str, Callable[..., list[jax.Array]]] = {
-    "stationary": _gradient,
-    "fixed_point": functools.partial(_minus_update, of="fixed_point"),
-}
-
-
-def _trained(
-    problem: Problem,
-    inner_at: Any,
-    z: list[jax.Array],
-    hyper: Any,
-    examples: Examples,
-    of: str,
-    product: Callable[[list[jax.Array]], list[jax.Array]],
-) -> list[jax.Array]:
-    """Which entries of z training moves, and for "stationary" the training loss depends on.
-
-    Frozen parameters, batch statistics, the rows of an embedding that no batch holds: they do not
-    answer to `hyper`, and with them the matrix is singular, or that of another problem.
-    """
-    data, step_keys = jax.tree.map(lambda x: x[0], examples)
-
-    def step(z: list[jax.Array], hyper: Any, batch: Any, key: jax.Array) -> list[jax.Array]:
-        return _point(problem.step(inner_at(z), hyper, batch, key), of, 0)[0]
-
-    def gradient(z: list[jax.Array]) -> list[jax.Array]:
-        return _gradient(problem, inner_at, z, hyper, examples)
-
-    def update(z: list[jax.Array]) -> list[jax.Array]:
-        return _minus_update(problem, inner_at, z, hyper, examples, of)
-
-    trained = [not kept for kept in keeps(step, z, hyper, data, step_keys)]
-    # Along a random direction the derivative of what no batch touches is exactly 0. That of the
-    # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
-    t = [_scattered(x, seed) for seed, x in enumerate(z)]
-    if of == "stationary":
-        used = [d != 0 for d in product(t)]
-    else:
-        used = [d != 0 for d in jax.jvp(gradient, (z,), (t,))[1]]
-        moved = [d != 0 for d in jax.jvp(update, (z,), (t,))[1]]
-        used = [a | b for a, b in zip(used, moved, strict=True)]
-    return [flag & mask for flag, mask in zip(trained, used, strict=True)]
+    return matvec
 
 
 def _scattered(like: jax.Array, seed: int) -> jax.Array:
@@ -310,6 +328,6 @@ def _scattered(like: jax.Array, seed: int) -> jax.Array:
     return (0.5 + bits.astype(like.dtype) / 2.0**32).reshape(like.shape)
 
 
-def _total(tree: Any) -> jax.Array:
+def _total(tree: Tree) -> jax.Array:
     floats = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
     return sum((jnp.sum(x) for x in floats), start=jnp.zeros(()))

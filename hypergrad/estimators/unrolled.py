@@ -3,17 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.data.batches import num_steps, step_inputs
-from hypergrad.estimators.base import Estimate, Estimator, compiled_estimate, summary
+from hypergrad import checks
+from hypergrad.data.batches import step_inputs
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    Progress,
+    ValidateAt,
+    Window,
+    compiled_estimate,
+    scan,
+    summary,
+)
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.problem.problem import Problem, steps_done, validation_loss
-from hypergrad.problem.window import Progress, ValidateAt, averaged, begin, judged, one_step
-from hypergrad.trees import inner_product, path_name
+from hypergrad.problem.problem import steps_done
+from hypergrad.trees import Batch, Hyper, InnerState, Scalar, State, Tree, inner_product, path_name
 
 Checkpoint = Literal["none", "step", "sqrt", "auto"]
 
@@ -55,21 +64,39 @@ class Unrolled(Estimator):
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1, or None for all K steps.")
-        if self.checkpoint not in (*_SCANS, "auto"):
-            raise ValueError(
-                f"checkpoint={self.checkpoint!r} is unknown: choose one of {[*_SCANS, 'auto']}."
-            )
+        if self.window is not None:
+            checks.integer_field(self, "window", remedy="or None for all K steps")
+        checks.choice("checkpoint", self.checkpoint, (*_SCANS, "auto"))
         if self.memory_limit is not None and self.checkpoint != "auto":
             raise ValueError(
                 f"memory_limit={self.memory_limit} is read by checkpoint='auto' only, and "
                 f"checkpoint is {self.checkpoint!r}."
             )
 
-    def resolve(
-        self, problem: Problem, hyper: Any, inner: Any, train: Any, valid: Any, key: jax.Array
-    ) -> Estimator:
+    def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
+        """One value and gradient of the validation loss; see the class."""
+        if self.checkpoint == "auto":
+            return self.resolve(window, hyper).estimate(window, hyper, state)
+        tail = _tail(self, window, hyper)
+        through = _SCANS[self.checkpoint]
+
+        def error(hyper: Hyper, probes: Probes) -> tuple[Scalar, Progress]:
+            s = tail.window.begin(hyper)._replace(first_bad_step=tail.first_bad_step)
+            step = _tapped(tail.window.one_step(hyper, tail.offset))
+            s = through(step, s, (probes.steps, tail.inputs))  # s_t = Phi_t(s_(t-1), hyper), eq. 1
+            params = _tap(tail.window.judged(s), probes.end)
+            return tail.window.loss(params, hyper, tail.offset), s  # E(s_T), eq. 3
+
+        # Back along the scan, eq. 7-8: a_T = dE/ds_T, then g += B_t^T a_t, a_(t-1) = A_t^T a_t.
+        probes = Probes(jnp.zeros(tail.length), jnp.zeros(()))
+        gradient = jax.value_and_grad(error, (0, 1), has_aux=True)
+        (loss, end), (grad, squares) = gradient(hyper, probes)
+        info = summary(loss, grad, end.first_bad_step)
+        # maximum and division keep NaN: an adjoint that is not finite must not look calm
+        info["growth"] = jnp.sqrt(jnp.max(squares.steps) / squares.end)
+        return Estimate(loss, grad, end.inner, info), state
+
+    def resolve(self, window: Window, hyper: Hyper) -> Estimator:
         """With "auto", the same estimator with the checkpoint that fits."""
         if self.checkpoint != "auto":
             return self
@@ -77,8 +104,7 @@ class Unrolled(Estimator):
         needed: dict[str, int] = {}
         for checkpoint in _SCANS:
             chosen = dataclasses.replace(self, checkpoint=checkpoint, memory_limit=None)
-            compiled = compiled_estimate(chosen, problem, hyper, inner, train, valid, key)
-            needed[checkpoint] = temporary_bytes(compiled)
+            needed[checkpoint] = temporary_bytes(compiled_estimate(chosen, window, hyper))
             if needed[checkpoint] <= limit:
                 return chosen
         raise ValueError(
@@ -86,75 +112,65 @@ class Unrolled(Estimator):
             "smaller window, fewer steps, or Forward(chunk=...), whose memory does not grow with K."
         )
 
-    def estimate(
-        self,
-        problem: Problem,
-        hyper: Any,
-        inner: Any,
-        train: Any,
-        valid: Any,
-        key: jax.Array,
-        state: Any,
-    ) -> tuple[Estimate, Any]:
-        """One value and gradient of the validation loss; see the class."""
-        if self.checkpoint == "auto":
-            chosen = self.resolve(problem, hyper, inner, train, valid, key)
-            return chosen.estimate(problem, hyper, inner, train, valid, key, state)
-        steps = num_steps(train)
-        window = steps if self.window is None else self.window
-        if window > steps:
-            raise ValueError(
-                f"window={window} exceeds the K={steps} steps in train. Choose a smaller window or "
-                "give more steps per estimate."
-            )
-        count = averaged(self.validate_at, window)
-        xs = step_inputs(train)
-        before = jax.tree.map(lambda x: x[: steps - window], xs)
-        within = jax.tree.map(lambda x: x[steps - window :], xs)
-        first_bad_step = jnp.int32(-1)
-        offset = steps_done(inner)
-        if window < steps:
-            ahead = begin(problem, hyper, inner, key, 1)
-            offset = steps_done(ahead.inner)
-            ahead = _scan(one_step(problem, hyper, train, key, offset), ahead, before)
-            inner, first_bad_step = ahead.inner, ahead.first_bad_step
 
-        def outer(hyper: Any, probes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Progress]:
-            progress = begin(problem, hyper, inner, key, count)
-            progress = progress._replace(first_bad_step=first_bad_step)
-            advance = one_step(problem, hyper, train, key, offset, count)
+class Probes(NamedTuple):
+    """Zeros whose gradients are the squared norms of the adjoints a_t that pass by.
 
-            def tapped(progress: Progress, x: Any) -> Progress:
-                probe, t_and_batch = x
-                progress = advance(progress, t_and_batch)
-                return progress._replace(inner=_tap_params(progress.inner, probe))
+    Attributes:
+      steps: `[window]`, after each differentiated step.
+      end: at the parameters that are judged, where the adjoint begins.
+    """
 
-            progress = _SCANS[self.checkpoint](tapped, progress, (probes[0], within))
-            params = _tap(judged(progress, count), probes[1])
-            return validation_loss(problem, params, hyper, valid, key, offset + steps), progress
+    steps: jax.Array
+    end: Scalar
 
-        probes = (jnp.zeros(window), jnp.zeros(()))
-        (loss, end), (grad, (squares, first)) = jax.value_and_grad(outer, (0, 1), has_aux=True)(
-            hyper, probes
+
+class _Tail(NamedTuple):
+    """The last steps of a window, those that are differentiated.
+
+    `window` starts before them, `inputs` are theirs; `offset` steps of the run lie before the whole
+    window, and the first bad one of those before the tail was `first_bad_step`.
+    """
+
+    window: Window
+    inputs: tuple[jax.Array, Batch]
+    length: int
+    offset: jax.typing.ArrayLike
+    first_bad_step: jax.Array
+
+
+def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
+    """The steps before the tail are trained here, without a derivative (Shaban et al. 2019)."""
+    steps = window.num_steps
+    length = steps if estimator.window is None else estimator.window
+    if length > steps:
+        raise ValueError(
+            f"window={length} exceeds the K={steps} steps in train. Choose a smaller window or "
+            "give more steps per estimate."
         )
-        # maximum and division keep NaN: an adjoint that is not finite must not look calm
-        info = summary(loss, grad, end.first_bad_step)
-        info["growth"] = jnp.sqrt(jnp.max(squares) / first)
-        return Estimate(loss, grad, end.inner, info), state
+    judged = window.judging(estimator.validate_at, within=length)
+    inputs = step_inputs(window.train)
+    before = jax.tree.map(lambda x: x[: steps - length], inputs)
+    within = jax.tree.map(lambda x: x[steps - length :], inputs)
+    first_bad_step = jnp.int32(-1)
+    offset = steps_done(window.inner)
+    if length < steps:
+        ahead = window.begin(hyper)
+        offset = steps_done(ahead.inner)
+        ahead = scan(window.one_step(hyper, offset), ahead, before)
+        judged = dataclasses.replace(judged, inner=ahead.inner)
+        first_bad_step = ahead.first_bad_step
+    return _Tail(judged, within, length, offset, first_bad_step)
 
 
 Step = Callable[[Progress, Any], Progress]
 
 
-def _scan(step: Step, progress: Progress, xs: Any) -> Progress:
-    return jax.lax.scan(lambda p, x: (step(p, x), None), progress, xs)[0]
+def _scan_step(step: Step, progress: Progress, xs: Tree) -> Progress:
+    return scan(jax.checkpoint(step, prevent_cse=False), progress, xs)
 
 
-def _scan_step(step: Step, progress: Progress, xs: Any) -> Progress:
-    return _scan(jax.checkpoint(step, prevent_cse=False), progress, xs)
-
-
-def _scan_sqrt(step: Step, progress: Progress, xs: Any) -> Progress:
+def _scan_sqrt(step: Step, progress: Progress, xs: Tree) -> Progress:
     """Chunks of about sqrt(length) steps: stores one state per chunk, then one per step of it."""
     length = jax.tree.leaves(xs)[0].shape[0]
     root = math.isqrt(length)
@@ -164,29 +180,40 @@ def _scan_sqrt(step: Step, progress: Progress, xs: Any) -> Progress:
     chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs)
     rest = jax.tree.map(lambda x: x[whole:], xs)
     chunk = jax.checkpoint(lambda p, x: _scan_step(step, p, x), prevent_cse=False)
-    progress = _scan(chunk, progress, chunks)
+    progress = scan(chunk, progress, chunks)
     return _scan_step(step, progress, rest) if whole < length else progress
 
 
 # In order of cost.
 _SCANS: dict[Checkpoint, Callable[..., Progress]] = {
-    "none": _scan,
+    "none": scan,
     "step": _scan_step,
     "sqrt": _scan_sqrt,
 }
 
 
+def _tapped(step: Step) -> Step:
+    """`step` along (probes, its own inputs), the adjoint of its parameters read by the probe."""
+
+    def tapped(progress: Progress, x: tuple[jax.Array, Any]) -> Progress:
+        probe, t_and_batch = x
+        progress = step(progress, t_and_batch)
+        return progress._replace(inner=_tap_params(progress.inner, probe))
+
+    return tapped
+
+
 @jax.custom_vjp
-def _tap(tree: Any, probe: jax.Array) -> Any:
+def _tap(tree: Tree, probe: jax.Array) -> Tree:
     """`tree` itself; the gradient in `probe` is the squared norm of the adjoint that passes."""
     return tree
 
 
-def _tap_forward(tree: Any, probe: jax.Array) -> tuple[Any, None]:
+def _tap_forward(tree: Tree, probe: jax.Array) -> tuple[Any, None]:
     return tree, None
 
 
-def _tap_backward(_: None, adjoint: Any) -> tuple[Any, jax.Array]:
+def _tap_backward(_: None, adjoint: Tree) -> tuple[Any, jax.Array]:
     floats = [x for x in jax.tree.leaves(adjoint) if x.dtype != jax.dtypes.float0]
     return adjoint, inner_product(floats, floats)
 
@@ -194,7 +221,7 @@ def _tap_backward(_: None, adjoint: Any) -> tuple[Any, jax.Array]:
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _tap_params(inner: Any, probe: jax.Array) -> Any:
+def _tap_params(inner: InnerState, probe: jax.Array) -> InnerState:
     """Taps the leaves under `inner.params`, whatever kind of pytree `inner` is."""
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(inner)
     leaves = [leaf for _, leaf in paths_and_leaves]

@@ -10,7 +10,7 @@ import optax
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
-from hypergrad.trees import Tree, cast_like, is_inexact, leaf_names
+from hypergrad.trees import InnerState, Key, Tree, cast_like, is_inexact, leaf_names
 
 
 class Problem(NamedTuple):
@@ -217,6 +217,14 @@ def training_steps(
 def steps_done(inner: Any) -> jax.typing.ArrayLike:
     """The training steps behind `inner`: its `step`, or 0 for a state that does not count."""
     return getattr(inner, "step", 0)
+
+
+def run_key(key: Key, inner: InnerState, updates: jax.Array) -> Key:
+    """The key of the next window of a run that goes on, after `updates` windows.
+
+    A state that counts its steps goes on in one stream; one that does not gets a new stream.
+    """
+    return key if hasattr(inner, "step") else jax.random.fold_in(key, updates)
 
 
 def validation_loss(

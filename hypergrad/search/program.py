@@ -9,7 +9,7 @@ import numpy as np
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-from hypergrad.estimators.base import Estimator, require_structure
+from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
@@ -110,6 +110,8 @@ class Programs:
         batches = Minibatches(self._data.train, self._batch_size, self._steps)
         key = jax.random.key(0)
         try:
-            require_structure(estimator, problem, middle, None, batches, self._data.valid, key)
+            require_structure(
+                estimator, Window(problem, None, batches, self._data.valid, key), middle
+            )
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error

@@ -123,7 +123,9 @@ class History(Sequence[Record]):
     def hypers(self) -> Hyper:
         """The hyperparameters of all records, leaves `[updates, ...]`."""
         columns = self.columns
-        return self._structure.unflatten([columns[f"hyper/{i}"] for i in range(self._structure.num_leaves)])
+        return self._structure.unflatten(
+            [columns[f"hyper/{i}"] for i in range(self._structure.num_leaves)]
+        )
 
     def __len__(self) -> int:
         return self._length

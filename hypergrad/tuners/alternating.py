@@ -1,40 +1,45 @@
 """Hyperparameters tuned while the one training run goes on (Luketina et al. 2016)."""
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from hypergrad.data.batches import num_steps
-from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, run_key
 from hypergrad.problem.structure import naming_missing
 from hypergrad.space.space import Space
-from hypergrad.trees import cast_like, norm, path_name, select
-from hypergrad.tuners.base import (
-    Average,
-    Info,
-    Tuner,
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Leaf,
+    Train,
+    Tree,
+    cast_like,
+    norm,
+    path_name,
+    select,
+)
+from hypergrad.tuners.base import Average, Info, Position, Tuner
+from hypergrad.tuners.trust import (
+    Trust,
+    TrustState,
     include,
+    info_of,
+    initial_trust,
+    judge,
     outer_update,
-    report,
-    run_key,
+    shorten,
     unit_estimate,
     unit_state,
 )
-from hypergrad.tuners.trust import Trust, TrustState, initial_trust, judge, shorten
-
-
-class Position(NamedTuple):
-    """Where tuning stands: what a refused step goes back to, as one piece."""
-
-    unit: Any
-    outer_state: Any
-    inner: Any
-    estimator_state: Any
 
 
 class AlternatingState(NamedTuple):
@@ -53,11 +58,11 @@ class AlternatingState(NamedTuple):
     trusted: Position
     trust: TrustState
     average: Average
-    key: jax.Array
+    key: Key
     updates: jax.Array
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> InnerState:
         """The training state, for evaluation or for training on."""
         return self.now.inner
 
@@ -113,7 +118,7 @@ def alternating(
     estimator = as_estimator(estimator, validate_at=0.8)
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
-    def init(hyper: Any, key: jax.Array, inner: Any = None) -> AlternatingState:
+    def init(hyper: Hyper, key: Key, inner: InnerState = None) -> AlternatingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         if inner is None:
@@ -128,14 +133,18 @@ def alternating(
         updates = jnp.zeros((), jnp.int32)
         return AlternatingState(now, now, initial_trust(dtype), average, key, updates)
 
-    def update(state: AlternatingState, train: Any, valid: Any) -> tuple[AlternatingState, Info]:
+    def update(
+        state: AlternatingState, train: Train, valid: Batch
+    ) -> tuple[AlternatingState, Info]:
         now, steps = state.now, num_steps(train)
         key = run_key(state.key, now.inner, state.updates)
         hyper = space.from_unit(now.unit)
-        chosen = estimator.resolve(problem, hyper, now.inner, train, valid, key)
+        window = Window(problem, now.inner, train, valid, key)
+        chosen = estimator.resolve(window, hyper)
         limited = shorten(problem, now.inner, state.trust, steps)
+        window = dataclasses.replace(window, problem=limited)
         estimate, estimator_state = unit_estimate(
-            chosen, limited, space, now.unit, now.inner, train, valid, key, now.estimator_state
+            chosen, window, space, now.unit, now.estimator_state
         )
         refused = judge(trust, state.trust, norm(estimate.grad), estimate.info)
         outer = outer_update(
@@ -163,22 +172,22 @@ def alternating(
             key=state.key,
             updates=state.updates + 1,
         )
-        return new, report(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
+        return new, info_of(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
-    def best(state: AlternatingState) -> Any:
+    def best(state: AlternatingState) -> Hyper:
         return space.from_unit(space.project(state.average.unit))
 
-    return Tuner(init, update, best)
+    return Tuner(init, update, best, space)
 
 
-def _with_step_of(inner: Any, other: Any) -> Any:
+def _with_step_of(inner: InnerState, other: InnerState) -> InnerState:
     """`inner` with the leaf `step` of `other`, where it has one."""
     return jax.tree_util.tree_map_with_path(
         lambda path, a, b: b if path[0] == jax.tree_util.GetAttrKey("step") else a, inner, other
     )
 
 
-def _checked(inner: Any, like: Any) -> Any:
+def _checked(inner: InnerState, like: InnerState) -> InnerState:
     """`inner` as strong arrays, refused where it is not what `problem.init` gives, `like`."""
     if type(inner) is not type(like):
         raise TypeError(
@@ -187,10 +196,10 @@ def _checked(inner: Any, like: Any) -> Any:
             "from_nnx makes of a script's own state."
         )
 
-    def leaves(tree: Any) -> dict[str, Any]:
+    def leaves(tree: Tree) -> dict[str, Leaf]:
         return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
-    def kind(leaf: Any) -> str:
+    def kind(leaf: Leaf) -> str:
         # A step that was counted as another integer is no other state.
         dtype = jnp.result_type(leaf)
         return f"{'integer' if jnp.issubdtype(dtype, jnp.integer) else dtype}{jnp.shape(leaf)}"

@@ -1,38 +1,35 @@
 """Hyperparameters tuned over whole runs, each from fresh parameters."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad import checks
 from hypergrad.data.batches import num_steps
-from hypergrad.estimators.base import Estimate, Estimator
+from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
-from hypergrad.trees import norm, select, widen
-from hypergrad.tuners.base import (
-    Average,
-    Info,
-    Tuner,
+from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
+from hypergrad.tuners.base import Average, Info, Position, Tuner
+from hypergrad.tuners.trust import (
+    NOT_LEARNED,
+    Trust,
+    TrustState,
     include,
+    info_of,
+    initial_trust,
+    judge,
     outer_update,
-    report,
+    shorten,
     unit_estimate,
     unit_state,
 )
-from hypergrad.tuners.trust import NOT_LEARNED, Trust, TrustState, initial_trust, judge, shorten
-
-
-class Position(NamedTuple):
-    """Where tuning stands: what a refused step goes back to, as one piece."""
-
-    unit: Any
-    outer_state: Any
-    estimator_state: Any
 
 
 class RestartingState(NamedTuple):
@@ -51,7 +48,7 @@ class RestartingState(NamedTuple):
     trusted: Position
     trust: TrustState
     average: Average
-    key: jax.Array
+    key: Key
     updates: jax.Array
 
 
@@ -105,33 +102,32 @@ def restarting(
     >>> losses[-1] < 0.1 * losses[0]
     True
     """
-    if num_seeds < 1:
-        raise ValueError(f"num_seeds={num_seeds} must be at least 1.")
+    num_seeds = checks.integer("num_seeds", num_seeds)
     estimator = as_estimator(estimator)
     optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
 
-    def init(hyper: Any, key: jax.Array) -> RestartingState:
+    def init(hyper: Hyper, key: Key) -> RestartingState:
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         state_of = lambda key: unit_state(estimator, problem, space, unit, None, key)  # noqa: E731
-        now = Position(unit, optimizer.init(unit), jax.vmap(state_of)(_seeds(key, num_seeds)))
+        memory = jax.vmap(state_of)(_seeds(key, num_seeds))
+        now = Position(unit, optimizer.init(unit), (), memory)
         dtype = jnp.result_type(*jax.tree.leaves(unit))
         none = jnp.zeros((), jnp.int32)
         return RestartingState(now, now, initial_trust(dtype), Average(unit, none), key, none)
 
-    def update(state: RestartingState, train: Any, valid: Any) -> tuple[RestartingState, Info]:
+    def update(state: RestartingState, train: Train, valid: Batch) -> tuple[RestartingState, Info]:
         now, steps = state.now, num_steps(train)
         hyper = space.from_unit(now.unit)
         key = jax.random.fold_in(state.key, state.updates) if fresh_seeds else state.key
-        chosen = estimator.resolve(problem, hyper, None, train, valid, key)
+        chosen = estimator.resolve(Window(problem, None, train, valid, key), hyper)
 
-        def run(key: jax.Array, memory: Any) -> tuple[Estimate, Any, jax.Array]:
+        def run(key: Key, memory: State) -> tuple[Estimate, State, Scalar]:
             start = problem.init(hyper, key)
             untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
             limited = shorten(problem, start, state.trust, steps)
-            estimate, memory = unit_estimate(
-                chosen, limited, space, now.unit, None, train, valid, key, memory
-            )
+            window = Window(limited, None, train, valid, key)
+            estimate, memory = unit_estimate(chosen, window, space, now.unit, memory)
             return estimate._replace(inner=()), memory, untrained
 
         # One seed is no batch of one: vmap would run both sides of a shortened run's condition.
@@ -147,7 +143,7 @@ def restarting(
         outer = outer_update(
             optimizer, space, max_move, state.trust, now.unit, now.outer_state, grad, refused, steps
         )
-        ahead = Position(outer.unit, outer.outer_state, memory)
+        ahead = Position(outer.unit, outer.outer_state, (), memory)
         back = select(outer.moves_on, ahead, state.trusted)
         new = RestartingState(
             now=select(outer.accepted, ahead, back),
@@ -158,17 +154,17 @@ def restarting(
             updates=state.updates + 1,
         )
         about |= {"agreement": agreement, "shortened": state.trust.shortened}
-        return new, report(loss, hyper, grad, refused, outer, about)
+        return new, info_of(loss, hyper, grad, refused, outer, about)
 
-    def best(state: RestartingState) -> Any:
+    def best(state: RestartingState) -> Hyper:
         # The position reached counts as one more iterate: nothing after it could distrust it.
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))
 
-    return Tuner(init, update, best)
+    return Tuner(init, update, best, space)
 
 
-def combine(grads: Any) -> tuple[Any, jax.Array]:
+def combine(grads: Unit) -> tuple[Unit, Scalar]:
     """Seeds' gradients `[seeds, ...]` as one, and their agreement in [0, 1].
 
     Each is scaled down to at most the median norm of the finite ones. Agreement is the norm of the
@@ -192,12 +188,12 @@ def combine(grads: Any) -> tuple[Any, jax.Array]:
     return grad, norm(grad) / jnp.where(spread == 0, 1, spread)
 
 
-def _seeds(key: jax.Array, num_seeds: int) -> jax.Array:
+def _seeds(key: Key, num_seeds: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
 
 
-def _batch_of_one(run: Any) -> Any:
-    def single(keys: jax.Array, memory: Any) -> Any:
+def _batch_of_one(run: Callable[..., Any]) -> Callable[..., Any]:
+    def single(keys: Key, memory: State) -> Any:
         first = jax.tree.map(lambda x: x[0], memory)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], run(keys[0], first))
 

@@ -1,16 +1,33 @@
-"""Whether a hypergradient can be trusted, from its own size, its history and its growth.
+"""One outer step: a hypergradient in unit coordinates, whether it is trusted, where it leads.
 
 Unrolled gradients explode without the loss showing it. What shows it is the hypergradient: its
 norm against its own running median, and the growth of the adjoint along the unroll.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
 from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.space.space import Space
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Scalar,
+    State,
+    Unit,
+    inner_product,
+    norm,
+    widen,
+)
+from hypergrad.tuners.base import Average, Info
 
 # Why a step was refused; `info.refused` holds one of them.
 TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED, NOT_SOLVED = range(6)
@@ -83,9 +100,7 @@ def initial_trust(dtype: Any) -> TrustState:
     return TrustState(jnp.zeros((), dtype), none, jnp.ones((), dtype), none, jnp.zeros((), bool))
 
 
-def judge(
-    trust: Trust, state: TrustState, norm: jax.Array, info: dict[str, jax.Array]
-) -> jax.Array:
+def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
     """Why the hypergradient is refused, as an int32 index into `REASONS`; 0 if it is trusted."""
     spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.median)
     # gradients that were 0 so far are no measure of the next one
@@ -99,7 +114,7 @@ def judge(
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
 
 
-def remember(state: TrustState, norm: jax.Array, refused: jax.Array, steps: int) -> TrustState:
+def remember(state: TrustState, norm: Scalar, refused: jax.Array, steps: int) -> TrustState:
     """The history after one more estimate over `steps` steps."""
     # A step of 1.2 per estimate towards the sample's side: its rest point is the median, and one
     # outlier moves it no further than any other value does.
@@ -135,7 +150,7 @@ def gropes(state: TrustState, refused: jax.Array) -> jax.Array:
     return (refused > 0) & (refused != NOT_FINITE) & ((state.seen == 0) | state.returned)
 
 
-def temper(grad: Any, norm: jax.Array, state: TrustState, refused: jax.Array) -> Any:
+def temper(grad: Unit, norm: Scalar, state: TrustState, refused: jax.Array) -> Unit:
     """A refused hypergradient at the length of a usual one; a trusted one as it is."""
     usual = jnp.where(state.median > 0, state.median, 1.0)
     factor = jnp.where(refused > 0, jnp.minimum(1.0, usual / norm), 1.0)
@@ -146,7 +161,7 @@ def _quarterings(steps: int) -> int:
     return max(steps.bit_length() - 1, 0) // 2
 
 
-def shorten(problem: Problem, inner: Any, state: TrustState, steps: int) -> Problem:
+def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) -> Problem:
     """`problem` with training standing still after a quarter, a sixteenth, ... of `steps` steps.
 
     Works where the training state counts its steps (`inner.step`, as `bilevel`'s does); without a
@@ -155,7 +170,7 @@ def shorten(problem: Problem, inner: Any, state: TrustState, steps: int) -> Prob
     start = steps_done(inner)
     last = start + jnp.maximum(steps >> (2 * state.shortened), 1)
 
-    def step(inner: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+    def step(inner: InnerState, hyper: Hyper, batch: Batch, key: Key) -> InnerState:
         if not hasattr(inner, "step"):
             return problem.step(inner, hyper, batch, key)
         return jax.lax.cond(
@@ -166,3 +181,128 @@ def shorten(problem: Problem, inner: Any, state: TrustState, steps: int) -> Prob
         )
 
     return problem._replace(step=step)
+
+
+def unit_state(
+    estimator: Estimator, problem: Problem, space: Space, unit: Unit, inner: InnerState, key: Key
+) -> State:
+    """The estimator's first state."""
+    window = Window(problem, inner, None, None, key)
+    if estimator.perturbs:
+        return estimator.init(in_unit_coordinates(window, space), unit)
+    return estimator.init(window, space.from_unit(unit))
+
+
+def unit_estimate(
+    estimator: Estimator, window: Window, space: Space, unit: Unit, state: State
+) -> tuple[Estimate, State]:
+    """The estimate with its gradient in unit coordinates.
+
+    By the chain rule from the one in the user's units; an estimator that perturbs is handed unit
+    coordinates to begin with, where one step size suits all hyperparameters.
+    """
+    if estimator.perturbs:
+        return checked_estimate(estimator, in_unit_coordinates(window, space), unit, state)
+    hyper, pull_back = jax.vjp(space.from_unit, unit)
+    estimate, state = checked_estimate(estimator, window, hyper, state)
+    return estimate._replace(grad=pull_back(estimate.grad)[0]), state
+
+
+def in_unit_coordinates(window: Window, space: Space) -> Window:
+    """`window` with a problem of unit coordinates, constant beyond the box."""
+    problem = window.problem
+
+    def hyper_of(unit: Unit) -> Hyper:
+        return space.from_unit(space.project(unit))
+
+    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, unit, batch, key: function(params, hyper_of(unit), batch, key)
+
+    moved = Problem(
+        init=lambda unit, key: problem.init(hyper_of(unit), key),
+        step=judged(problem.step),
+        train_loss=judged(problem.train_loss),
+        valid_loss=judged(problem.valid_loss),
+        metrics=None if problem.metrics is None else judged(problem.metrics),
+    )
+    return dataclasses.replace(window, problem=moved)
+
+
+class Outer(NamedTuple):
+    """What one hypergradient leads to.
+
+    Attributes:
+      unit: the hyperparameters after the outer step.
+      outer_state: the outer optimiser's state after it.
+      trust: the history with this hypergradient in it.
+      accepted: go on from here: the hypergradient is trusted and the run was whole.
+      moves_on: go back to the trusted position, but with the new hyperparameters.
+      worth: the decrease of the validation loss that the step promises, to first order.
+    """
+
+    unit: Unit
+    outer_state: State
+    trust: TrustState
+    accepted: jax.Array
+    moves_on: jax.Array
+    worth: Scalar
+
+
+def outer_update(
+    optimizer: optax.GradientTransformation,
+    space: Space,
+    max_move: float,
+    trust: TrustState,
+    unit: Unit,
+    outer_state: State,
+    grad: Unit,
+    refused: jax.Array,
+    steps: int,
+) -> Outer:
+    """One projected step in unit coordinates along a hypergradient that has been judged."""
+    size = norm(grad)
+    history = remember(trust, size, refused, steps)
+    step_grad = temper(grad, size, trust, refused)
+    updates, outer_state = optimizer.update(step_grad, outer_state, unit)
+    moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
+    moved = space.project(optax.apply_updates(unit, moves))
+    whole = trust.shortened == 0
+    accepted = (refused == 0) & whole
+    moves_on = ((refused == 0) & ~whole) | gropes(trust, refused)
+    worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
+    worth = jnp.where(accepted, worth, 0.0)
+    return Outer(moved, outer_state, history, accepted, moves_on, worth)
+
+
+def include(average: Average, unit: Unit, trusted: jax.Array, power: int = 0) -> Average:
+    """The mean with one more iterate, if it is trusted; the n-th has a weight of about n**power.
+
+    Source: polynomial-decay averaging, Shamir and Zhang 2013, section 4.
+    """
+    seen = average.seen + trusted
+    weight = jnp.where(trusted, (1.0 + power) / (seen + power), 0.0)
+    mean = jax.tree.map(lambda m, u: m + weight.astype(m.dtype) * (u - m), average.unit, unit)
+    return Average(mean, seen)
+
+
+def info_of(
+    loss: Scalar,
+    hyper: Hyper,
+    grad: Unit,
+    refused: jax.Array,
+    outer: Outer,
+    about: dict[str, jax.Array],
+) -> Info:
+    """The `info` of an update; `about` is the estimator's own."""
+    return Info(
+        loss=widen(loss),
+        hyper=hyper,
+        grad=grad,
+        norm=norm(grad),
+        worth=outer.worth,
+        refused=refused,
+        step_scale=outer.trust.scale,
+        finite=about["finite"],
+        first_bad_step=about["first_bad_step"],
+        estimate=about,
+    )

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypergrad.problem.problem import Problem, rollout
+from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.space.space import Space
-from hypergrad.tuners.base import Tuner, run_key
+from hypergrad.tuners.base import Tuner
 
 
 class Plain(NamedTuple):
