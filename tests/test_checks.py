@@ -82,14 +82,17 @@ CASES = {
     "Int, high": case(part(hg.Int, 1), "high", least=None),
     "piecewise_constant": case(part(hg.piecewise_constant, [0.1, 0.2]), "steps_each"),
     "fit, steps": case(fitted, "steps_per_update"),
+    "Unrolled": case(hg.Unrolled, "window"),
+    "Forward": case(hg.Forward, "chunk"),
+    "Evolution": case(part(hg.Evolution, std=0.1), "pairs"),
+    "restarting": Case(
+        lambda value: hg.restarting(PROBLEM, SPACE, num_seeds=value).init(HYPER, KEY), "num_seeds"
+    ),
 }
 for draw in (plot_trajectories, plot_losses, plot_norms):
     about = (INFOS, SPACE) if draw is plot_trajectories else (INFOS,)
     CASES[draw.__name__] = case(part(drawn, draw, *about), "steps_per_update")
 ROOMS = {
-    "Unrolled": case(hg.Unrolled, "window"),
-    "Forward": case(hg.Forward, "chunk"),
-    "Evolution": case(part(hg.Evolution, 0.1), "pairs"),
     "Neumann": case(part(hg.Neumann, step_size=0.1), "terms"),
     "ConjugateGradient": case(hg.ConjugateGradient, "max_steps"),
     "GMRES": case(hg.GMRES, "max_steps"),
@@ -101,9 +104,6 @@ ROOMS = {
     ),
     "Trust": case(hg.Trust, "warm_up", least=0),
     "Refine": case(hg.Refine, "steps_per_update"),
-    "restarting": Case(
-        lambda value: hg.restarting(PROBLEM, SPACE, num_seeds=value).init(HYPER, KEY), "num_seeds"
-    ),
     "learned_schedule": case(part(hg.learned_schedule, [HYPER] * 4), "steps_per_update"),
     "settled_schedule": case(part(hg.settled_schedule, SPACE, [HYPER] * 4), "steps_per_update"),
     "fit": case(fitted, "num_updates"),
