@@ -48,10 +48,6 @@ class Stream:
       source: yields pytrees of what NumPy can read.
       group: batches per `take`.
       position: where an earlier run stood (`position` of its stream), to go on from.
-
-    Raises:
-      ValueError: no batch at all; a batch that is not like the first.
-      TypeError: a leaf that NumPy cannot read.
     """
 
     def __init__(
@@ -212,11 +208,7 @@ class Stream:
 def open_source(
     name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
 ) -> Constant | Stream:
-    """`data` as what updates take from: as it is, or `group` batches of it from `position` on.
-
-    Raises:
-      TypeError: neither arrays nor an iterable.
-    """
+    """`data` as what updates take from: as it is, or `group` batches of it from `position` on."""
     if isinstance(data, Minibatches) or _is_arrays(data):
         return Constant(data)
     if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
@@ -228,12 +220,7 @@ def open_source(
 
 
 def steps_of(train: Train, steps_per_update: int | None) -> int:
-    """K, from the axis that `train` has, or as given where it is an iterable of single batches.
-
-    Raises:
-      ValueError: `steps_per_update` is no positive integer, missing for an iterable, or another
-        than the axis K of arrays.
-    """
+    """K, from the axis that `train` has, or as given where it is an iterable of single batches."""
     if steps_per_update is not None:
         steps_per_update = checks.integer(
             "steps_per_update", steps_per_update, remedy=FIXES_A_SHAPE
@@ -258,8 +245,7 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
 def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """Refuses a data set where K stacked batches belong: it would train on single examples.
 
-    Raises:
-      ValueError: `train` and `valid` are arrays of one structure with equal numbers of axes.
+    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`.
     """
     if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
         return

@@ -36,11 +36,7 @@ def chosen(names: Iterable[str] | None, known: Sequence[str], kind: str) -> list
 
 
 def given_or_new(axes: GivenAxes, names: Sequence[str]) -> dict[str, Axes]:
-    """One of the given axes for each name, in order; those of a new figure where they are None.
-
-    Raises:
-      ValueError: fewer axes than names.
-    """
+    """One of the given axes for each name, in order; those of a new figure where they are None."""
     grid = new_panels(len(names)) if axes is None else np.atleast_1d(np.asarray(axes)).flatten()
     if len(grid) < len(names):
         raise ValueError(f"axes holds {len(grid)}, but {len(names)} are drawn: {list(names)}.")

@@ -89,7 +89,8 @@ def plot_trajectories(
     >>> axis.get_yscale(), axis.get_xlabel(), axis.lines[0].get_xdata().tolist()
     ('log', 'training step', [10, 20, 30])
     """
-    values = _stacked([info.hyper for info in _checked(history)])
+    hypers = [dict(info.hyper) for info in _checked(history)]
+    values = jax.tree.map(lambda *leaves: np.stack(leaves), *hypers)
     x = _positions(history, steps_per_update)
     panels = _hyper_panels(values, space, names, axes)
     for name, axis in panels.items():
@@ -112,14 +113,12 @@ def plot_schedule(
     Arguments, result and errors as in `plot_trajectories`; each value stands for the training
     steps it is used in.
     """
-    values = {name: jax.tree.map(np.asarray, tree) for name, tree in schedule.values.items()}
-    updates = jax.tree.leaves(values)[0].shape[0]
-    x = schedule.steps_per_update * np.arange(updates + 1)
+    # The last value stands until the end of its steps.
+    values = jax.tree.map(lambda v: np.concatenate([v, v[-1:]]), dict(schedule.values))
+    x = schedule.steps_per_update * np.arange(len(jax.tree.leaves(values)[0]))
     panels = _hyper_panels(values, space, names, axes)
     for name, axis in panels.items():
-        # The last value stands until the end of its steps.
-        series = {part: np.concatenate([v, v[-1:]]) for part, v in _series(values[name]).items()}
-        _draw(axis, x, series, label, color, step="post")
+        _draw(axis, x, _series(values[name]), label, color, step="post")
         _finish(axis, schedule.steps_per_update)
     return np.array(list(panels.values()))
 
@@ -238,10 +237,6 @@ def _checked(history: Sequence[Any]) -> Sequence[Any]:
     if not len(history):
         raise ValueError("history=[] holds no update: append the info of every tuner.update to it.")
     return history
-
-
-def _stacked(hypers: Sequence[Mapping[str, Tree]]) -> dict[str, Tree]:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(dict, hypers))
 
 
 def _positions(history: Sequence[Any], steps_per_update: int | None) -> np.ndarray:

@@ -71,8 +71,7 @@ class Float:
         _check_range("Float", self.low, self.high, self.scale)
 
     def __repr__(self) -> str:
-        bounds = [] if self.low is None else [f"{self.low!r}", f"{self.high!r}"]
-        return _show("Float", bounds, self.scale, self.when)
+        return _show(self, *(() if self.low is None else (self.low, self.high)))
 
     def to_unit(self, value: Leaf) -> jax.Array:
         """Return the unit coordinate of one array of values, elementwise."""
@@ -191,7 +190,7 @@ class Int:
         _check_range("Int", self.low, self.high, self.scale)
 
     def __repr__(self) -> str:
-        return _show("Int", [f"{self.low!r}", f"{self.high!r}"], self.scale, self.when)
+        return _show(self, self.low, self.high)
 
     def admits(self, value: Any) -> bool:
         """Say whether `value` is one of the whole numbers between the bounds."""
@@ -236,7 +235,7 @@ class Categorical:
         object.__setattr__(self, "when", _conditions("Categorical", when))
 
     def __repr__(self) -> str:
-        return _show("Categorical", [repr(list(self.choices))], "linear", self.when)
+        return _show(self, list(self.choices))
 
     def admits(self, value: object) -> bool:
         """Say whether `value` is one of the choices."""
@@ -305,10 +304,11 @@ def _check_range(kind: str, low: float, high: float, scale: str) -> None:
         )
 
 
-def _show(kind: str, arguments: list[str], scale: str, when: Mapping[str, Any] | None) -> str:
-    if scale != "linear":
-        arguments = [*arguments, f"scale={scale!r}"]
-    if when is not None:
-        plain = {name: values[0] if len(values) == 1 else values for name, values in when.items()}
-        arguments = [*arguments, f"when={plain!r}"]
-    return f"{kind}({', '.join(arguments)})"
+def _show(dimension: Dimension, *values: object) -> str:
+    arguments = [repr(value) for value in values]
+    if not isinstance(dimension, Categorical) and dimension.scale != "linear":
+        arguments.append(f"scale={dimension.scale!r}")
+    if dimension.when is not None:
+        when = {name: v[0] if len(v) == 1 else v for name, v in dimension.when.items()}
+        arguments.append(f"when={when!r}")
+    return f"{type(dimension).__name__}({', '.join(arguments)})"
