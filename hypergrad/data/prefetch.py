@@ -49,6 +49,7 @@ def feed(
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
 
     def offer(item: Fed | BaseException) -> None:
+        # In short waits: nobody makes room once the iterator is closed.
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)

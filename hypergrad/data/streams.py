@@ -92,6 +92,7 @@ class Stream:
         saved = None if self._start is None else self._start["saved"]
         self._protocol = _protocol(self._source)
         if saved is not None and self._protocol == "loader":
+            # Before it is asked for an iterator, which starts from what was loaded.
             self._source.load_state_dict(_unpack(saved))  # type: ignore[attr-defined]
         self._iterator = iter(self._source)
         # An iterable whose iterators remember where they are, as grain's do.
@@ -112,6 +113,7 @@ class Stream:
                 self._iterator.set_state(_unpack(saved))
             self._saved = saved
             self._read = start["read"] - start["skip"]
+        # Not `_next`: what was left out counted as read.
         for _ in range(start["skip"]):
             self._raw()
         self._since_saved = start["skip"]

@@ -142,5 +142,6 @@ def to_train_state(inner: Inner, state: TrainState) -> TrainState:
 
 def _unfrozen(tree: Tree) -> Tree:
     """Plain dicts for flax's FrozenDicts, also inside an optimiser's state."""
+    # flax returns either kind, and what a compiled loop carries must stay of one.
     frozen = lambda x: isinstance(x, flax.core.FrozenDict)  # noqa: E731
     return jax.tree.map(lambda x: x.unfreeze() if frozen(x) else x, tree, is_leaf=frozen)

@@ -45,6 +45,7 @@ class NNXBatchNorm(nnx.BatchNorm):
         out = super().__call__(x, use_running_average, mask=mask)
         if first_from(use_running_average, self.use_running_average, error_msg="checked by flax"):
             return out
+        # flax has moved them without a gradient: they move again, from where they were.
         x, *_ = self.promote_dtype((x, *old), dtype=self.dtype)
         features = _canonicalize_axes(x.ndim, self.axis)
         new = _compute_stats(

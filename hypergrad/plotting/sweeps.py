@@ -76,10 +76,8 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     if stopped:
         axis.plot(*zip(*stopped, strict=True), "x", color=OTHER_COLOR, ms=5, label="stopped early")
     if failed:
-        edge = axis.get_xaxis_transform()
-        axis.plot(
-            *zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, label="failed", transform=edge
-        )
+        style: dict[str, Any] = {"label": "failed", "transform": axis.get_xaxis_transform()}
+        axis.plot(*zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, **style)
     log_if_wide(axis, [s.score for s in scored])
     axis.set_xlabel("trial")
     axis.set_ylabel("score (validation)")

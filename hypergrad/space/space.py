@@ -58,9 +58,6 @@ class Space(Mapping[str, Dimension]):
             raise KeyError(f"{name!r} is not in this space: it holds {list(self.dimensions)}.")
         return self.dimensions[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.dimensions
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.dimensions)
 
