@@ -28,7 +28,7 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from examples import digits200
-from hypergrad.testing import Oracle, momentum_quadratic, relative_error, ridge
+from hypergrad.testing.contract import Oracle, momentum_quadratic, relative_error, ridge
 
 EXACT: dict[str, hg.Estimator] = {
     "Unrolled()": hg.Unrolled(),

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad.tuners.population.population import population
+from hypergrad.tuners.population.population import Population
 from hypergrad.tuners.population.refine import Refine
 
 LAYERS, BATCH, EXAMPLES = (64, 128, 128, 10), 64, 200
@@ -149,7 +149,7 @@ def timed(function: Callable[[], Any]) -> float:
 def of_population(width: int, refined: bool, steps: int, rounds: int) -> Row:
     """`rounds` populations of `width` members after a first one that compiles; no ratio yet."""
     train, valid = data()
-    members = population(PROBLEM, SPACE, Refine() if refined else None, train, valid, BATCH)
+    members = Population(PROBLEM, SPACE, Refine() if refined else None, train, valid, BATCH)
     study = new_study()
 
     def generation(seed: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 import hypergrad as hg
 from benchmarks import momentum_task as task
-from hypergrad.testing import relative_error
+from hypergrad.testing.contract import relative_error
 
 PROGRAMS = {
     "plain training": task.plain_training,

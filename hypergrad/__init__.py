@@ -6,7 +6,6 @@ from typing import Any
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimate, Estimator, Window
-from hypergrad.estimators.check import check_hypergradient
 from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
@@ -40,6 +39,7 @@ from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
+from hypergrad.testing.check import check_hypergradient
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule

@@ -45,8 +45,10 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> float:
-    """`value`, a finite number above 0, or with `zero` also 0 itself.
+def positive(
+    name: str, value: Any, remedy: str = "", *, zero: bool = False, infinite: bool = False
+) -> float:
+    """`value`, a finite number above 0; with `zero` also 0 itself, with `infinite` infinity too.
 
     >>> positive("step_size", -1)
     Traceback (most recent call last):
@@ -55,8 +57,8 @@ def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> 
     """
     end = f": {remedy}." if remedy else "."
     _refuse_other_than_numbers(name, value, end)
-    if not ((value > 0 or (zero and value == 0)) and math.isfinite(value)):
-        kind = "0 or positive, and finite" if zero else "positive and finite"
+    if not ((value > 0 or (zero and value == 0)) and (infinite or math.isfinite(value))):
+        kind = ("0 or " if zero else "") + "positive" + ("" if infinite else " and finite")
         raise ValueError(f"{name}={value!r} must be {kind}{end}")
     return value
 
@@ -64,7 +66,7 @@ def positive(name: str, value: Any, remedy: str = "", *, zero: bool = False) -> 
 def positive_if_known(name: str, value: Leaf, remedy: str = "") -> None:
     """`positive`, of a number or of every entry of an array; of a traced one nothing is known."""
     if not isinstance(value, jax.core.Tracer):
-        positive(name, np.min(value).item(), remedy)
+        positive(name, np.min(value).item(), remedy, infinite=True)
 
 
 def finite(name: str, value: Any, remedy: str = "") -> float:

@@ -69,6 +69,11 @@ def widen(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.promote_types(dtype, jnp.float32))
 
 
+def strong(tree: Tree) -> Tree:
+    """The tree as strongly typed arrays of at least float32: weakly typed scalars recompile."""
+    return jax.tree.map(lambda x: widen(x) if is_inexact(x) else jnp.asarray(x), tree)
+
+
 def cast_like(tree: Tree, like: Tree) -> Tree:
     """The tree in the dtypes of `like`, as arrays."""
     return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)

@@ -15,7 +15,7 @@ import hypergrad as hg
 from hypergrad.plotting.runs import plot_losses, plot_norms, plot_trajectories
 from hypergrad.search.schedulers import brackets
 from hypergrad.study.study import open_study
-from hypergrad.tuners.population.population import population
+from hypergrad.tuners.population.population import Population
 
 KEY = jax.random.PRNGKey(0)
 DATA = jnp.arange(8.0)
@@ -55,8 +55,14 @@ def swept(**arguments: Any) -> Any:
     return hg.sweep(lambda _: PROBLEM, SPACE, splits, **(sizes | options | arguments))
 
 
-def scores(result: Any) -> list[float]:
-    return [trial.value for trial in result.study.trials]
+def searched(**arguments: Any) -> list[float]:
+    return [trial.value for trial in swept.__wrapped__(**arguments).study.trials]
+
+
+def populated(**arguments: Any) -> Any:
+    arguments = {"batch_size": 4} | arguments
+    members = Population(PROBLEM, SPACE, None, DATA, DATA, **arguments)
+    return members.init({"rate": jnp.full(2, 0.1)}, jnp.stack([KEY, KEY]))
 
 
 def opened(**arguments: Any) -> list[Any]:
@@ -88,71 +94,52 @@ CASES = {
     "restarting": Case(
         lambda value: hg.restarting(PROBLEM, SPACE, num_seeds=value).init(HYPER, KEY), "num_seeds"
     ),
-}
-for draw in (plot_trajectories, plot_losses, plot_norms):
-    about = (INFOS, SPACE) if draw is plot_trajectories else (INFOS,)
-    CASES[draw.__name__] = case(part(drawn, draw, *about), "steps_per_update")
-ROOMS = {
     "Neumann": case(part(hg.Neumann, step_size=0.1), "terms"),
     "ConjugateGradient": case(hg.ConjugateGradient, "max_steps"),
     "GMRES": case(hg.GMRES, "max_steps"),
     "GMRES, cycles": case(hg.GMRES, "cycles"),
     "Nystrom": case(hg.Nystrom, "rank"),
     "Richardson": case(part(hg.Richardson, step_size=0.1), "steps"),
+    "population, batch": case(populated, "batch_size", 4),
+    "population, steps": case(populated, "steps_per_update"),
+    "population, trail": case(populated, "trail", 4, least=2),
+    "Refine": case(hg.Refine, "steps_per_update"),
+    "Hyperband": case(hg.Hyperband, "min_steps"),
+    "Hyperband, eta": case(part(hg.Hyperband, 1), "eta", least=2),
+    "SuccessiveHalving": case(hg.SuccessiveHalving, "min_steps"),
+    "SuccessiveHalving, eta": case(part(hg.SuccessiveHalving, 1), "eta", least=2),
+    "brackets": case(part(brackets, None, num_trials=2), "num_steps"),
+    "brackets, trials": case(part(brackets, None, 2), "num_trials"),
+}
+for draw in (plot_trajectories, plot_losses, plot_norms):
+    about = (INFOS, SPACE) if draw is plot_trajectories else (INFOS,)
+    CASES[draw.__name__] = case(part(drawn, draw, *about), "steps_per_update")
+ROOMS = {
     "check_hypergradient": case(
         part(hg.check_hypergradient, PROBLEM, HYPER, None, DATA[:, None], DATA, KEY), "max_entries"
     ),
     "Trust": case(hg.Trust, "warm_up", least=0),
-    "Refine": case(hg.Refine, "steps_per_update"),
     "learned_schedule": case(part(hg.learned_schedule, [HYPER] * 4), "steps_per_update"),
     "settled_schedule": case(part(hg.settled_schedule, SPACE, [HYPER] * 4), "steps_per_update"),
     "fit": case(fitted, "num_updates"),
     "Checkpoint": case(part(hg.Checkpoint, "run"), "every"),
     "Checkpoint, kept": case(part(hg.Checkpoint, "run"), "keep"),
-    "Hyperband": case(hg.Hyperband, "min_steps"),
-    "Hyperband, eta": case(part(hg.Hyperband, 1), "eta", least=2),
-    "SuccessiveHalving": case(hg.SuccessiveHalving, "min_steps"),
-    "SuccessiveHalving, eta": case(part(hg.SuccessiveHalving, 1), "eta", least=2),
     "PopulationBasedTraining": case(hg.PopulationBasedTraining, "every"),
-    "brackets": case(part(brackets, None, num_trials=2), "num_steps"),
-    "brackets, trials": case(part(brackets, None, 2), "num_trials"),
     "open_study": case(opened, "num_trials"),
     "open_study, retries": case(part(opened, num_trials=1), "max_retries", least=0),
     "open_study, grid": case(part(opened, sampler="grid"), "grid_points", least=2),
     "audit": Case(lambda value: swept().audit(seeds=value), "seeds"),
     "confirm": Case(lambda value: swept().confirm(seeds=value), "seeds"),
     "confirm, trials": Case(lambda value: swept().confirm(count=value), "count"),
-    "top": Case(lambda value: swept().top(count=value), "count"),
-    "table": Case(lambda value: swept().table(count=value), "count"),
+    "top": Case(lambda value: swept().top(count=value), "count", least=0),
+    "table": Case(lambda value: swept().table(count=value), "count", least=0),
+    "population, valid": case(populated, "valid_batch_size", 4),
+    "sweep, trials": case(searched, "num_trials"),
+    "sweep, steps": case(searched, "num_steps", 4),
+    "sweep, batch": case(searched, "batch_size", 4),
+    "sweep, population": case(searched, "population"),
+    "sweep, polish": case(searched, "polish", 1, least=0),
 }
-for argument, valid in {
-    "batch_size": 4,
-    "steps_per_update": 2,
-    "valid_batch_size": 4,
-    "trail": 4,
-}.items():
-    plain = {"refine": None, "train": DATA, "valid": DATA, "batch_size": 4} | {argument: valid}
-    ROOMS[f"population, {argument}"] = Case(
-        lambda value, plain=plain, argument=argument: population(
-            PROBLEM, SPACE, **(plain | {argument: value})
-        ).init({"rate": jnp.full(2, 0.1)}, jnp.stack([KEY, KEY])),
-        argument,
-        valid,
-        2 if argument == "trail" else 1,
-    )
-for argument, valid, least in (
-    ("num_trials", 2, 1),
-    ("num_steps", 4, 1),
-    ("batch_size", 4, 1),
-    ("population", 2, 1),
-    ("polish", 1, 0),
-):
-    ROOMS[f"sweep, {argument}"] = Case(
-        lambda value, argument=argument: scores(swept.__wrapped__(**{argument: value})),
-        argument,
-        valid,
-        least,
-    )
 ROOMS.clear()  # Until these rooms use checks.py, too: delete this line.
 CASES |= ROOMS
 every_case = pytest.mark.parametrize("name", CASES)

@@ -114,7 +114,8 @@ def test_a_path_without_derivative_is_for_evolution(capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [hg.alternating, hg.restarting])
-def test_auto_in_the_tuners(make: Any, capsys: Any) -> None:
+def test_auto_in_the_tuners(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="hypergrad")
     problem = regression(lambda h: optax.sgd(h["rate"], momentum=h["m"]))
     space = hg.Space({"rate": RATE, "m": MOMENTUM})
     train = hg.Minibatches((DATA, TARGETS), 10, 10)
@@ -126,7 +127,7 @@ def test_auto_in_the_tuners(make: Any, capsys: Any) -> None:
             state, info = update(state, train, VALID)
         infos.append(info)
     assert float(infos[0].loss) == pytest.approx(float(infos[1].loss), rel=1e-5)
-    assert capsys.readouterr().out.count('estimator="auto": Unrolled(') == 1  # one compilation
+    assert caplog.text.count('estimator="auto": Unrolled(') == 1  # one compilation
     with pytest.raises(ValueError, match=r"estimator='fast' is no estimator"):
         make(problem, space, "fast")
 

@@ -21,16 +21,16 @@ ROOMS = {
     "optim": "transforms schedules",
     "problem": "inner_gradient problem noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
-    " auto hypergradient choose check",
+    " auto hypergradient choose",
     "tuners": "base trust alternating restarting learned",
-    "tuners.population": "refine plain trail member placement exploit population",
+    "tuners.population": "refine member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
     "study": "distributions signature ledger workers storage sampling randomness recovery slots"
     " study ranking",
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers program live cohort result sweep",
     "nn": "dropout linen nnx",
-    "testing": "",
+    "testing": "contract check",
     "cli": "",
 }
 ORDER = [

@@ -202,13 +202,13 @@ def test_vmap_keeps_members_apart(solver: Any) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"terms=0 must be positive"):
+    with pytest.raises(ValueError, match=r"terms=0 must be at least 1"):
         hg.Neumann(0)
     with pytest.raises(ValueError, match=r"step_size=-1 must be positive"):
         hg.Richardson(1, -1)
     with pytest.raises(ValueError, match=r"damping=0.0 must be positive"):
         hg.Nystrom(5, 0.0)
-    with pytest.raises(ValueError, match=r"damping=-1 must not be negative"):
+    with pytest.raises(ValueError, match=r"damping=-1 must be 0 or positive"):
         hg.ConjugateGradient(5, damping=-1)
-    with pytest.raises(ValueError, match=r"max_steps=0 must be positive"):
+    with pytest.raises(ValueError, match=r"max_steps=0 must be at least 1"):
         hg.GMRES(0)

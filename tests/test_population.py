@@ -15,9 +15,9 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import populations
-from hypergrad.tuners.population.population import Population, population, width_for
+from hypergrad.tuners.population.member import new_trail, read, record
+from hypergrad.tuners.population.population import Population, width_for
 from hypergrad.tuners.population.refine import Refine
-from hypergrad.tuners.population.trail import new_trail, read, record
 
 SPACE = hg.Space(
     {
@@ -61,7 +61,7 @@ def _problem(make: Any = None, metrics: Any = None) -> hg.Problem:
 
 @functools.cache
 def _members(refine: Refine | None = None, mode: Any = "vmap", **options: Any) -> Population:
-    return population(_problem(), SPACE, refine, TRAIN, VALID, 4, mode=mode, **options)
+    return Population(_problem(), SPACE, refine, TRAIN, VALID, 4, mode=mode, **options)
 
 
 def _row(tree: Any, i: int) -> Any:
@@ -137,7 +137,7 @@ def test_a_state_that_counts_no_steps_draws_new_batches_in_each_update() -> None
         init=lambda hyper, key: Uncounted(jnp.zeros(3)),
         step=lambda inner, hyper, batch, key: Uncounted(inner.params + batch.sum(0)),
     )
-    members = population(problem, SPACE, None, TRAIN, VALID, 4, steps_per_update=1, mode="vmap")
+    members = Population(problem, SPACE, None, TRAIN, VALID, 4, steps_per_update=1, mode="vmap")
     first = members.advance(members.init(HYPERS, KEYS), 1)
     second = members.advance(first, 1)
     moves = second.run.inner.params - first.run.inner.params
@@ -229,7 +229,7 @@ def test_legacy_keys_serve_too() -> None:
 def test_hyper_holds_exactly_the_active_hyperparameters() -> None:
     problem = _problem(lambda hyper: optax.adam(hyper["learning_rate"]))
     hypers = {"learning_rate": HYPERS["learning_rate"]}
-    members = population(problem, SPACE, Refine(), TRAIN, VALID, 4, mode="map")
+    members = Population(problem, SPACE, Refine(), TRAIN, VALID, 4, mode="map")
     report = members.report(members.advance(members.init(hypers, KEYS), 2))
     for values in (report.hyper, report.start, report.best, report.mean, report.trail):
         assert list(values) == ["learning_rate"]
@@ -238,7 +238,7 @@ def test_hyper_holds_exactly_the_active_hyperparameters() -> None:
 
 def test_seeds_alone_make_a_population() -> None:
     problem, space = _problem(lambda hyper: optax.sgd(0.1)), hg.Space({})
-    members = population(problem, space, None, TRAIN, VALID, 4, mode="vmap")
+    members = Population(problem, space, None, TRAIN, VALID, 4, mode="vmap")
     state = members.advance(members.init({}, KEYS), 2)
     report = members.report(members.exploit(state, jax.random.key(0))[0])
     assert len(set(report.score.tolist())) == 3  # the worst is now a copy of the best
@@ -246,7 +246,7 @@ def test_seeds_alone_make_a_population() -> None:
 
 def test_report_of_metrics_and_of_a_held_out_split() -> None:
     problem = _problem(metrics=lambda params, hyper, batch, key: {"largest": jnp.max(batch)})
-    members = population(
+    members = Population(
         problem, SPACE, None, TRAIN, VALID, 4, test=TEST, mode="map", valid_batch_size=2
     )
     state = members.init(HYPERS, KEYS)
@@ -343,7 +343,7 @@ def test_exploit_by_other_scores_and_by_drawing_anew() -> None:
 def test_exploit_leaves_unbounded_hyperparameters_unbounded() -> None:
     space = hg.Space({"shift": hg.Float()})
     problem = _problem(lambda hyper: optax.sgd(0.1))
-    members = population(problem, space, None, TRAIN, VALID, 4, mode="map")
+    members = Population(problem, space, None, TRAIN, VALID, 4, mode="map")
     state = members.init({"shift": np.full((4, 2), 5.0)}, KEYS)
     after, parents = members.exploit(state, KEYS[0], resample=1.0, perturb=0.5, scores=range(4))
     assert parents.tolist() == [0, 1, 2, 0]
@@ -413,16 +413,16 @@ def test_widths() -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=25 exceeds the 24 examples"):
-        population(_problem(), SPACE, None, TRAIN, VALID, 25)
+        Population(_problem(), SPACE, None, TRAIN, VALID, 25)
     with pytest.raises(ValueError, match="batch_size=9 exceeds the 8 examples"):
         _members(valid_batch_size=9)
     with pytest.raises(ValueError, match=r"steps_per_update=5 .*\(10\): leave it out"):
         _members(Refine(), steps_per_update=5)
-    with pytest.raises(ValueError, match=r"population\(steps_per_update=0\)"):
+    with pytest.raises(ValueError, match="steps_per_update=0 must be at least 1"):
         _members(steps_per_update=0)
-    with pytest.raises(ValueError, match=r"Refine\(steps_per_update=2.0\)"):
+    with pytest.raises(ValueError, match=r"steps_per_update=2\.0 is no integer"):
         Refine(steps_per_update=2.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"Refine\(max_move=0\)"):
+    with pytest.raises(ValueError, match="max_move=0 must be positive"):
         Refine(max_move=0)
     with pytest.raises(ValueError, match="mode='pmap' is unknown"):
         _members(mode="pmap")

@@ -304,8 +304,11 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     other()
     other()  # the same problem, made anew, is the same
     wider = hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log")})
-    refused(r"'rate' ranges over \[0.0001, 2\].* there and \[0.0001, 1\]", space=wider)
-    refused("middle", space=hg.Space({"rate": hg.Float(1e-4, 2.0)}))
+    refused(r"'rate' has high 2.0 there and 1.0 here", space=wider)
+    refused(
+        "'rate' has scale 'log' there and 'linear' here",
+        space=hg.Space({"rate": hg.Float(1e-4, 2.0)}),
+    )
     more = hg.Space({**SPACE, "l2": hg.Float(0.0, 1.0)})
     refused("it does not tune 'l2'", space=more, start={**START, "l2": 0.5})
     named = lambda p, hyper, batch, key: _loss(p, hyper, batch, key) * hyper["scale"]  # noqa: E731

@@ -276,19 +276,14 @@ def test_memory_that_suffices_for_one_only(monkeypatch: pytest.MonkeyPatch) -> N
     """A program that fails with XLA's error for more than one member runs them one by one."""
     from hypergrad.search import program as programs
 
-    def scarce(*args: Any, **options: Any) -> Any:
-        members = population(*args, **options)
-
-        def advance(state: Any, updates: Any) -> Any:
+    class Scarce(programs.Population):
+        def advance(self, state: Any, num_updates: Any) -> Any:
             if state.active.shape[0] > 1:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-            return members.advance(state, updates)
+            return super().advance(state, num_updates)
 
-        return members._replace(advance=advance)
-
-    population = programs.population
     ample = run(num_trials=4, population=4)
-    monkeypatch.setattr(programs, "population", scarce)
+    monkeypatch.setattr(programs, "Population", Scarce)
     result = run(num_trials=4, population=4)
     assert [t.state.name for t in result.study.trials] == ["COMPLETE"] * 4
     for one, other in zip(result.study.trials, ample.study.trials, strict=True):

@@ -2,5 +2,3 @@
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
-
-__all__ = ["Minibatches", "Splits"]

@@ -1,7 +1,6 @@
-"""Hypergradients, one file each; which one to take, and whether it is right."""
+"""Hypergradients, one file each, and which one to take."""
 
 from hypergrad.estimators.base import Estimate, Estimator, Window
-from hypergrad.estimators.check import check_hypergradient
 from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
@@ -17,23 +16,3 @@ from hypergrad.estimators.linear import (
     Richardson,
 )
 from hypergrad.estimators.unrolled import Unrolled
-
-__all__ = [
-    "GMRES",
-    "ConjugateGradient",
-    "Estimate",
-    "Estimator",
-    "Evolution",
-    "FiniteDifference",
-    "Forward",
-    "Identity",
-    "Implicit",
-    "Neumann",
-    "Nystrom",
-    "Richardson",
-    "Unrolled",
-    "Window",
-    "check_hypergradient",
-    "choose_estimator",
-    "hypergradient",
-]

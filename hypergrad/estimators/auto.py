@@ -14,14 +14,13 @@ from hypergrad.estimators.base import (
     ValidateAt,
     Window,
     compiled_estimate,
-    strong,
 )
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
-from hypergrad.trees import Hyper, State
+from hypergrad.trees import Hyper, State, strong
 
 _log = logging.getLogger("hypergrad")
 

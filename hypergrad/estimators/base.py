@@ -286,11 +286,6 @@ def _compiled(
     return compiled_for(run, *treedef.unflatten(leaves))
 
 
-def strong(hyper: Hyper) -> Hyper:
-    """`hyper` as strongly typed arrays of at least float32: weakly typed scalars recompile."""
-    return jax.tree.map(lambda x: widen(x) if is_inexact(x) else jnp.asarray(x), hyper)
-
-
 def summary(loss: Scalar, grad: Hyper, first_bad_step: jax.Array) -> dict[str, jax.Array]:
     """The part of `info` that every estimator gives."""
     return {"finite": all_finite((loss, grad)), "first_bad_step": first_bad_step}

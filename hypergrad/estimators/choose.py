@@ -18,7 +18,6 @@ from hypergrad.estimators.base import (
     ValidateAt,
     Window,
     compiled_estimate,
-    strong,
 )
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
@@ -35,6 +34,7 @@ from hypergrad.trees import (
     Unit,
     inner_product,
     norm,
+    strong,
 )
 
 

@@ -14,11 +14,10 @@ from hypergrad.estimators.base import (
     Estimator,
     ValidateAt,
     Window,
-    strong,
     summary,
 )
 from hypergrad.problem.problem import steps_done
-from hypergrad.trees import Hyper, InnerState, Leaf, Scalar, State, path_name, widen
+from hypergrad.trees import Hyper, InnerState, Key, Leaf, Scalar, State, path_name, strong, widen
 
 Method = Literal["pes", "es", "es_single"]
 
@@ -176,7 +175,7 @@ class Evolution(Estimator):
         return window.inner is not None and self.method != "es"
 
     def _draw(
-        self, key: jax.Array, step: jax.typing.ArrayLike, calls: jax.Array, like: jax.Array
+        self, key: Key, step: jax.typing.ArrayLike, calls: jax.Array, like: jax.Array
     ) -> jax.Array:
         """Noise `[pairs, |hyper|]`, fresh for each step of the run and for each call.
 
@@ -189,7 +188,7 @@ class Evolution(Estimator):
         return jnp.asarray(self.std, like.dtype) * noise
 
     def _noise(
-        self, key: jax.Array, step: jax.typing.ArrayLike, state: Particles, like: jax.Array
+        self, key: Key, step: jax.typing.ArrayLike, state: Particles, like: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """What a pair's difference is weighted with, and what moves `hyper` in this window."""
         if state.noise is not None and self.method == "es_single":

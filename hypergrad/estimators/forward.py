@@ -72,7 +72,7 @@ class Forward(Estimator):
 
         def along(directions: jax.Array, carried: Tangents) -> tuple[Any, ...]:
             """Loss, end, and the gradient's entries and the tangents along rows of the identity."""
-            push = _pushforward(flat, directions)
+            push = pushforward(flat, directions)
             s, z = push(lambda h, _: window.begin(unravel(h)), (), [])  # Z_0 = ds_0/dhyper
             z = _with_inner(s, z, carried) if goes_on else z
             offset = steps_done(s.inner)
@@ -117,7 +117,7 @@ class Forward(Estimator):
 Tangents = list[jax.Array]  # one [|hyper|, ...] per inexact leaf, in the order of the leaves
 
 
-def _pushforward(
+def pushforward(
     flat: jax.Array, directions: jax.Array
 ) -> Callable[[Callable[..., Any], Tree, Tangents], tuple[Any, Tangents]]:
     """`(f, tree, z) -> (f(flat, tree), tangents of its inexact leaves)`, along every direction."""

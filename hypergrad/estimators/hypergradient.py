@@ -9,11 +9,10 @@ from hypergrad.estimators.base import (
     ValidateAt,
     Window,
     checked_estimate,
-    strong,
 )
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Train
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, strong
 
 
 def hypergradient(

@@ -7,7 +7,7 @@ pytree. None sees a problem or a hyperparameter, so each is usable alone.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
-from hypergrad.trees import Tree, norm
+from hypergrad import checks
+from hypergrad.trees import Key, State, Tree, norm
 
 MatVec = Callable[[Tree], Tree]
 
@@ -32,12 +33,12 @@ class LinearSolver(abc.ABC):
     # Whether it multiplies A with nothing but combinations of b and earlier products.
     krylov: ClassVar[bool] = True
 
-    def init(self, b: Tree) -> Any:
+    def init(self, b: Tree) -> State:
         """The state before the first solve, from a pytree like `b`; `()` without memory."""
         return ()
 
     @abc.abstractmethod
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """An approximate solution of matvec(x) = b, and the new state."""
 
 
@@ -52,7 +53,7 @@ class Identity(LinearSolver):
     Array([2.], dtype=float32)
     """
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         return b, state
 
@@ -78,10 +79,10 @@ class Neumann(LinearSolver):
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive("terms", self.terms)
-        _require_positive("step_size", self.step_size)
+        checks.integer_field(self, "terms")
+        checks.positive("step_size", self.step_size)
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
 
         def add_term(carry: tuple[Tree, Tree], _: None) -> tuple[tuple[Tree, Tree], None]:
@@ -126,14 +127,14 @@ class ConjugateGradient(LinearSolver):
     symmetric: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_positive("max_steps", self.max_steps)
-        _require_not_negative("damping", self.damping)
+        checks.integer_field(self, "max_steps")
+        checks.positive("damping", self.damping, zero=True)
 
-    def init(self, b: Tree) -> Any:
+    def init(self, b: Tree) -> State:
         """Zeros like `b` if warm."""
         return jax.tree.map(jnp.zeros_like, b) if self.warm_start else ()
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: _axpy(self.damping, x, matvec(x))  # noqa: E731
         size = _size_or_one(b)
@@ -173,17 +174,17 @@ class GMRES(LinearSolver):
     cycles: int = 1
 
     def __post_init__(self) -> None:
-        _require_positive("max_steps", self.max_steps)
-        _require_positive("cycles", self.cycles)
-        _require_not_negative("damping", self.damping)
+        checks.integer_field(self, "max_steps")
+        checks.integer_field(self, "cycles")
+        checks.positive("damping", self.damping, zero=True)
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: _axpy(self.damping, x, matvec(x))  # noqa: E731
 
         # gmres transposes its matrix in advance, for derivatives that nobody takes here, and not
         # every map has a transpose. NaN, so that one who did take them would see it.
-        def no_transpose(_: Any, x: Tree) -> Tree:
+        def no_transpose(_: MatVec, x: Tree) -> Tree:
             return jax.tree.map(lambda x: x * jnp.nan, x)
 
         def opaque(x: Tree) -> Tree:
@@ -238,10 +239,10 @@ class Nystrom(LinearSolver):
     krylov: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _require_positive("rank", self.rank)
-        _require_positive("damping", self.damping)
+        checks.integer_field(self, "rank")
+        checks.positive("damping", self.damping)
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         flat, unravel = ravel_pytree(b)
         rank, rho = min(self.rank, flat.size), self.damping
@@ -282,14 +283,14 @@ class Richardson(LinearSolver):
     warm_start: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive("steps", self.steps)
-        _require_positive("step_size", self.step_size)
+        checks.integer_field(self, "steps")
+        checks.positive("step_size", self.step_size)
 
-    def init(self, b: Tree) -> Any:
+    def init(self, b: Tree) -> State:
         """Zeros like `b` if warm."""
         return jax.tree.map(jnp.zeros_like, b) if self.warm_start else ()
 
-    def solve(self, matvec: MatVec, b: Tree, key: jax.Array, state: Any) -> tuple[Tree, Any]:
+    def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
 
         def step(x: Tree, _: None) -> tuple[Tree, None]:
@@ -324,18 +325,8 @@ def _pseudo_inverse(m: jax.Array) -> jax.Array:
     return jnp.linalg.pinv((m + m.T) / 2, hermitian=True)
 
 
-def _draw(key: jax.Array, size: int, rank: int) -> jax.Array:
+def _draw(key: Key, size: int, rank: int) -> jax.Array:
     """`rank` different indices below `size`, one from each of `rank` equal stretches."""
     edges = np.arange(rank + 1) * size // rank
     share = jax.random.uniform(key, (rank,)) * np.diff(edges)
     return jnp.asarray(edges[:-1]) + jnp.minimum(share.astype(int), np.diff(edges) - 1)
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive.")
-
-
-def _require_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name}={value} must not be negative.")

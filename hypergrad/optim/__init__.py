@@ -13,15 +13,3 @@ from hypergrad.optim.transforms import (
     norm_adam,
     scale_by_tree,
 )
-
-__all__ = [
-    "Schedule",
-    "decay_by_tree",
-    "exponential_decay",
-    "hypergradient_descent",
-    "norm_adam",
-    "piecewise_constant",
-    "piecewise_linear",
-    "scale_by_tree",
-    "warmup_cosine",
-]

@@ -7,5 +7,3 @@ from hypergrad.plotting.runs import (
     plot_schedule,
     plot_trajectories,
 )
-
-__all__ = ["plot_losses", "plot_norms", "plot_run", "plot_schedule", "plot_trajectories"]

@@ -3,13 +3,3 @@
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-
-__all__ = [
-    "Inner",
-    "Problem",
-    "bilevel",
-    "dropout",
-    "inner_gradient",
-    "nonzero_gradient",
-    "rollout",
-]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
+from hypergrad.trees import Leaf, Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
 
@@ -56,7 +56,7 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
         param_floats, param_constants, join_params = _partition(params)
         hyper_floats, hyper_constants, join_hyper = _partition(hyper)
 
-        def on_floats(p: list[Any], h: list[Any], rest: Any) -> tuple[jax.Array, Tree]:
+        def on_floats(p: list[Any], h: list[Any], rest: Tree) -> tuple[jax.Array, Tree]:
             param_constants, hyper_constants, rest = rest
             params, hyper = join_params(p, param_constants), join_hyper(h, hyper_constants)
             return with_aux(loss)(params, hyper, *rest)
@@ -73,14 +73,14 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
 def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
     """(p, h, rest) -> (grad_p loss, (value, aux)) for lists p, h of inexact arrays."""
 
-    def hypergrad_inner_gradient(p: list[Any], h: list[Any], rest: Any) -> Any:
+    def hypergrad_inner_gradient(p: list[Any], h: list[Any], rest: Tree) -> Any:
         value_aux, grads = jax.value_and_grad(loss, has_aux=True)(p, h, rest)
         return grads, value_aux
 
     primal = hypergrad_inner_gradient
     call = jax.custom_jvp(primal)
 
-    def rule(primals: Any, tangents: Any) -> Any:
+    def rule(primals: Tree, tangents: Tree) -> Any:
         (p, h, rest), (dp, dh, drest) = primals, tangents
         _refuse_derivative_of_rest(rest, drest)
         out = call(p, h, rest)
@@ -98,7 +98,7 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
             dgrads, dfloats = jax.jvp(outputs, (p, h), (b[0], b[1]))[1]
             return dgrads, [jnp.zeros_like(x) for x in h], dfloats
 
-        def transpose(_: Any, cotangents: Any) -> Any:
+        def transpose(_: Any, cotangents: Tree) -> Any:
             c, _, cfloats = cotangents
 
             # d/de at 0 of the gradient of L(p + e c, h) + e <outputs, cfloats>
@@ -151,7 +151,7 @@ def _partition(tree: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], l
     return floats, [x for x, flag in zip(leaves, constant, strict=True) if flag], join
 
 
-def _filled(tangent: Any, primal: Any, nothing: Any) -> jax.Array:
+def _filled(tangent: Leaf, primal: Leaf, nothing: Leaf) -> jax.Array:
     if tangent is None or type(tangent) is _Zero:
         return jnp.zeros_like(primal) + jnp.asarray(nothing, jnp.result_type(primal))
     return tangent
@@ -168,7 +168,7 @@ def _with_integer_tangents(out: Tree, dfloats: list[Any]) -> Tree:
     return treedef.unflatten(tangents)
 
 
-def _refuse_derivative_of_rest(rest: Any, tangents: Any) -> None:
+def _refuse_derivative_of_rest(rest: Tree, tangents: Tree) -> None:
     for x, t in zip(jax.tree.leaves(rest), jax.tree.leaves(tangents), strict=True):
         if type(t) is not _Zero and is_inexact(x):
             raise ValueError(

@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from hypergrad.data.batches import mix_bits
+from hypergrad.trees import Key
 
 # Noise of variance v has a derivative of variance 1 / (4 v) per unit: without a floor, infinite
 # at rate 0. benchmarks/dropout.py shows what the floor costs in bias and buys in variance.
@@ -38,7 +39,7 @@ Form = Callable[[jax.Array, jax.Array], jax.Array]
 def dropout(
     x: ArrayLike,
     rate: ArrayLike,
-    key: jax.Array,
+    key: Key,
     form: str | Form = "bernoulli",
     broadcast_dims: Sequence[int] = (),
 ) -> jax.Array:
@@ -179,7 +180,7 @@ def check_rate(rate: ArrayLike) -> None:
         )
 
 
-def random_bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+def random_bits(key: Key, shape: Sequence[int]) -> jax.Array:
     """Uniform uint32 of `shape` from a key: a keyed hash of the position (not cryptographic).
 
     Threefry took more than half of a small training step on CPU; XLA vectorises this. The key's

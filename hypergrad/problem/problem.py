@@ -10,7 +10,19 @@ import optax
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
-from hypergrad.trees import InnerState, Key, Tree, cast_like, is_inexact, leaf_names
+from hypergrad.trees import (
+    Batch,
+    Hyper,
+    InnerState,
+    Key,
+    Params,
+    State,
+    Train,
+    Tree,
+    cast_like,
+    is_inexact,
+    leaf_names,
+)
 
 
 class Problem(NamedTuple):
@@ -102,20 +114,20 @@ def bilevel(
     """
     train_pair = refuse_hard_dropout(with_aux(train_loss, "train_loss"))
 
-    def loss_of_trainable(trained: Any, rest: Any, batch: Any, key: Any) -> Any:
+    def loss_of_trainable(trained: Params, rest: Tree, batch: Batch, key: Key) -> Any:
         hyper, frozen = rest
         return train_pair(_merge(trained, frozen, trainable), hyper, batch, key)
 
     gradient = inner_gradient(loss_of_trainable)
 
-    def init(hyper: Any, key: jax.Array) -> Inner:
+    def init(hyper: Hyper, key: Key) -> Inner:
         params = _strong(init_params(key))
         opt_state = optimizer(hyper).init(_split(params, trainable)[0])
         _refuse_injected_rates(opt_state)
         opt_state = _strong(opt_state)
         return Inner(params, opt_state, jnp.zeros((), jnp.int32), zero_loss(params))
 
-    def step(inner: Inner, hyper: Any, batch: Any, key: jax.Array) -> Inner:
+    def step(inner: Inner, hyper: Hyper, batch: Batch, key: Key) -> Inner:
         trained, frozen = _split(inner.params, trainable)
         # The frozen part (batch statistics) depends on hyper through earlier steps, so it travels
         # where derivatives flow.
@@ -135,16 +147,16 @@ def bilevel(
         params, opt_state = cast_like((params, opt_state), (inner.params, inner.opt_state))
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
 
-    def plain_valid_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
+    def plain_valid_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
         return refuse_hard_dropout(with_aux(valid_loss, "valid_loss"))(params, hyper, batch, key)[0]
 
-    def plain_train_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
+    def plain_train_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
         return train_pair(params, hyper, batch, key)[0]
 
     return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
 
 
-def require_inner(inner: Any) -> None:
+def require_inner(inner: InnerState) -> None:
     """Raises TypeError for anything but the training state of a `bilevel` problem."""
     if not isinstance(inner, Inner):
         raise TypeError(
@@ -153,7 +165,7 @@ def require_inner(inner: Any) -> None:
         )
 
 
-def zero_loss(params: Any) -> jax.Array:
+def zero_loss(params: Params) -> jax.Array:
     """`Inner.loss` before the first step, in at least float32."""
     floats = [x for x in jax.tree.leaves(params) if is_inexact(x)]
     return jnp.zeros((), jnp.result_type(jnp.float32, *floats))
@@ -184,7 +196,7 @@ def nonzero_gradient(grads: Tree) -> Tree:
     return jax.tree.map(lift, grads)
 
 
-def rollout(problem: Problem, hyper: Any, inner: Any, train: Any, key: jax.Array) -> Any:
+def rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     """The training state after all K steps of `train`, from `inner`.
 
     `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
@@ -200,12 +212,12 @@ def rollout(problem: Problem, hyper: Any, inner: Any, train: Any, key: jax.Array
 
 
 def training_steps(
-    problem: Problem, hyper: Any, train: Any, key: jax.Array, offset: jax.typing.ArrayLike
+    problem: Problem, hyper: Hyper, train: Train, key: Key, offset: jax.typing.ArrayLike
 ) -> Callable[[Any, jax.Array, Any], Any]:
     """`(inner, t, batch) -> inner` for the K steps of `train`, to be scanned over `step_inputs`."""
     shuffle = jax.random.fold_in(key, SHUFFLE)
 
-    def run(inner: Any, t: jax.Array, batch: Any) -> Any:
+    def run(inner: InnerState, t: jax.Array, batch: Batch) -> Any:
         step = t + offset
         if isinstance(train, Minibatches):
             batch = train.batch(step, shuffle)
@@ -214,7 +226,7 @@ def training_steps(
     return run
 
 
-def steps_done(inner: Any) -> jax.typing.ArrayLike:
+def steps_done(inner: InnerState) -> jax.typing.ArrayLike:
     """The training steps behind `inner`: its `step`, or 0 for a state that does not count."""
     return getattr(inner, "step", 0)
 
@@ -229,10 +241,10 @@ def run_key(key: Key, inner: InnerState, updates: jax.Array) -> Key:
 
 def validation_loss(
     problem: Problem,
-    params: Any,
-    hyper: Any,
-    valid: Any,
-    key: jax.Array,
+    params: Params,
+    hyper: Hyper,
+    valid: Batch,
+    key: Key,
     step: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The outer objective at `params`; a `Minibatches` gives the batch numbered by `step`."""
@@ -269,7 +281,7 @@ def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _split(params: Any, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
+def _split(params: Params, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
     if trainable is None:
         return params, None
     names = [trainable] if isinstance(trainable, str) else list(trainable)
@@ -280,22 +292,23 @@ def _split(params: Any, trainable: str | Sequence[str] | None) -> tuple[Any, Any
             f"returns {sorted(params)}. Name keys that exist."
         )
     # An nnx.State hands out its mappings as States, and would not be rebuilt as it was.
-    values = getattr(params, "raw_mapping", params)
+    values: Any = getattr(params, "raw_mapping", params)
     frozen = type(params)({name: value for name, value in values.items() if name not in names})
     if isinstance(trainable, str):
         return values[trainable], frozen
     return {name: values[name] for name in names}, frozen
 
 
-def _merge(trained: Any, frozen: Any, trainable: str | Sequence[str] | None) -> Any:
+def _merge(trained: Params, frozen: Tree, trainable: str | Sequence[str] | None) -> Any:
     if trainable is None:
         return trained
     trained = {trainable: trained} if isinstance(trainable, str) else trained
     # A FrozenDict or an nnx.State stays one: a scan refuses a state that changes its structure.
-    return type(frozen)({**trained, **getattr(frozen, "raw_mapping", frozen)})
+    values: Any = getattr(frozen, "raw_mapping", frozen)
+    return type(frozen)({**trained, **values})
 
 
-def _refuse_other_structure(params: Any, like: Any) -> None:
+def _refuse_other_structure(params: Params, like: Tree) -> None:
     new, old = jax.tree.structure(params), jax.tree.structure(like)
     if new != old:
         raise ValueError(
@@ -309,7 +322,7 @@ def _strong(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
-def _refuse_injected_rates(opt_state: Any) -> None:
+def _refuse_injected_rates(opt_state: State) -> None:
     injected = (
         optax.InjectHyperparamsState,
         optax.schedules.InjectStatefulHyperparamsState,

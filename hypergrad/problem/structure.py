@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
-from hypergrad.trees import is_inexact, leaf_names
+from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
 _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
@@ -28,7 +28,7 @@ class StructureError(ValueError):
 
 
 @contextlib.contextmanager
-def naming_missing(hyper: Any) -> Iterator[None]:
+def naming_missing(hyper: Hyper) -> Iterator[None]:
     """Turns the KeyError of a function that reads what `hyper` lacks into one that says so."""
     try:
         yield
@@ -58,7 +58,7 @@ class Reach(NamedTuple):
     cut_by: tuple[str, ...]
 
 
-def reaches(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]:
+def reaches(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reach]:
     """How each leaf of `hyper` reaches the scalar `function(hyper, *args)`.
 
     Traces `function` once; runs nothing. Exact up to values: a path multiplied by a number that
@@ -88,7 +88,7 @@ def reaches(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]
     ]
 
 
-def keeps(function: Callable[..., Any], tree: Any, *args: Any) -> list[bool]:
+def keeps(function: Callable[..., Any], tree: Tree, *args: Any) -> list[bool]:
     """Which leaves of `function(tree, *args)` depend on the same leaf of `tree` and nothing else.
 
     The result has the structure of `tree`. A training step keeps frozen parameters in this sense.
@@ -102,7 +102,7 @@ def keeps(function: Callable[..., Any], tree: Any, *args: Any) -> list[bool]:
     return [out.used == 1 << i for i, out in enumerate(outputs)]
 
 
-def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
+def require_reach(function: Callable[..., Any], hyper: Hyper, *args: Any) -> None:
     """Raises unless every leaf of `hyper` has a gradient in the scalar `function(hyper, *args)`.
 
     Raises:
@@ -119,7 +119,7 @@ def require_reach(function: Callable[..., Any], hyper: Any, *args: Any) -> None:
             )
 
 
-def require_use(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Reach]:
+def require_use(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reach]:
     """Raises unless every leaf of `hyper` is a float that `function(hyper, *args)` depends on.
 
     Returns what `reaches` found, whose paths may still have no derivative.
@@ -139,7 +139,7 @@ def require_use(function: Callable[..., Any], hyper: Any, *args: Any) -> list[Re
     return found
 
 
-def _refuse_integers(hyper: Any) -> None:
+def _refuse_integers(hyper: Hyper) -> None:
     for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
         if not is_inexact(leaf):
             raise StructureError(

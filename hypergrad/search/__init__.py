@@ -3,12 +3,3 @@
 from hypergrad.search.result import Audit, Result
 from hypergrad.search.schedulers import Hyperband, PopulationBasedTraining, SuccessiveHalving
 from hypergrad.search.sweep import sweep
-
-__all__ = [
-    "Audit",
-    "Hyperband",
-    "PopulationBasedTraining",
-    "Result",
-    "SuccessiveHalving",
-    "sweep",
-]

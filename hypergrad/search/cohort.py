@@ -15,7 +15,7 @@ from hypergrad.search.program import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.study.ranking import sign_of
 from hypergrad.study.study import OpenStudy, Proposal
-from hypergrad.tuners.population.member import PopulationState, Report
+from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import width_for
 
 Told = Literal["start", "last", "best", "mean"]
@@ -72,7 +72,7 @@ class Cohort:
         self,
         opened: OpenStudy,
         programs: Programs,
-        score: Callable[[Report], jax.Array],
+        score: Callable[[PopulationReport], jax.Array],
         told: Told,
         exploit: PopulationBasedTraining | None,
         num_steps: int,

@@ -14,7 +14,7 @@ from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
 from hypergrad.space.space import Space
-from hypergrad.tuners.population.population import Population, population
+from hypergrad.tuners.population.population import Population
 from hypergrad.tuners.population.refine import Refine
 
 
@@ -90,7 +90,7 @@ class Programs:
         return Program(problem, space, self._population(problem, space, refine))
 
     def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
-        return population(
+        return Population(
             problem,
             space,
             refine,

@@ -15,7 +15,7 @@ from hypergrad.search.program import Programs
 from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
 from hypergrad.study.storage import dashboard_command
 from hypergrad.study.study import OpenStudy
-from hypergrad.tuners.population.member import Report
+from hypergrad.tuners.population.member import PopulationReport
 
 # Streams of seeds, far from the trials' own, which are folded in by their numbers.
 _AUDIT, _CONFIRM = 2**31, 2**31 + 1
@@ -48,7 +48,7 @@ class Result:
     steps_spent: int
     _opened: OpenStudy
     _programs: Programs
-    _score: Callable[[Report], jax.Array]
+    _score: Callable[[PopulationReport], jax.Array]
     _num_steps: int
     _seed: int
 
@@ -124,7 +124,7 @@ class Result:
             )
         return min(found, key=lambda pair: pair[0])[1]
 
-    def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> Report:
+    def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> PopulationReport:
         """Reports of full runs under frozen values and seeds that no trial has used."""
         if seeds < 1:
             raise ValueError(f"seeds={seeds!r} leaves nothing to retrain: give at least 1.")

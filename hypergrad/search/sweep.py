@@ -23,7 +23,7 @@ from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.study import OpenStudy, Proposal, open_study
-from hypergrad.tuners.population.member import Report
+from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
@@ -253,8 +253,8 @@ def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[l
     return teams
 
 
-def _score_by(metric: str | None) -> Callable[[Report], jax.Array]:
-    def score(report: Report) -> jax.Array:
+def _score_by(metric: str | None) -> Callable[[PopulationReport], jax.Array]:
+    def score(report: PopulationReport) -> jax.Array:
         if metric is None:
             return report.score
         if metric not in report.metrics:

@@ -2,5 +2,3 @@
 
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
-
-__all__ = ["Categorical", "Float", "Int", "Space"]

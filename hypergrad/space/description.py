@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.space.dimensions import Categorical
+from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
 
 
@@ -20,6 +20,20 @@ def fingerprint(space: Space) -> dict[str, dict[str, Any]]:
         entry["when"] = {parent: list(values) for parent, values in when.items()} or None
         result[name] = entry
     return result
+
+
+def space_of(description: Mapping[str, Mapping[str, Any]]) -> Space:
+    """The space that `fingerprint` described."""
+    dimensions: dict[str, Dimension] = {}
+    for name, entry in description.items():
+        if entry["kind"] == "Categorical":
+            dimensions[name] = Categorical(entry["choices"], when=entry["when"])
+        else:
+            kind = {"Float": Float, "Int": Int}[entry["kind"]]
+            dimensions[name] = kind(
+                entry["low"], entry["high"], scale=entry["scale"], when=entry["when"]
+            )
+    return Space(dimensions)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

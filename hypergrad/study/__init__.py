@@ -3,5 +3,3 @@
 from hypergrad.study.ledger import Progress
 from hypergrad.study.sampling import Proposal
 from hypergrad.study.study import OpenStudy, open_study
-
-__all__ = ["OpenStudy", "Progress", "Proposal", "open_study"]

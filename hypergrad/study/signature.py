@@ -6,8 +6,7 @@ from typing import Any
 
 import optuna
 
-from hypergrad.space.description import fingerprint, first_difference
-from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
+from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 
@@ -81,13 +80,4 @@ def stored_space(study: optuna.Study) -> Space:
             f"The study {study.study_name!r} says nothing of its space: only studies that "
             "hypergrad.sweep has opened do."
         )
-    dimensions: dict[str, Dimension] = {}
-    for name, entry in stored.items():
-        if entry["kind"] == "Categorical":
-            dimensions[name] = Categorical(entry["choices"], when=entry["when"])
-        else:
-            kind = {"Float": Float, "Int": Int}[entry["kind"]]
-            dimensions[name] = kind(
-                entry["low"], entry["high"], scale=entry["scale"], when=entry["when"]
-            )
-    return Space(dimensions)
+    return space_of(stored)

@@ -22,6 +22,7 @@ import numpy as np
 
 from hypergrad.training.history import History
 from hypergrad.training.identity import difference
+from hypergrad.trees import Leaf, State, Tree
 
 __all__ = ["Checkpoint", "Saver", "TornError", "load", "put_back", "saved_updates", "take_apart"]
 
@@ -77,15 +78,15 @@ class TornError(Exception):
     """A checkpoint that cannot be read, or reads as something else than was written."""
 
 
-def take_apart(state: Any) -> list[np.ndarray]:
+def take_apart(state: State) -> list[np.ndarray]:
     """The leaves of a state on the host; PRNG keys as their integers."""
     return [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in jax.tree.leaves(state)]
 
 
-def put_back(arrays: list[np.ndarray], like: Any) -> Any:
+def put_back(arrays: list[np.ndarray], like: Tree) -> Any:
     """A state with the structure and the places of `like`, from what `take_apart` gave."""
 
-    def place(leaf: Any, array: np.ndarray) -> Any:
+    def place(leaf: Leaf, array: np.ndarray) -> Any:
         if _is_key(leaf):
             new = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
         else:
@@ -96,7 +97,7 @@ def put_back(arrays: list[np.ndarray], like: Any) -> Any:
     return structure.unflatten([place(*pair) for pair in zip(leaves, arrays, strict=True)])
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Leaf) -> bool:
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -201,7 +202,7 @@ class Saver:
             self._pool.shutdown()
 
     def submit(
-        self, update: int, state: Any, columns: dict[str, np.ndarray], about: dict[str, Any]
+        self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
         """Save `state` and the history's `columns`; waits where the last save still runs."""
         self.wait()
@@ -214,7 +215,7 @@ class Saver:
             running.result()
 
     def _save(
-        self, update: int, state: Any, columns: dict[str, np.ndarray], about: dict[str, Any]
+        self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
         save(self.folder, update, [*take_apart(state), *columns.values()], about)

@@ -24,11 +24,11 @@ from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, 
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import Progress
-from hypergrad.trees import all_finite
+from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
-__all__ = ["Result", "fit"]
+__all__ = ["FitResult", "fit"]
 
 _log = logging.getLogger("hypergrad")
 
@@ -39,7 +39,7 @@ _AHEAD = 4
 _HOPELESS = 20
 
 
-class Result(NamedTuple):
+class FitResult(NamedTuple):
     """What `fit` returns.
 
     Attributes:
@@ -57,7 +57,7 @@ class Result(NamedTuple):
     schedule: Schedule
 
 
-def _check_types(tuner: Any, state: Any, train: Any) -> None:
+def _check_types(tuner: Any, state: State, train: Train) -> None:
     if not isinstance(tuner, Tuner):
         raise TypeError(
             f"tuner is a {type(tuner).__name__}: give what hypergrad.alternating or restarting "
@@ -76,15 +76,15 @@ def _check_types(tuner: Any, state: Any, train: Any) -> None:
 
 def fit(
     tuner: Tuner,
-    state: Any,
-    train: Any,
-    valid: Any,
+    state: State,
+    train: Train,
+    valid: Batch,
     num_updates: int,
     *,
     steps_per_update: int | None = None,
     callbacks: Sequence[Callable[[Record], Any]] = (),
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
-) -> Result:
+) -> FitResult:
     """Runs `num_updates` updates of a tuner, and can be killed at any time and started again.
 
     The result is that of the plain loop over `jax.jit(tuner.update)`. The device is kept busy: data
@@ -270,7 +270,7 @@ class _Run:
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
 
-    def result(self) -> Result:
+    def result(self) -> FitResult:
         """What `fit` returns. Raises FloatingPointError."""
         hyper = self.tuner.best(self.state)
         params = getattr(getattr(self.state, "inner", None), "params", None)
@@ -279,7 +279,7 @@ class _Run:
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
-        return Result(self.state, hyper, self.history, schedule)
+        return FitResult(self.state, hyper, self.history, schedule)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)
@@ -294,7 +294,7 @@ class _Run:
         if pending.state is not None:
             self._save(pending.update + 1, pending.state, pending.positions)
 
-    def _save(self, done: int, state: Any, positions: dict[str, Any]) -> None:
+    def _save(self, done: int, state: State, positions: dict[str, Any]) -> None:
         assert self.saver is not None
         about = self.about | {"positions": positions}
         self.saver.submit(done, state, self.history.columns, about)
@@ -331,7 +331,7 @@ def _compiled(update: Callable[..., Any]) -> Any:
     return update if hasattr(update, "trace") else jax.jit(update)
 
 
-def _strong(leaf: Any) -> jax.Array:
+def _strong(leaf: Leaf) -> jax.Array:
     """A leaf without a weak type, which a checkpoint could not give back."""
     if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
         return leaf

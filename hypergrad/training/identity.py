@@ -9,20 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad.trees import leaf_names
+from hypergrad.space.description import fingerprint, first_difference, space_of
+from hypergrad.trees import Hyper, Leaf, State, leaf_names
 from hypergrad.tuners.base import Tuner
 
 __all__ = ["describe", "difference", "program_difference", "program_of"]
 
-# Of what is written here and in `resume`; another one is refused.
-_FORMAT = 1
+# Of what is written here and in `checkpoints`; another one is refused.
+_FORMAT = 2
+# Before, a checkpoint held the lower end, the middle and the upper end of each range, and no space.
+_FORMAT_OF_RANGES = 1
 _PLAIN = (bool, int, float, str, type(None))
 # Starting values of more numbers than this are not compared.
 _FEW = 1000
 
 
-def describe(tuner: Tuner, state: Any, steps_per_update: int) -> dict[str, Any]:
-    """The run that `fit` starts from `state`: its hyperparameters, ranges, leaves and key."""
+def describe(tuner: Tuner, state: State, steps_per_update: int) -> dict[str, Any]:
+    """The run that `fit` starts from `state`: its hyperparameters, space, leaves and key."""
     leaves = jax.tree.leaves(state)
     named = zip(leaf_names(state), leaves, strict=True)
     return {
@@ -31,7 +34,7 @@ def describe(tuner: Tuner, state: Any, steps_per_update: int) -> dict[str, Any]:
             name: [list(np.shape(leaf)) for leaf in jax.tree.leaves(part)]
             for name, part in jax.eval_shape(tuner.best, state).items()
         },
-        "ranges": _ranges(tuner, state),
+        "space": None if tuner.space is None else fingerprint(tuner.space),
         "start": _few(tuner.best(state)),
         "first": int(getattr(state, "updates", 0)),
         "steps_per_update": steps_per_update,
@@ -40,42 +43,15 @@ def describe(tuner: Tuner, state: Any, steps_per_update: int) -> dict[str, Any]:
     }
 
 
-def _kind(leaf: Any) -> tuple[str, list[int]]:
+def _kind(leaf: Leaf) -> tuple[str, list[int]]:
     return str(jax.numpy.result_type(leaf) if not _is_key(leaf) else leaf.dtype), [*np.shape(leaf)]
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Leaf) -> bool:
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _ranges(tuner: Tuner, state: Any) -> dict[str, list[float]] | None:
-    """Each range's lower end, middle and upper end, in the user's units.
-
-    A tuner keeps its space to itself, but says what a position in unit coordinates means; None
-    where its state holds no such position.
-    """
-    average = getattr(state, "average", None)
-    if not hasattr(average, "unit") or not hasattr(getattr(state, "now", None), "unit"):
-        return None
-
-    def at(place: float) -> Any:
-        unit = jax.tree.map(lambda u: jax.numpy.full_like(u, place), state.average.unit)
-        return tuner.best(
-            state._replace(
-                average=state.average._replace(unit=unit), now=state.now._replace(unit=unit)
-            )
-        )
-
-    found = [at(place) for place in (0.0, 0.5, 1.0)]
-    # All numbers under one Float share its range.
-    return {
-        name: [float(np.ravel(jax.tree.leaves(hyper[name])[0])[0]) for hyper in found]
-        for name in found[0]
-        if jax.tree.leaves(found[0][name]) and np.size(jax.tree.leaves(found[0][name])[0])
-    }
-
-
-def _few(hyper: Any) -> dict[str, list[float]]:
+def _few(hyper: Hyper) -> dict[str, list[float]]:
     values = {
         name: [float(x) for leaf in jax.tree.leaves(part) for x in np.ravel(np.asarray(leaf))]
         for name, part in hyper.items()
@@ -86,7 +62,7 @@ def _few(hyper: Any) -> dict[str, list[float]]:
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """In words, how the run of a checkpoint differs from this one; None where it does not."""
-    if stored.get("format") != now["format"]:
+    if stored.get("format") not in (_FORMAT, _FORMAT_OF_RANGES):
         return "it was written by another version of hypergrad"
     for name in stored["hyper"]:
         if name not in now["hyper"]:
@@ -96,11 +72,8 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
             return f"it does not tune {name!r}"
         if stored["hyper"][name] != shapes:
             return f"{name!r} has the shapes {stored['hyper'][name]} there and {shapes} here"
-    for name, ends in (now["ranges"] or {}).items():
-        there = (stored["ranges"] or {}).get(name, ends)
-        # Another machine's exp may differ in the last digit.
-        if not np.allclose(there, ends, rtol=1e-4, atol=1e-12):
-            return f"{name!r} ranges over {_range(there)} there and {_range(ends)} here"
+    if now["space"] and (differs := _other_space(stored, now["space"])):
+        return differs
     for name, values in now["start"].items():
         there = stored["start"].get(name, values)
         if not np.allclose(there, values, rtol=1e-4, atol=1e-12, equal_nan=True):
@@ -119,12 +92,20 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _leaf(kind: Any) -> str:
+def _other_space(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
+    if stored["format"] == _FORMAT:
+        return stored["space"] and first_difference(stored["space"], now)
+    places = {name: np.array([0.0, 0.5, 1.0], np.float32) for name in stored["ranges"] or {}}
+    for name, values in space_of(now).from_unit(places).items():
+        ends, here = stored["ranges"][name], values.tolist()
+        # Another machine's exp may differ in the last digit.
+        if not np.allclose(ends, here, rtol=1e-4, atol=1e-12):
+            return f"{name!r} ranges over {_short(ends)} there and {_short(here)} here"
+    return None
+
+
+def _leaf(kind: list[Any] | None) -> str:
     return "missing" if kind is None else f"{kind[0]}{kind[1]}"
-
-
-def _range(ends: list[float]) -> str:
-    return f"[{ends[0]:.5g}, {ends[2]:.5g}] (middle {ends[1]:.5g})"
 
 
 def _short(values: list[float]) -> str:
@@ -188,7 +169,7 @@ def _type(aval: Any) -> str:
     return aval.str_short()
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Leaf) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)

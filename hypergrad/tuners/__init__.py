@@ -5,13 +5,3 @@ from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
 from hypergrad.tuners.restarting import restarting
 from hypergrad.tuners.trust import Trust
-
-__all__ = [
-    "Trust",
-    "Tuner",
-    "alternating",
-    "learned_schedule",
-    "replay",
-    "restarting",
-    "settled_schedule",
-]

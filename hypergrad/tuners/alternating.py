@@ -90,7 +90,7 @@ def alternating(
       estimator: the default validates at the mean of the window's last parameters (80%), which
         does not punish the noise of the steps: the last one's loss drives learning rates down
         too early. "auto": the cheapest exact one that fits the device's memory, chosen by shapes
-        when the update is compiled, and printed (see `choose_estimator` for a probe of values).
+        when the update is compiled, and logged (see `choose_estimator` for a probe of values).
       outer_optimizer: any optax optimiser over unit coordinates; None for
         `optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)` (unit gradients of a small penalty lie below
         1e-8, which a usual eps would drown).

@@ -10,6 +10,7 @@ from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space.space import Space
+from hypergrad.trees import InnerState, Key, Train
 
 
 def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
@@ -51,14 +52,14 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     return Schedule(space.from_unit(space.project(jax.tree.map(settle, unit))), steps_per_update)
 
 
-def replay(problem: Problem, schedule: Schedule, inner: Any, train: Any, key: jax.Array) -> Any:
+def replay(problem: Problem, schedule: Schedule, inner: InnerState, train: Train, key: Key) -> Any:
     """The training state after the K steps of `train` under a schedule, from `inner`.
 
     As `rollout`, with step t of the run under `schedule(t)`.
     """
     start = steps_done(inner)
 
-    def body(inner: Any, x: Any) -> tuple[Any, None]:
+    def body(inner: InnerState, x: Any) -> tuple[Any, None]:
         hyper = schedule(x[0] + start)
         return training_steps(problem, hyper, train, key, start)(inner, *x), None
 

@@ -74,7 +74,7 @@ def restarting(
       space: the ranges; only its continuous hyperparameters are tuned.
       estimator: `Unrolled(checkpoint="sqrt")` for long runs. "auto": the cheapest exact one that
         fits the device's memory (for one seed), chosen by shapes when the update is compiled, and
-        printed.
+        logged.
       outer_optimizer: any optax optimiser over unit coordinates; None for `norm_adam(0.1)`.
       num_seeds: runs per update, in one program. Their hypergradients are averaged after each is
         scaled down to at most their median norm, so that one outlier does not own the mean; seeds

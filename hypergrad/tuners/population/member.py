@@ -1,19 +1,80 @@
 """One member of a population: how it starts, goes on, and what there is to know about it."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem, validation_loss
-from hypergrad.space.space import Space
-from hypergrad.trees import all_finite
-from hypergrad.tuners.alternating import AlternatingState
-from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.population.trail import Trail, new_trail, read, record
+from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Tree, Unit, all_finite
+from hypergrad.tuners.population.refine import Runs
 from hypergrad.tuners.trust import REASONS
+
+
+class Trail(NamedTuple):
+    """Where a member's hyperparameters have been, in a fixed number C of equal blocks of updates.
+
+    When all blocks are full they are merged by twos, so that any run fits into memory that does not
+    grow.
+
+    Attributes:
+      sums: of the unit coordinates after each update of a block, leaves `[C, ...]`.
+      width: int32, updates per block.
+      seen: int32, updates recorded.
+    """
+
+    sums: Unit
+    width: jax.Array
+    seen: jax.Array
+
+
+def new_trail(unit: Unit, blocks: int) -> Trail:
+    """A trail of `blocks` blocks, all still to come, for coordinates like `unit`."""
+    sums = jax.tree.map(lambda u: jnp.zeros((blocks, *u.shape), u.dtype), unit)
+    return Trail(sums, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def record(trail: Trail, unit: Unit) -> Trail:
+    """The trail after one more update, which led to `unit`."""
+
+    def merged(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x[0::2] + x[1::2], jnp.zeros_like(x[0::2])])
+
+    blocks = _blocks(trail)
+    full = trail.seen == blocks * trail.width
+    width = jnp.where(full, 2 * trail.width, trail.width)
+    sums = jax.tree.map(
+        lambda x, u: jnp.where(full, merged(x), x).at[trail.seen // width].add(u), trail.sums, unit
+    )
+    return Trail(sums, width, trail.seen + 1)
+
+
+def read(trail: Trail, start: Unit) -> tuple[Unit, jax.Array, Unit]:
+    """(Means of the blocks, updates done at the end of each or 0, mean of the second half)."""
+    first = jnp.arange(_blocks(trail)) * trail.width
+    last = jnp.minimum(first + trail.width, trail.seen)
+    inside = jnp.maximum(last - first, 0)
+    # A block that straddles the middle counts by its later part; its mean is all that is known.
+    late = jnp.maximum(last - jnp.maximum(first, trail.seen // 2), 0)
+
+    def means(x: jax.Array) -> jax.Array:
+        return x / jnp.maximum(inside, 1).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+    def second_half(x: jax.Array, u: jax.Array) -> jax.Array:
+        weight = (late / jnp.maximum(late.sum(), 1)).astype(x.dtype)
+        return jnp.where(trail.seen == 0, u, jnp.tensordot(weight, means(x), 1))
+
+    blocks = jax.tree.map(means, trail.sums)
+    mean = jax.tree.map(second_half, trail.sums, start)
+    return blocks, jnp.where(inside > 0, last, 0), mean
+
+
+def _blocks(trail: Trail) -> int:
+    leaves = jax.tree.leaves(trail.sums)
+    # Without hyperparameters nothing is recorded, and any even number does.
+    return leaves[0].shape[0] if leaves else 2
 
 
 class PopulationState(NamedTuple):
@@ -28,14 +89,14 @@ class PopulationState(NamedTuple):
       active: bool, False for a slot that only fills up the width: it is not trained.
     """
 
-    run: Any
-    start: Any
+    run: State
+    start: Unit
     trail: Trail
     reasons: jax.Array
     active: jax.Array
 
 
-class Report(NamedTuple):
+class PopulationReport(NamedTuple):
     """What there is to know about each slot; leaves `[n]` or `[n, ...]`, values in user's units.
 
     Attributes:
@@ -62,17 +123,17 @@ class Report(NamedTuple):
     finite: jax.Array
     active: jax.Array
     steps: jax.Array
-    hyper: Any
-    start: Any
-    best: Any
-    mean: Any
-    trail: Any
+    hyper: Hyper
+    start: Hyper
+    best: Hyper
+    mean: Hyper
+    trail: Hyper
     trail_steps: jax.Array
     refused: jax.Array
     reasons: jax.Array
-    metrics: Any
+    metrics: Tree
     test_score: jax.Array | None
-    test_metrics: Any
+    test_metrics: Tree
 
 
 class Data(NamedTuple):
@@ -86,100 +147,87 @@ class Data(NamedTuple):
     """
 
     train: Minibatches
-    guide: Any
-    valid: Any
-    test: Any
+    guide: Batch
+    valid: Batch
+    test: Batch | None
 
 
-class Member(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Member:
     """What one member does, as pure functions of its own part of a `PopulationState`.
 
     Attributes:
-      start: `(hyper, key, active) -> member`.
-      move_on: `(member, num_updates, data) -> member`.
-      score: `(member, batch) -> scalar`, the validation loss; NaN where not active.
-      describe: `(member, data) -> Report`.
+      problem: what is trained.
+      runs: how it is trained.
+      steps: training steps of an update.
+      blocks: the length of its trail.
     """
 
-    start: Callable[..., PopulationState]
-    move_on: Callable[..., PopulationState]
-    score: Callable[..., jax.Array]
-    describe: Callable[..., Report]
+    problem: Problem
+    runs: Runs
+    steps: int
+    blocks: int
 
-
-def member_of(problem: Problem, space: Space, tuner: Tuner, steps: int, blocks: int) -> Member:
-    """The member that `tuner` trains, `steps` training steps an update.
-
-    `blocks` is the length of its trail.
-    """
-
-    def start(hyper: Any, key: jax.Array, active: jax.Array) -> PopulationState:
-        run = tuner.init(hyper, key)
-        unit = unit_of(space, run)
+    def start(self, hyper: Hyper, key: Key, active: jax.Array) -> PopulationState:
+        """A member that begins at `hyper`, in the user's units."""
+        run = self.runs.tuner.init(hyper, key)
+        unit = self.runs.unit(run)
         reasons = jnp.zeros(len(REASONS), jnp.int32)
-        return PopulationState(run, unit, new_trail(unit, blocks), reasons, active)
+        return PopulationState(run, unit, new_trail(unit, self.blocks), reasons, active)
 
-    def move_on(member: PopulationState, num_updates: jax.Array, data: Data) -> PopulationState:
-        def update(_: Any, member: PopulationState) -> PopulationState:
-            run, info = tuner.update(member.run, data.train, data.guide)
+    def advance(
+        self, member: PopulationState, num_updates: jax.Array, data: Data
+    ) -> PopulationState:
+        """The member after `num_updates` updates; as it was where not active."""
+
+        def update(_: jax.Array, member: PopulationState) -> PopulationState:
+            run, info = self.runs.tuner.update(member.run, data.train, data.guide)
             return member._replace(
                 run=run,
-                trail=record(member.trail, unit_of(space, run)),
+                trail=record(member.trail, self.runs.unit(run)),
                 reasons=member.reasons.at[info.refused].add(1),
             )
 
+        # No turns at all, instead of a mask on the result: mapped, an empty slot costs no time.
         num_updates = jnp.where(member.active, num_updates, 0)
         return jax.lax.fori_loop(0, num_updates, update, member)
 
-    def score(member: PopulationState, batch: Any) -> jax.Array:
+    def score(self, member: PopulationState, batch: Batch) -> Scalar:
+        """The loss on `batch` at the present parameters; NaN where not active."""
         run = member.run
-        params, hyper = run.inner.params, hyper_of(space, run)
-        loss = validation_loss(problem, params, hyper, batch, run.key, 0)
+        params, hyper = run.inner.params, self.runs.hyper(run)
+        # As of step 0 at any time: a score must not change by the noise of the loss alone.
+        loss = validation_loss(self.problem, params, hyper, batch, run.key, 0)
         return jnp.where(member.active, loss, jnp.nan)
 
-    def metrics(member: PopulationState, batch: Any) -> Any:
-        if problem.metrics is None or batch is None:
-            return {}
-        run = member.run
-        return problem.metrics(run.inner.params, hyper_of(space, run), batch, run.key)
-
-    def describe(member: PopulationState, data: Data) -> Report:
-        values = lambda unit: space.from_unit(space.project(unit))  # noqa: E731
-        means, ends, mean = read(member.trail, member.start)
-        loss = score(member, data.valid)
-        return Report(
+    def report(self, member: PopulationState, data: Data) -> PopulationReport:
+        """What there is to know about the member."""
+        blocks, ends, mean = read(member.trail, member.start)
+        loss = self.score(member, data.valid)
+        return PopulationReport(
             score=loss,
             finite=jnp.isfinite(loss) & all_finite(member.run.inner.params),
             active=member.active,
-            steps=steps * member.trail.seen,
-            hyper=hyper_of(space, member.run),
-            start=values(member.start),
-            best=tuner.best(member.run),
-            mean=values(mean),
-            trail=values(means),
-            trail_steps=steps * ends,
+            steps=self.steps * member.trail.seen,
+            hyper=self.runs.hyper(member.run),
+            start=self._values(member.start),
+            best=self.runs.tuner.best(member.run),
+            mean=self._values(mean),
+            trail=self._values(blocks),
+            trail_steps=self.steps * ends,
             refused=member.reasons[1:].sum(),
             reasons=member.reasons,
-            metrics=metrics(member, data.valid),
-            test_score=None if data.test is None else score(member, data.test),
-            test_metrics=metrics(member, data.test),
+            metrics=self._metrics(member, data.valid),
+            test_score=None if data.test is None else self.score(member, data.test),
+            test_metrics=self._metrics(member, data.test),
         )
 
-    return Member(start, move_on, score, describe)
+    def _metrics(self, member: PopulationState, batch: Batch | None) -> Tree:
+        if self.problem.metrics is None or batch is None:
+            return {}
+        run = member.run
+        return self.problem.metrics(run.inner.params, self.runs.hyper(run), batch, run.key)
 
-
-def unit_of(space: Space, run: Any) -> Any:
-    """Where a run's hyperparameters stand, in unit coordinates."""
-    return run.now.unit if isinstance(run, AlternatingState) else space.to_unit(run.hyper)
-
-
-def hyper_of(space: Space, run: Any) -> Any:
-    """The same in the user's units."""
-    return space.from_unit(run.now.unit) if isinstance(run, AlternatingState) else run.hyper
-
-
-def moved_to(space: Space, run: Any, unit: Any) -> Any:
-    """The run with its hyperparameters at `unit`."""
-    if isinstance(run, AlternatingState):
-        return run._replace(now=run.now._replace(unit=unit))
-    return run._replace(hyper=space.from_unit(unit))
+    def _values(self, unit: Unit) -> Hyper:
+        space = self.runs.space
+        return space.from_unit(space.project(unit))

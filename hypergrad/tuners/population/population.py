@@ -1,72 +1,24 @@
 """Members of one program trained together: hyperparameters and seeds traced, compiled once."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from hypergrad.checks import choice, integer, positive, within
 from hypergrad.data.batches import Minibatches
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
-from hypergrad.trees import path_name
-from hypergrad.tuners.population.exploit import explored, parents_of
-from hypergrad.tuners.population.member import (
-    Data,
-    PopulationState,
-    Report,
-    member_of,
-    moved_to,
-    unit_of,
-)
-from hypergrad.tuners.population.placement import Mode, Placement, seconds_of
-from hypergrad.tuners.population.plain import plain
-from hypergrad.tuners.population.refine import Refine, check_steps
-
-
-@dataclasses.dataclass
-class Execution:
-    """How a population's members are run, as decided by argument or at the first `advance`.
-
-    Attributes:
-      mode: "vmap", "map", or None while undecided.
-      seconds: what one update of all members took in either mode, where it was measured.
-    """
-
-    mode: Mode | None
-    seconds: dict[str, float]
-
-
-class Population(NamedTuple):
-    """A program for many members as functions of a `PopulationState`, each compiled per width.
-
-    They compile themselves and are called from outside of `jax.jit`. None changes its arguments.
-
-    Attributes:
-      init: `(hypers, keys, width=None) -> state` from starting values `[n, ...]` and keys `[n]`;
-        a larger `width` leaves slots empty.
-      advance: `(state, num_updates) -> state`, that many updates of `steps_per_update` training
-        steps; an int or one per slot `[n]`, traced, so that all lengths are one program.
-      report: `state -> Report`.
-      select: `(state, indices, width=None) -> state`, the members in those slots, in that order;
-        a larger `width` is filled with inactive copies.
-      put: `(state, slots, hypers, keys) -> state` with new members in those slots.
-      exploit: `(state, key, fraction=0.25, perturb=0.05, resample=0.0, scores=None) -> (state,
-        parents [n])`, one round of population based training, see `population`.
-      steps_per_update: K.
-      execution: how members are run.
-    """
-
-    init: Callable[..., PopulationState]
-    advance: Callable[..., PopulationState]
-    report: Callable[[PopulationState], Report]
-    select: Callable[..., PopulationState]
-    put: Callable[..., PopulationState]
-    exploit: Callable[..., tuple[PopulationState, jax.Array]]
-    steps_per_update: int
-    execution: Execution
+from hypergrad.trees import Batch, Hyper, Key, Leaf, Tree, path_name, select
+from hypergrad.tuners.population.exploit import exploited
+from hypergrad.tuners.population.member import Data, Member, PopulationReport, PopulationState
+from hypergrad.tuners.population.placement import Execution, Mode, Placement
+from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, Runs, plain
 
 
 def width_for(n: int, available: Sequence[int] | None = None) -> int:
@@ -82,8 +34,7 @@ def width_for(n: int, available: Sequence[int] | None = None) -> int:
     >>> [width_for(n) for n in (1, 3, 27, 64)], width_for(27, [8, 32])
     ([1, 4, 64, 64], 32)
     """
-    if n < 1:
-        raise ValueError(f"n={n} members need no width: give at least one.")
+    n = integer("n", n)
     if available is None:
         return 4 ** (((n - 1).bit_length() + 1) // 2)
     fitting = [width for width in available if width >= n]
@@ -95,27 +46,16 @@ def width_for(n: int, available: Sequence[int] | None = None) -> int:
     return min(fitting)
 
 
-def population(
-    problem: Problem,
-    space: Space,
-    refine: Refine | None,
-    train: Any,
-    valid: Any,
-    batch_size: int,
-    *,
-    steps_per_update: int | None = None,
-    test: Any = None,
-    valid_batch_size: int | None = None,
-    mode: Literal["auto", "vmap", "map"] = "auto",
-    trail: int = 32,
-    devices: Sequence[jax.Device] | None = None,
-) -> Population:
+class Population:
     """Members that differ in continuous hyperparameters and seeds, trained by one program.
 
     Each member does what it would do alone, under its own key: `alternating`'s updates on
     `Minibatches(train, batch_size, steps_per_update)`, or without `refine` the steps of `rollout`.
     One that diverges leaves the others alone. Training advances by whole updates: a caller that
     counts in steps rounds them to multiples of `steps_per_update`.
+
+    The methods map a `PopulationState` to another and change none. They compile themselves, each
+    once per width, and are called from outside of `jax.jit`.
 
     Args:
       problem: what is trained and judged, equal for all members.
@@ -138,13 +78,11 @@ def population(
       devices: where members live; None for all of this process. A width that they divide is
         sharded over them, any other stays on the first.
 
-    Population based training (`exploit`): the worst `fraction` of the active members, and those not
-    finite, take over all of a random member of the best fraction but its key; each copied
-    hyperparameter then moves by `perturb` up or down in unit coordinates, or is drawn anew with
-    probability `resample`. Ranked by validation loss, or by `scores` `[n]`, where lower is better
-    and NaN loses. `parents` says from which slot each member came. (Jaderberg 2017, section 3.)
+    Attributes:
+      steps_per_update: K.
+      execution: how members are run.
 
-    Cost: one compilation per width of each function used (two of `advance` at the first width under
+    Cost: one compilation per width of each method used (two of `advance` at the first width under
     "auto"); memory of `advance` under "vmap": all members at work.
 
     Raises:
@@ -157,174 +95,243 @@ def population(
     ...     return jnp.mean((w - batch) ** 2)
     >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
     >>> space = hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")})
-    >>> members = population(problem, space, None, jnp.ones(8), jnp.ones(4), 4, mode="vmap")
+    >>> members = Population(problem, space, None, jnp.ones(8), jnp.ones(4), 4, mode="vmap")
     >>> keys = jax.random.split(jax.random.key(0), 3)
     >>> state = members.init({"lr": jnp.array([1e-3, 1e-1, 1e-2])}, keys)
     >>> state = members.advance(state, 2)
     >>> int(jnp.argmin(members.report(state).score)), members.report(state).steps.tolist()
     (1, [20, 20, 20])
     """
-    if refine is not None and steps_per_update is not None:
-        raise ValueError(
-            f"steps_per_update={steps_per_update} is given beside a Refine, which has its own "
-            f"({refine.steps_per_update}): leave it out."
-        )
-    if refine is None:
-        steps = 10 if steps_per_update is None else steps_per_update
-        check_steps("population", steps)
-        tuner = plain(problem, space)
-    else:
-        steps = refine.steps_per_update
-        tuner = refine.tuner(problem, space)
-    if mode not in ("auto", "vmap", "map"):
-        raise ValueError(f"mode={mode!r} is unknown: choose 'auto', 'vmap' or 'map'.")
-    if trail < 2 or trail % 2:
-        raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
-    guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
-    place = Placement(jax.local_devices() if devices is None else devices, devices is None)
-    execution = Execution(None if mode == "auto" else mode, {})
-    data_at: Callable[[int], Data] = place.replicated(
-        Data(Minibatches(train, batch_size, steps), guide, valid, test)
-    )
 
-    member = member_of(problem, space, tuner, steps, trail)
+    def __init__(
+        self,
+        problem: Problem,
+        space: Space,
+        refine: Refine | None,
+        train: Tree,
+        valid: Batch,
+        batch_size: int,
+        *,
+        steps_per_update: int | None = None,
+        test: Batch | None = None,
+        valid_batch_size: int | None = None,
+        mode: Literal["auto", "vmap", "map"] = "auto",
+        trail: int = 32,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        if refine is not None and steps_per_update is not None:
+            raise ValueError(
+                f"steps_per_update={steps_per_update} is given beside a Refine, which has its own "
+                f"({refine.steps_per_update}): leave it out."
+            )
+        choice("mode", mode, ("auto", "vmap", "map"))
+        trail = integer("trail", trail, least=2)
+        if trail % 2:
+            raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
+        runs: Runs
+        if refine is None:
+            runs, steps = PlainRuns(plain(problem, space), space), steps_per_update
+        else:
+            runs = RefinedRuns(refine.tuner(problem, space), space)
+            steps = refine.steps_per_update
+        steps = 10 if steps is None else integer("steps_per_update", steps)
+        self.steps_per_update = steps
+        self.execution = Execution(None if mode == "auto" else mode)
+        guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
+        self._data = Data(Minibatches(train, batch_size, steps), guide, valid, test)
+        self._copies: dict[bool, Data] = {}
+        self._refined = refine is not None
+        self._place = Placement(devices)
+        # Programs of another object: methods of this one would hold it, and with it the data, in a
+        # circle that only the garbage collector frees.
+        member = Member(problem, runs, steps, trail)
+        slots = _Slots(member, self._place)
+        self._start = jax.jit(jax.vmap(member.start))
+        self._renew = jax.jit(slots.renew)
+        self._advance = jax.jit(slots.advance, static_argnames="mode")
+        self._report = jax.jit(slots.report, static_argnames="mode")
+        self._exploit = jax.jit(slots.exploit, static_argnames="mode")
 
-    def evolve(
-        state: PopulationState,
-        key: jax.Array,
-        numbers: tuple[Any, Any, Any],
-        scores: jax.Array | None,
-        data: Data,
-        mode: Mode,
-    ) -> tuple[PopulationState, jax.Array]:
-        fraction, perturb, resample = numbers
-        if scores is None:
-            members = place.each(lambda m, _, d: member.score(m, d.valid), mode)
-            scores = members(state, jnp.zeros(state.active.shape, jnp.int32), data)
-        draw, explore = jax.random.split(key)
-        parents = parents_of(scores, state.active, draw, fraction)
-        moved = parents != jnp.arange(parents.size)
-        copied = jax.tree.map(lambda x: x[parents], state)
-        run = copied.run._replace(key=state.run.key)
-        unit = explored(space, unit_of(space, run), explore, perturb, resample)
-        copied = copied._replace(run=moved_to(space, run, unit))
-        return _where(moved, copied, state), parents
+    def init(self, hypers: Hyper, keys: Key, width: int | None = None) -> PopulationState:
+        """Members that begin at `hypers`, leaves `[n, ...]`, under `keys` `[n]`.
 
-    start_all = jax.jit(jax.vmap(member.start))
-    advance_all = jax.jit(
-        lambda state, counts, data, mode: place.each(member.move_on, mode)(state, counts, data),
-        static_argnames="mode",
-    )
-    report_all = jax.jit(
-        lambda state, data, mode: place.each(lambda m, _, d: member.describe(m, d), mode)(
-            state, jnp.zeros(state.active.shape, jnp.int32), data
-        ),
-        static_argnames="mode",
-    )
-    take = jax.jit(
-        lambda state, indices, active: (lambda new: new._replace(active=new.active & active))(
-            jax.tree.map(lambda x: x[indices], state)
-        )
-    )
-    renew = jax.jit(
-        lambda state, hypers, keys, new: _where(
-            new, jax.vmap(member.start)(hypers, keys, new), state
-        )
-    )
-    evolve_all = jax.jit(evolve, static_argnames="mode")
-
-    def init(hypers: Any, keys: jax.Array, width: int | None = None) -> PopulationState:
-        n = _count_members(space, hypers, keys, refine)
+        A larger `width` leaves slots empty.
+        """
+        n = self._count_members(hypers, keys)
         width = _checked_width(n, width)
+        # The slots beyond the members hold copies of the last one, which are never trained.
         source = np.minimum(np.arange(width), n - 1)
         arguments = (_rows(hypers, source), _rows(keys, source), np.arange(width) < n)
-        return place(start_all(*place(arguments, width)), width)
+        return self._place(self._start(*self._place(arguments, width)), width)
 
-    def advance(state: PopulationState, num_updates: Any) -> PopulationState:
-        width = _width(state)
-        counts = place(jnp.broadcast_to(jnp.asarray(num_updates, jnp.int32), (width,)), width)
-        state, data = place(state, width), data_at(width)
-        return advance_all(state, counts, data, mode=decide(state, data))
+    def advance(self, state: PopulationState, num_updates: ArrayLike) -> PopulationState:
+        """The members after `num_updates` updates of `steps_per_update` training steps each.
 
-    def decide(state: PopulationState, data: Data) -> Mode:
+        An int or one per slot `[n]`, traced, so that all lengths are one program.
+        """
         width = _width(state)
-        if execution.mode is None and place.local(width) > 1:
-            counts = [place(jnp.full(width, n, jnp.int32), width) for n in (0, 1)]
-            for candidate in ("map", "vmap"):
-                program = lambda n, m=candidate: advance_all(state, n, data, mode=m)  # noqa: E731
-                execution.seconds[candidate] = seconds_of(program, *counts)
-            faster = execution.seconds["vmap"] < execution.seconds["map"]
-            execution.mode = "vmap" if faster else "map"
-        return execution.mode or "map"
+        counts = jnp.broadcast_to(jnp.asarray(num_updates, jnp.int32), (width,))
+        counts, state, data = self._place(counts, width), self._place(state, width), self._at(width)
+        if self.execution.mode is None and self._place.local(width) > 1:
+            nothing, one = (self._place(jnp.full(width, n, jnp.int32), width) for n in (0, 1))
+            self.execution.decide(functools.partial(self._advance, state, data), nothing, one)
+        return self._advance(state, data, counts, mode=self._mode)
 
-    def report(state: PopulationState) -> Report:
+    def report(self, state: PopulationState) -> PopulationReport:
+        """What there is to know about the members."""
         width = _width(state)
-        return report_all(place(state, width), data_at(width), mode=execution.mode or "map")
+        return self._report(self._place(state, width), self._at(width), mode=self._mode)
 
     def select(
-        state: PopulationState, indices: Sequence[int], width: int | None = None
+        self, state: PopulationState, indices: Sequence[int], width: int | None = None
     ) -> PopulationState:
+        """The members in the slots `indices`, in that order.
+
+        A larger `width` is filled with inactive copies.
+        """
         kept = _checked_slots("indices", indices, _width(state))
         width = _checked_width(kept.size, width)
         source = kept[np.minimum(np.arange(width), kept.size - 1)]
-        return place(take(state, source, np.arange(width) < kept.size), width)
+        return self._place(_taken(state, source, np.arange(width) < kept.size), width)
 
     def put(
-        state: PopulationState, slots: Sequence[int], hypers: Any, keys: jax.Array
+        self, state: PopulationState, slots: Sequence[int], hypers: Hyper, keys: Key
     ) -> PopulationState:
-        width, n = _width(state), _count_members(space, hypers, keys, refine)
+        """The members with new ones in `slots`, which begin at `hypers` under `keys`."""
+        width, n = _width(state), self._count_members(hypers, keys)
         filled = _checked_slots("slots", slots, width)
         if len(set(filled.tolist())) != n or filled.size != n:
             raise ValueError(
                 f"slots={filled.tolist()} do not take {n} new members: name {n} different ones."
             )
+        # All slots are started and only the new ones kept, so that any number is one program.
         source, new = np.zeros(width, int), np.zeros(width, bool)
         source[filled], new[filled] = np.arange(n), True
         arguments = (_rows(hypers, source), _rows(keys, source), new)
-        return place(renew(place(state, width), *place(arguments, width)), width)
+        state = self._renew(self._place(state, width), *self._place(arguments, width))
+        return self._place(state, width)
 
     def exploit(
+        self,
         state: PopulationState,
-        key: jax.Array,
+        key: Key,
         fraction: float = 0.25,
         perturb: float = 0.05,
         resample: float = 0.0,
-        scores: jax.Array | None = None,
+        scores: Sequence[float] | jax.Array | None = None,
     ) -> tuple[PopulationState, jax.Array]:
-        if not 0 < fraction <= 0.5:
-            raise ValueError(
-                f"fraction={fraction} must lie in (0, 0.5]: the worst copy the best, and nobody is "
-                "both."
-            )
+        """The members after one round of population based training, and `parents` `[n]`.
+
+        The worst `fraction` of the active members, and those not finite, take over all of a random
+        member of the best fraction but its key; each copied hyperparameter then moves by `perturb`
+        up or down in unit coordinates, or is drawn anew with probability `resample`. Ranked by
+        validation loss, or by `scores` `[n]`, where lower is better and NaN loses. `parents` says
+        from which slot each member came. (Jaderberg 2017, section 3.)
+        """
+        within("fraction", positive("fraction", fraction), 0, 0.5, "nobody is best and worst")
         width = _width(state)
         numbers = tuple(np.float32(x) for x in (fraction, perturb, resample))
-        state, parents = evolve_all(
-            place(state, width),
-            place.everywhere(key, width),
-            place.everywhere(numbers, width),
-            None if scores is None else place(jnp.asarray(scores, jnp.float32), width),
-            data_at(width),
-            mode=execution.mode or "map",
+        state, parents = self._exploit(
+            self._place(state, width),
+            self._at(width),
+            None if scores is None else self._place(jnp.asarray(scores, jnp.float32), width),
+            self._place.everywhere(key, width),
+            self._place.everywhere(numbers, width),
+            mode=self._mode,
         )
-        return place(state, width), parents
+        return self._place(state, width), parents
 
-    return Population(init, advance, report, select, put, exploit, steps, execution)
+    @property
+    def _mode(self) -> Mode:
+        # Undecided before several members first advance: all there is till then is one short pass.
+        return self.execution.mode or "map"
+
+    def _at(self, width: int) -> Data:
+        """The data where slots of this width live, copied once."""
+        sharded = self._place.is_sharded(width)
+        if sharded not in self._copies:
+            # Also without placement: numpy arrays would be sent to the device at every call.
+            on_device = jax.tree.map(jnp.asarray, self._data)
+            self._copies[sharded] = self._place.everywhere(on_device, width)
+        return self._copies[sharded]
+
+    def _count_members(self, hypers: Hyper, keys: Key) -> int:
+        if not isinstance(hypers, Mapping):
+            raise TypeError(f"hypers is {hypers!r}: give a dict from names to values [n, ...].")
+        if self._refined and not jax.tree.leaves(hypers):
+            raise ValueError(
+                "hypers holds no continuous hyperparameter, so there is nothing to refine: use "
+                "refine=None, or add a Float to the space."
+            )
+        shapes = {
+            f"hypers[{path_name(path)!r}]": np.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(dict(hypers))
+        } | {"keys": np.shape(keys)}
+        if any(shape == () for shape in shapes.values()):
+            raise ValueError(
+                f"hypers and keys have shapes {shapes}: every one needs a leading axis of members, "
+                "[n, ...]. Make lists arrays (a list is a subtree); add the axis with x[None] for "
+                "a single member."
+            )
+        if len({shape[0] for shape in shapes.values()}) > 1:
+            raise ValueError(
+                f"hypers and keys disagree on the number of members: {shapes}. Give one row per "
+                "member."
+            )
+        n = int(shapes["keys"][0])
+        if n == 0:
+            raise ValueError(f"The population is empty: {shapes}. Give at least one member.")
+        return n
 
 
-def _where(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
-    """Leafwise `where` by slot, `[n]` against `[n, ...]`."""
-    wide = lambda x: condition.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
-    return jax.tree.map(lambda a, b: jnp.where(wide(a), a, b), if_true, if_false)
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+    """What all slots of a population do together: each method is one program of a width."""
+
+    member: Member
+    place: Placement
+
+    def renew(
+        self, state: PopulationState, hypers: Hyper, keys: Key, new: jax.Array
+    ) -> PopulationState:
+        return jax.vmap(select)(new, jax.vmap(self.member.start)(hypers, keys, new), state)
+
+    def advance(
+        self, state: PopulationState, data: Data, counts: jax.Array, mode: Mode
+    ) -> PopulationState:
+        return self.place.each(self.member.advance, mode, (state, counts), data)
+
+    def report(self, state: PopulationState, data: Data, mode: Mode) -> PopulationReport:
+        return self.place.each(self.member.report, mode, (state,), data)
+
+    def exploit(
+        self,
+        state: PopulationState,
+        data: Data,
+        scores: jax.Array | None,
+        key: Key,
+        numbers: tuple[jax.Array, jax.Array, jax.Array],
+        mode: Mode,
+    ) -> tuple[PopulationState, jax.Array]:
+        if scores is None:
+            scores = self.place.each(self.member.score, mode, (state,), data.valid)
+        return exploited(self.member.runs, state, scores, key, *numbers)
+
+
+@jax.jit
+def _taken(state: PopulationState, indices: jax.Array, active: jax.Array) -> PopulationState:
+    taken = jax.tree.map(lambda x: x[indices], state)
+    return taken._replace(active=taken.active & active)
 
 
 def _width(state: PopulationState) -> int:
     return int(state.active.shape[0])
 
 
-def _rows(tree: Any, source: np.ndarray) -> Any:
+def _rows(tree: Tree, source: np.ndarray) -> Tree:
     """Rows `source` of every leaf, on the host: on the device each number of rows would compile."""
 
-    def rows(x: Any) -> Any:
+    def rows(x: Leaf) -> Leaf:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = np.asarray(jax.random.key_data(x))[source]
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
@@ -333,38 +340,10 @@ def _rows(tree: Any, source: np.ndarray) -> Any:
     return jax.tree.map(rows, tree)
 
 
-def _count_members(space: Space, hypers: Any, keys: jax.Array, refine: Refine | None) -> int:
-    if not isinstance(hypers, Mapping):
-        raise TypeError(f"hypers is {hypers!r}: give a dict from names to values [n, ...].")
-    if refine is not None and not jax.tree.leaves(hypers):
-        raise ValueError(
-            "hypers holds no continuous hyperparameter, so there is nothing to refine: use "
-            "refine=None, or add a Float to the space."
-        )
-    shapes = {
-        f"hypers[{path_name(path)!r}]": np.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(hypers))
-    } | {"keys": np.shape(keys)}
-    if any(shape == () for shape in shapes.values()):
-        raise ValueError(
-            f"hypers and keys have shapes {shapes}: every one needs a leading axis of members, "
-            "[n, ...]. Make lists arrays (a list is a subtree); add the axis with x[None] for a "
-            "single member."
-        )
-    if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(
-            f"hypers and keys disagree on the number of members: {shapes}. Give one row per member."
-        )
-    n = int(shapes["keys"][0])
-    if n == 0:
-        raise ValueError(f"The population is empty: {shapes}. Give at least one member.")
-    return n
-
-
 def _checked_width(n: int, width: int | None) -> int:
-    if width is not None and width < n:
+    if width is not None and integer("width", width) < n:
         raise ValueError(f"width={width} does not hold {n} members: leave it out, or widen it.")
-    return n if width is None else width
+    return n if width is None else int(width)
 
 
 def _checked_slots(name: str, slots: Sequence[int], width: int) -> np.ndarray:

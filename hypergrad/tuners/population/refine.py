@@ -1,15 +1,19 @@
-"""A recipe for following hypergradients while training, of which many problems' tuners are made."""
+"""How a member's run is trained: following hypergradients (`Refine`), or plainly."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from hypergrad.checks import integer_field, positive
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.space.space import Space
-from hypergrad.tuners.alternating import alternating
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Unit
+from hypergrad.tuners.alternating import AlternatingState, alternating
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import Trust
 
@@ -42,12 +46,9 @@ class Refine:
     trust: Trust = Trust()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        check_steps("Refine", self.steps_per_update)
-        if not self.max_move > 0:
-            raise ValueError(
-                f"Refine(max_move={self.max_move!r}) lets no hyperparameter move: give a positive "
-                "share of the range, or refine=None for plain training."
-            )
+        integer_field(self, "steps_per_update", remedy="the training steps of one update")
+        remedy = "give a share of the range, or refine=None for plain training"
+        positive("max_move", self.max_move, remedy, infinite=True)
 
     def tuner(self, problem: Problem, space: Space) -> Tuner:
         """The tuner of one problem."""
@@ -61,10 +62,82 @@ class Refine:
         )
 
 
-def check_steps(owner: str, steps: Any) -> None:
-    """Raises ValueError unless `steps`, an argument of `owner`, is a positive Python integer."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(
-            f"{owner}(steps_per_update={steps!r}) must be a positive Python integer: it fixes a "
-            "length in the compiled program."
-        )
+@dataclasses.dataclass(frozen=True)
+class RefinedRuns:
+    """Runs that follow hypergradients: what trains them, and where they keep hyperparameters."""
+
+    tuner: Tuner
+    space: Space
+
+    def unit(self, run: AlternatingState) -> Unit:
+        """Where a run's hyperparameters stand, in unit coordinates."""
+        return run.now.unit
+
+    def hyper(self, run: AlternatingState) -> Hyper:
+        """The same in the user's units."""
+        return self.space.from_unit(run.now.unit)
+
+    def moved(self, run: AlternatingState, unit: Unit) -> AlternatingState:
+        """The run with its hyperparameters at `unit`."""
+        return run._replace(now=run.now._replace(unit=unit))
+
+
+class Plain(NamedTuple):
+    """A run under hyperparameters that stand still; cf. `AlternatingState`.
+
+    Attributes:
+      hyper: in the user's units.
+      inner: the training state.
+      key: the run's key.
+      updates: int32, blocks of K training steps done.
+    """
+
+    hyper: Hyper
+    inner: InnerState
+    key: Key
+    updates: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRuns:
+    """`RefinedRuns` without refinement: what a black-box trial is."""
+
+    tuner: Tuner
+    space: Space
+
+    def unit(self, run: Plain) -> Unit:
+        """Where a run's hyperparameters stand, in unit coordinates."""
+        return self.space.to_unit(run.hyper)
+
+    def hyper(self, run: Plain) -> Hyper:
+        """The same in the user's units."""
+        # Not by way of unit coordinates: what stands still is to be found again bit by bit.
+        return run.hyper
+
+    def moved(self, run: Plain, unit: Unit) -> Plain:
+        """The run with its hyperparameters at `unit`."""
+        return run._replace(hyper=self.space.from_unit(unit))
+
+
+class Untuned(NamedTuple):
+    """What an update has to say that follows no hypergradient: 0, as of a trusted step."""
+
+    refused: int = 0
+
+
+def plain(problem: Problem, space: Space) -> Tuner:
+    """Training under hyperparameters that stand still, in the shape of a tuner."""
+
+    def init(hyper: Hyper, key: Key) -> Plain:
+        hyper = space.validate(hyper)
+        return Plain(hyper, problem.init(hyper, key), key, jnp.zeros((), jnp.int32))
+
+    def update(run: Plain, train: Train, valid: Batch) -> tuple[Plain, Untuned]:
+        key = run_key(run.key, run.inner, run.updates)
+        inner = rollout(problem, run.hyper, run.inner, train, key)
+        return run._replace(inner=inner, updates=run.updates + 1), Untuned()
+
+    return Tuner(init, update, lambda run: run.hyper, space)
+
+
+Runs = RefinedRuns | PlainRuns

@@ -10,7 +10,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.data.batches import step_inputs
-from hypergrad.estimators.base import Estimator, Window, strong
+from hypergrad.estimators.base import Estimator, Window
+from hypergrad.estimators.forward import Tangents, pushforward
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space.space import Space
@@ -25,6 +26,7 @@ from hypergrad.trees import (
     is_inexact,
     leaf_names,
     split_inexact,
+    strong,
 )
 
 
@@ -250,20 +252,21 @@ def _not_finite(window: Window, hyper: Hyper, bad: list[str]) -> str:
     def finite(floats: list[jax.Array]) -> jax.Array:
         return jnp.stack([jnp.isfinite(x).all() for x in floats])
 
+    def first_bad(flags: np.ndarray) -> tuple[int, str]:
+        t = int(np.argmin(flags.all(1)))
+        return t, names[int(np.argmin(flags[t]))]
+
     @jax.jit
     def training(hyper: Hyper) -> jax.Array:
-        step = step_under(hyper)
-
         def body(inner: InnerState, x: Tree) -> tuple[InnerState, jax.Array]:
-            inner = step(inner, *x)
+            inner = step_under(hyper)(inner, *x)
             return inner, finite(split_inexact(inner)[0])
 
         return jax.lax.scan(body, start(hyper), step_inputs(train))[1]
 
     flags = np.asarray(training(hyper))
     if not flags.all():
-        t = int(np.argmin(flags.all(1)))
-        leaf = names[int(np.argmin(flags[t]))]
+        t, leaf = first_bad(flags)
         return (
             f"{which} is not finite: training itself is not. First at step {t} of "
             f"{window.num_steps}, in {leaf!r}. Likely cause: {_cause_in_training(train, t)}."
@@ -274,32 +277,25 @@ def _not_finite(window: Window, hyper: Hyper, bad: list[str]) -> str:
             f"are not finite, in leaf {', '.join(broken)}."
         )
 
+    flat, unravel = ravel_pytree(hyper)
+
     @jax.jit
-    def tangents(hyper: Hyper, direction: Hyper) -> jax.Array:
-        def push(f: Callable[..., Tree], tree: Tree, dots: list[Any]) -> tuple[Tree, list[Any]]:
-            floats, join = split_inexact(tree)
+    def tangents(flat: jax.Array, direction: jax.Array) -> jax.Array:
+        push = pushforward(flat, direction[None])
 
-            def on_floats(h: Hyper, floats: list[Any]) -> Any:
-                out = f(h, join(floats))
-                return split_inexact(out)[0], out
-
-            _, dots, out = jax.jvp(on_floats, (hyper, floats), (direction, dots), has_aux=True)
-            return out, dots
-
-        def body(carry: tuple[Tree, list[Any]], x: Tree) -> Any:
-            carry = push(lambda h, s: step_under(h)(s, *x), *carry)
+        def body(carry: tuple[Tree, Tangents], x: Tree) -> tuple[Tree, jax.Array]:
+            carry = push(lambda h, s: step_under(unravel(h))(s, *x), *carry)
             return carry, finite(carry[1])
 
-        return jax.lax.scan(body, push(lambda h, _: start(h), (), []), step_inputs(train))[1]
+        begun = push(lambda h, _: start(unravel(h)), (), [])
+        return jax.lax.scan(body, begun, step_inputs(train))[1]
 
-    flat, unravel = ravel_pytree(hyper)
     entries = _entries(hyper)
     for name in bad[:8]:  # one run each; the first nearly always tells
-        direction = unravel(jnp.zeros_like(flat).at[entries.index(name)].set(1))
-        found = _unless_custom_vjp(tangents, hyper, direction)
+        direction = jnp.zeros_like(flat).at[entries.index(name)].set(1)
+        found = _unless_custom_vjp(tangents, flat, direction)
         if found is not None and not found.all():
-            t = int(np.argmin(found.all(1)))
-            leaf = names[int(np.argmin(found[t]))]
+            t, leaf = first_bad(found)
             return (
                 f"{which} is not finite, though training is: the derivative of {leaf!r} in "
                 f"{name!r} is lost at step {t} of {window.num_steps}. Likely cause: an infinite "

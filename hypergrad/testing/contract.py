@@ -11,6 +11,7 @@ import optax
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.problem.problem import Problem, bilevel, rollout
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Params, Tree
 
 
 class Oracle(NamedTuple):
@@ -45,7 +46,7 @@ def ridge(num_steps: int = 400, dim: int = 5) -> Oracle:
     residual = xv @ w - yv
     grad = -(xv.T @ residual / n) @ inverse @ w
 
-    def squares(w: Any, batch: Any) -> jax.Array:
+    def squares(w: Any, batch: Batch) -> jax.Array:
         inputs, targets = batch
         return 0.5 * jnp.mean((inputs @ w - targets) ** 2)
 
@@ -109,7 +110,7 @@ def momentum_quadratic(num_steps: int = 15) -> Oracle:
     return Oracle(problem, hyper, train, valid, jax.random.key(0), loss, grad)
 
 
-def relative_error(grad: Any, reference: Any) -> float:
+def relative_error(grad: Tree, reference: Tree) -> float:
     """The largest error over leaves, each relative to its reference's norm, which must not be 0."""
     errors = []
     for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(reference), strict=True):
@@ -140,7 +141,7 @@ class EstimatorContract:
     oracle: ClassVar[Callable[..., Oracle]] = staticmethod(momentum_quadratic)
     float32_tolerance: ClassVar[float] = 1e-4
 
-    def _estimate(self, oracle: Oracle, hyper: Any = None, inner: Any = None) -> Any:
+    def _estimate(self, oracle: Oracle, hyper: Hyper = None, inner: InnerState = None) -> Any:
         hyper = oracle.hyper if hyper is None else hyper
         inner = oracle.problem.init(hyper, oracle.key) if inner is None else inner
         arguments = (inner, oracle.train, oracle.valid, oracle.key, self.estimator)
@@ -182,7 +183,7 @@ class EstimatorContract:
         traces = []
 
         @jax.jit
-        def jitted(hyper: Any) -> Any:
+        def jitted(hyper: Hyper) -> Any:
             traces.append(hyper)
             return self._estimate(oracle, hyper)
 
@@ -207,7 +208,7 @@ class EstimatorContract:
     def test_any_pytree(self) -> None:
         """Tuples, nested containers, integer leaves in the state, scalars and arrays in `hyper`."""
 
-        def loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        def loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
             (w, [b]), _count = params
             fit = jnp.mean((w * batch["x"] + b - hyper[0]) ** 2)
             # without b**2 a trained b would follow hyper[0], whose gradient would vanish
@@ -217,20 +218,25 @@ class EstimatorContract:
             params: Any
             seen: jax.Array
 
-        def step(inner: Counting, hyper: Any, batch: Any, key: Any) -> Counting:
+        def step(inner: Counting, hyper: Hyper, batch: Batch, key: Key) -> Counting:
             (weights, count), seen = inner
             grads = jax.grad(lambda p: loss((p, count), hyper, batch, key))(weights)
             moved = jax.tree.map(lambda p, g: p - 0.1 * g, weights, grads)
             return Counting((moved, count + 1), seen + batch["x"].size)
 
-        def init(hyper: Any, key: Any) -> Counting:
+        def init(hyper: Hyper, key: Key) -> Counting:
             weights = (jnp.ones(2), [jnp.zeros(())])
             return Counting((weights, jnp.zeros((), jnp.int32)), jnp.zeros((), jnp.int32))
 
         hyper = (jnp.float32(0.5), [jnp.array([0.1, 0.2])])
         problem = Problem(init, step, loss, loss)
         batches = {"x": jnp.linspace(-1, 1, 12).reshape(3, 2, 2)}
-        arguments = (init(hyper, None), batches, {"x": jnp.ones((2, 2))}, jax.random.key(0))
+        arguments = (
+            init(hyper, jax.random.key(0)),
+            batches,
+            {"x": jnp.ones((2, 2))},
+            jax.random.key(0),
+        )
         estimate = hypergradient(problem, hyper, *arguments, self.estimator)
         assert jax.tree.structure(estimate.grad) == jax.tree.structure(hyper)
         assert all(np.all(np.asarray(g) != 0) for g in jax.tree.leaves(estimate.grad))
