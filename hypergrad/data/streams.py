@@ -192,19 +192,17 @@ class Stream:
     def _array(self, path: tuple[Any, ...], leaf: Leaf) -> jax.Array | np.ndarray:
         if isinstance(leaf, jax.Array):
             return leaf
+        cause = None
         try:
             array = np.asarray(leaf)
+            if array.dtype.kind not in "OSUMm":
+                return array
         except (TypeError, ValueError, RuntimeError) as error:
-            raise self._unreadable(path, leaf) from error
-        if array.dtype.kind in "OSUMm":
-            raise self._unreadable(path, leaf)
-        return array
-
-    def _unreadable(self, path: tuple[Any, ...], leaf: object) -> TypeError:
-        return TypeError(
+            cause = error
+        raise TypeError(
             f"{self._name} yields {type(leaf).__name__} at {path_name(path)}, which is no array of "
             "numbers: yield pytrees of NumPy arrays (a tensor: .cpu().numpy())."
-        )
+        ) from cause
 
 
 def open_source(
