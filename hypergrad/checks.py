@@ -5,6 +5,11 @@ from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
+import jax
+import numpy as np
+
+from hypergrad.trees import Leaf
+
 
 class WrongTypeError(TypeError, ValueError):
     """An argument of a type that it cannot have.
@@ -22,17 +27,22 @@ def integer(name: str, value: Any, least: int | None = 1, remedy: str = "") -> i
     ValueError: window=0 must be at least 1, or None for all K steps.
     """
     end = f", {remedy}." if remedy else "."
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         range_ = "" if least is None else f" of at least {least}"
-        raise WrongTypeError(f"{name}={value!r} is no integer: give an int{range_}{end}")
+        raise WrongTypeError(f"{_given(name, value)} is no integer: give an int{range_}{end}")
     if least is not None and value < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}{end}")
+        raise ValueError(f"{_given(name, value)} must be at least {least}{end}")
     return int(value)
 
 
 def integer_field(strategy: Any, name: str, least: int = 1, remedy: str = "") -> None:
     """`integer` for a field of a frozen dataclass, where the Python int then stands."""
     object.__setattr__(strategy, name, integer(name, getattr(strategy, name), least, remedy))
+
+
+def is_integer(value: object) -> bool:
+    """Whether this is of an integer type, NumPy's included; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def positive(
@@ -51,6 +61,21 @@ def positive(
         kind = ("0 or " if zero else "") + "positive" + ("" if infinite else " and finite")
         raise ValueError(f"{name}={value!r} must be {kind}{end}")
     return value
+
+
+def positive_if_known(name: str, value: Leaf, remedy: str = "") -> None:
+    """`positive`, of a number or of every entry of an array; of a traced one nothing is known."""
+    if not isinstance(value, jax.core.Tracer):
+        positive(name, np.min(value).item(), remedy, infinite=True)
+
+
+def finite(name: str, value: Any, remedy: str = "") -> float:
+    """`value`, a finite number, as a float."""
+    end = f", {remedy}." if remedy else "."
+    _refuse_other_than_numbers(name, value, end)
+    if not math.isfinite(value):
+        raise ValueError(f"{_given(name, value)} is not finite: give a finite number{end}")
+    return float(value)
 
 
 def within(name: str, value: Any, low: float, high: float, remedy: str = "") -> float:
@@ -80,10 +105,15 @@ def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> s
         *most, last = (repr(k) for k in known)
         listed = f"{', '.join(most)} or {last}" if most else last
         end = f", {remedy}." if remedy else "."
-        raise ValueError(f"{name}={value!r} is unknown: choose {listed}{end}")
+        raise ValueError(f"{_given(name, value)} is unknown: choose {listed}{end}")
     return value
+
+
+def _given(name: str, value: object) -> str:
+    # The name may begin with its owner's: `Int(low` is reported as `Int(low=2.5)`.
+    return f"{name}={value!r}{')' * name.count('(')}"
 
 
 def _refuse_other_than_numbers(name: str, value: Any, end: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise WrongTypeError(f"{name}={value!r} is no number: give a float{end}")
+        raise WrongTypeError(f"{_given(name, value)} is no number: give a float{end}")

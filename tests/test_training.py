@@ -280,7 +280,7 @@ def test_wrong_arguments_are_named(tmp_path: Any) -> None:
             run(value)
     with pytest.raises(ValueError, match=r"train is a list of single batches.*steps_per_update"):
         run(train=BATCHES)
-    with pytest.raises(ValueError, match="steps_per_update=0 must be a positive"):
+    with pytest.raises(ValueError, match="steps_per_update=0 must be at least 1"):
         run(train=BATCHES, steps_per_update=0)
     with pytest.raises(ValueError, match="steps_per_update=5, but train has its own axis K of 3"):
         run(steps_per_update=5)

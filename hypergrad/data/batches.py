@@ -1,14 +1,16 @@
 """K batches as arrays, or drawn inside the compiled program, so that no run has to fit memory."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hypergrad import checks
 from hypergrad.data.keys import SHUFFLE
-from hypergrad.trees import Tree, path_name
+from hypergrad.trees import Batch, Key, Train, Tree, leaf_names
 
+# Why a number must be a Python integer.
+FIXES_A_SHAPE = "as it fixes a shape of the compiled program"
 # A Feistel cipher's rounds. Four give a pseudo-random permutation in theory; the halves of a small
 # data set's index have few bits, so that more rounds are needed before all orders look alike.
 _ROUNDS = 8
@@ -49,11 +51,7 @@ class Minibatches:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a positive Python integer: it fixes a "
-                    "shape of the compiled program."
-                )
+            checks.integer_field(self, name, remedy=FIXES_A_SHAPE)
         size = _num_examples(self.arrays)
         if size < self.batch_size:
             raise ValueError(
@@ -61,7 +59,7 @@ class Minibatches:
                 "batch_size no larger than the data."
             )
 
-    def batch(self, step: jax.typing.ArrayLike, key: jax.Array) -> Tree:
+    def batch(self, step: jax.typing.ArrayLike, key: Key) -> Batch:
         """The batch of step `step` (an int32, traced or not) of the stream that `key` shuffles."""
         size = _num_examples(self.arrays)
         # Unsigned numbers and an index known to be valid spare the program the handling of negative
@@ -74,12 +72,8 @@ class Minibatches:
         return jax.tree.map(rows, self.arrays)
 
 
-def _flatten(data: Minibatches) -> tuple[tuple[Tree], tuple[int, int]]:
-    return (data.arrays,), (data.batch_size, data.num_steps)
-
-
-def _flatten_with_keys(data: Minibatches) -> Any:
-    return ((jax.tree_util.GetAttrKey("arrays"), data.arrays),), (data.batch_size, data.num_steps)
+def _flatten(data: Minibatches) -> tuple[list[tuple[object, Tree]], tuple[int, int]]:
+    return [(jax.tree_util.GetAttrKey("arrays"), data.arrays)], (data.batch_size, data.num_steps)
 
 
 def _unflatten(integers: tuple[int, int], children: tuple[Tree]) -> Minibatches:
@@ -89,14 +83,11 @@ def _unflatten(integers: tuple[int, int], children: tuple[Tree]) -> Minibatches:
     return data
 
 
-jax.tree_util.register_pytree_with_keys(Minibatches, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(Minibatches, _flatten, _unflatten)
 
 
 def _num_examples(arrays: Tree) -> int:
-    shapes = {
-        path_name(path): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
-    }
+    shapes = _shapes(arrays)
     if not shapes or () in shapes.values():
         raise ValueError(
             f"arrays has leaves of shapes {shapes}: every leaf must be an array with a leading "
@@ -111,7 +102,7 @@ def _num_examples(arrays: Tree) -> int:
     return min(sizes.values())
 
 
-def _shuffle(index: jax.Array, epoch: jax.Array, size: int, key: jax.Array) -> jax.Array:
+def _shuffle(index: jax.Array, epoch: jax.Array, size: int, key: Key) -> jax.Array:
     """Where the permutation of epoch `epoch` sends `index`, both uint32 [batch], as int32 [batch].
 
     A Feistel cipher with cycle walking.
@@ -149,21 +140,20 @@ def mix_bits(x: jax.Array, seed: jax.typing.ArrayLike = 0) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def last_batch(train: Any, key: jax.Array, offset: jax.typing.ArrayLike) -> Any:
+def last_batch(train: Train, key: Key, offset: jax.typing.ArrayLike) -> Batch:
     """The batch of the last of the K steps of `train`, which began after `offset` steps."""
     if isinstance(train, Minibatches):
         return train.batch(offset + train.num_steps - 1, jax.random.fold_in(key, SHUFFLE))
     return jax.tree.map(lambda x: x[-1], train)
 
 
-def step_inputs(train: Any) -> tuple[jax.Array, Any]:
+def step_inputs(train: Train) -> tuple[jax.Array, Train]:
     """What a scan over the K training steps runs along: (step index [K], batches [K, ...])."""
-    if isinstance(train, Minibatches):
-        return jnp.arange(train.num_steps, dtype=jnp.int32), None
-    return jnp.arange(num_steps(train), dtype=jnp.int32), train
+    steps = jnp.arange(num_steps(train), dtype=jnp.int32)
+    return steps, None if isinstance(train, Minibatches) else train
 
 
-def num_steps(train: Any) -> int:
+def num_steps(train: Train) -> int:
     """K, the number of steps in `train`."""
     if isinstance(train, Minibatches):
         return train.num_steps
@@ -172,10 +162,7 @@ def num_steps(train: Any) -> int:
             f"train is a list of {len(train)} batches, whose leaves have no axis K of steps. Stack "
             "them: train = jax.tree.map(lambda *x: numpy.stack(x), *batches)."
         )
-    shapes = {
-        path_name(path): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(train)
-    }
+    shapes = _shapes(train)
     if not shapes or () in shapes.values():
         raise ValueError(
             f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
@@ -191,8 +178,12 @@ def num_steps(train: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
-def num_batches(train: Any) -> int:
+def num_batches(train: Train) -> int:
     """How many batches "all" of `train` are: K, or those of an epoch of a `Minibatches`."""
     if isinstance(train, Minibatches):
         return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
     return num_steps(train)
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    return dict(zip(leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree)), strict=True))

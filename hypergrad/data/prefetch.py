@@ -4,13 +4,12 @@ import contextlib
 import queue
 import threading
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from hypergrad.data.streams import Fixed, Stream
-
-__all__ = ["Fed", "feed"]
+from hypergrad.data.streams import Constant, Stream, StreamPosition
+from hypergrad.trees import Batch, Train
 
 # Groups of batches that wait on the device, besides the one in use.
 _READY = 2
@@ -20,18 +19,18 @@ class Fed(NamedTuple):
     """What one update gets, and where the streams stand behind it.
 
     Attributes:
-      train: K stacked batches, or the data that `Fixed` holds.
-      valid: one batch, or the data that `Fixed` holds.
+      train: K stacked batches, or the data that `Constant` holds.
+      valid: one batch, or the data that `Constant` holds.
       positions: by name, of the streams among the two; {} where there is none.
     """
 
-    train: Any
-    valid: Any
-    positions: dict[str, Any]
+    train: Train
+    valid: Batch
+    positions: dict[str, StreamPosition]
 
 
 def feed(
-    train: Fixed | Stream, valid: Fixed | Stream, first: int, stop: int, every: int
+    train: Constant | Stream, valid: Constant | Stream, first: int, stop: int, every: int
 ) -> Generator[Fed, None, None]:
     """What the updates `first`, ..., `stop - 1` get; no batch beyond is read.
 
@@ -39,7 +38,7 @@ def feed(
     They are read ahead in a thread, which ends when the iterator is closed or collected. What goes
     wrong there is raised here; `RanOut` where a stream has no more.
     """
-    if isinstance(train, Fixed) and isinstance(valid, Fixed):
+    if isinstance(train, Constant) and isinstance(valid, Constant):
         for _ in range(first, stop):
             yield Fed(train.take(), valid.take(), {})
         return
@@ -50,6 +49,7 @@ def feed(
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
 
     def offer(item: Fed | BaseException) -> None:
+        # In short waits: nobody makes room once the iterator is closed.
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
@@ -79,7 +79,7 @@ def feed(
         thread.join(timeout=5)
 
 
-def _read(train: Fixed | Stream, valid: Fixed | Stream, save: bool) -> Fed:
+def _read(train: Constant | Stream, valid: Constant | Stream, save: bool) -> Fed:
     streams = {n: s for n, s in (("train", train), ("valid", valid)) if isinstance(s, Stream)}
     # Validation first: a group for training that nobody validates would be read for nothing.
     valid_batch = valid.take()

@@ -1,6 +1,8 @@
 """The three splits of a data set: trained on, tuned on, reported on."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from hypergrad.trees import Tree
 
 
 class Splits(NamedTuple):
@@ -12,6 +14,6 @@ class Splits(NamedTuple):
       test: what nothing is chosen on, or None: without it no score of a sweep is a result.
     """
 
-    train: Any
-    valid: Any
-    test: Any = None
+    train: Tree
+    valid: Tree
+    test: Tree = None

@@ -10,25 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.data.batches import Minibatches, num_steps
-from hypergrad.trees import Tree, path_name
-
-__all__ = ["Fixed", "RanOut", "Stream", "open_source", "steps_of"]
+from hypergrad import checks
+from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches, num_steps
+from hypergrad.trees import Batch, Leaf, Train, Tree, leaf_names, path_name
 
 _log = logging.getLogger("hypergrad")
+_END = object()
+# Where a stream stands, as JSON: a state of the iterable, how many batches were read after it and
+# how many in all, and what the first batch was like.
+StreamPosition = dict[str, Any]
+Shapes = list[tuple[tuple[int, ...], str]]  # and dtypes, leaf by leaf
 
 
 class RanOut(Exception):
     """A one-shot iterator has no whole group of batches left."""
 
 
-class Fixed:
+class Constant:
     """Data that every update gets anew: arrays, or a `Minibatches`."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Train | Batch) -> None:
         self._data = jax.device_put(data)
 
-    def take(self) -> Any:
+    def take(self) -> Train | Batch:
         """The data, on the device."""
         return self._data
 
@@ -44,25 +48,23 @@ class Stream:
       source: yields pytrees of what NumPy can read.
       group: batches per `take`.
       position: where an earlier run stood (`position` of its stream), to go on from.
-
-    Raises:
-      ValueError: no batch at all; a batch that is not like the first.
-      TypeError: a leaf that NumPy cannot read.
     """
 
     def __init__(
-        self, name: str, source: Iterable[Any], group: int | None, position: Any = None
+        self, name: str, source: Iterable[Batch], group: int | None, position: StreamPosition | None
     ) -> None:
         self._name, self._source, self._group = name, source, group
         self._iterator: Any = None
         self._protocol: Literal["loader", "iterator"] | None = None
-        self._like: Any = None
+        # What the first batch was like: later ones share its compiled program.
+        self._structure: Tree = None
+        self._shapes: Shapes = []
         self._saved: str | None = None
         self._read = self._since_saved = 0
         self._warned = False
         self._start = position
 
-    def take(self) -> Any:
+    def take(self) -> Train | Batch:
         """The next batches, on the device. Raises RanOut. The first call finds the position."""
         if self._iterator is None:
             self._open()
@@ -81,22 +83,25 @@ class Stream:
             return
         self._since_saved = 0
 
-    def position(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON: a state of the iterable, and batches read after it."""
-        like = [[list(shape), dtype] for shape, dtype in self._like[1]]
+    def position(self) -> StreamPosition:
+        """Where the stream stands."""
+        like = [[list(shape), dtype] for shape, dtype in self._shapes]
         return {"saved": self._saved, "skip": self._since_saved, "read": self._read, "like": like}
 
     def _open(self) -> None:
-        start = self._start
-        saved = None if start is None else start["saved"]
+        saved = None if self._start is None else self._start["saved"]
         self._protocol = _protocol(self._source)
         if saved is not None and self._protocol == "loader":
+            # Before it is asked for an iterator, which starts from what was loaded.
             self._source.load_state_dict(_unpack(saved))  # type: ignore[attr-defined]
         self._iterator = iter(self._source)
         # An iterable whose iterators remember where they are, as grain's do.
         self._protocol = self._protocol or _protocol(self._iterator)
-        if start is None:
-            return
+        if self._start is not None:
+            self._go_on_from(self._start)
+
+    def _go_on_from(self, start: StreamPosition) -> None:
+        saved = start["saved"]
         if saved is not None:
             if self._protocol is None:
                 raise ValueError(
@@ -108,73 +113,62 @@ class Stream:
                 self._iterator.set_state(_unpack(saved))
             self._saved = saved
             self._read = start["read"] - start["skip"]
+        # Not `_next`: what was left out counted as read.
         for _ in range(start["skip"]):
             self._raw()
         self._since_saved = start["skip"]
-        self._like = None, [(tuple(shape), dtype) for shape, dtype in start["like"]]
+        self._shapes = [(tuple(shape), dtype) for shape, dtype in start["like"]]
 
-    def _raw(self) -> Any:
+    def _raw(self) -> Batch:
         """The next batch as the iterable gives it, from its start again where it ends."""
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
+        batch = next(self._iterator, _END)
+        if batch is _END:
             self._iterator = iter(self._source)
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                if self._read == 0:
-                    raise ValueError(
-                        f"{self._name}={self._source!r} yields no batch: give an iterable of at "
-                        "least one (an iterator that was used up stays empty)."
-                    ) from None
-                raise RanOut(
-                    f"{self._name} ran out after {self._read} batches. Give an iterable that can "
-                    "be started anew (a list, a DataLoader, a class whose __iter__ is a generator) "
-                    "or a longer one"
-                ) from None
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            raise self._exhausted()
         self._read += 1
         self._since_saved += 1
         return batch
 
-    def _next(self) -> Any:
-        """The next whole batch, on the host."""
-        short = 0
-        while True:
-            batch = jax.tree_util.tree_map_with_path(self._array, self._raw())
-            shapes = [(np.shape(x), str(x.dtype)) for x in jax.tree.leaves(batch)]
-            if self._like is None or self._like[0] is None:
-                known = shapes if self._like is None else self._like[1]
-                self._like = jax.tree.structure(batch), known
-            if self._like == (jax.tree.structure(batch), shapes):
-                return batch
-            self._refuse_unlike(batch, shapes)
-            short += 1
-            if short > 1:
-                raise ValueError(
-                    f"{self._name} yields batches of {shapes[0][0][0]} examples in a row, after a "
-                    f"first one of {self._like[1][0][0][0]}. Only the last of an epoch may be "
-                    "shorter (it is left out): make all of one size, with drop_last=True."
-                )
-            if not self._warned:
-                _log.warning(
-                    "%s: a batch of %d examples instead of %d is left out, as all such at the end "
-                    "of an epoch.",
-                    self._name,
-                    shapes[0][0][0],
-                    self._like[1][0][0][0],
-                )
-                self._warned = True
-
-    def _refuse_unlike(self, batch: Any, shapes: list[Any]) -> None:
-        structure, known = self._like
-        if jax.tree.structure(batch) != structure or len(shapes) != len(known):
+    def _next(self) -> Batch:
+        """The next whole batch, on the host: after a shorter one, the one behind it."""
+        batch, shapes = self._read_one()
+        if shapes == self._shapes:
+            return batch
+        first = self._shapes[0][0][0]
+        if not self._warned:
+            text = "%s: a batch of %d examples instead of %d is left out, as all such at the end "
+            _log.warning(text + "of an epoch.", self._name, shapes[0][0][0], first)
+            self._warned = True
+        batch, shapes = self._read_one()
+        if shapes != self._shapes:
             raise ValueError(
-                f"Batch {self._read} of {self._name} has the structure "
-                f"{jax.tree.structure(batch)}, the first one {structure}: give every batch the "
-                "same."
+                f"{self._name} yields batches of {shapes[0][0][0]} examples in a row, after a "
+                f"first one of {first}. Only the last of an epoch may be shorter (it is left out): "
+                "make all of one size, with drop_last=True."
             )
-        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)]
-        for path, now, first in zip(paths, shapes, known, strict=True):
+        return batch
+
+    def _read_one(self) -> tuple[Batch, Shapes]:
+        """The next batch, on the host, and its leaves' shapes; refuses what is unlike the first."""
+        batch = jax.tree_util.tree_map_with_path(self._array, self._raw())
+        shapes = [(np.shape(x), str(x.dtype)) for x in jax.tree.leaves(batch)]
+        # Each by itself, as a position that was restored knows the shapes alone.
+        if self._structure is None:
+            self._structure = jax.tree.structure(batch)
+        self._shapes = self._shapes or shapes
+        self._refuse_unlike(batch, shapes)
+        return batch, shapes
+
+    def _refuse_unlike(self, batch: Batch, shapes: Shapes) -> None:
+        structure = jax.tree.structure(batch)
+        if structure != self._structure or len(shapes) != len(self._shapes):
+            raise ValueError(
+                f"Batch {self._read} of {self._name} has the structure {structure}, the first one "
+                f"{self._structure}: give every batch the same."
+            )
+        for path, now, first in zip(leaf_names(batch), shapes, self._shapes, strict=True):
             (shape, dtype), (whole, kind) = now, first
             shorter = bool(shape) and shape[1:] == whole[1:] and shape[0] < whole[0]
             if now != first and not (dtype == kind and shorter):
@@ -183,34 +177,40 @@ class Stream:
                     f"first one {kind}{list(whole)}: give every batch the same shapes (pad it)."
                 )
 
-    def _array(self, path: tuple[Any, ...], leaf: Any) -> Any:
+    def _exhausted(self) -> Exception:
+        if self._read == 0:
+            return ValueError(
+                f"{self._name}={self._source!r} yields no batch: give an iterable of at least one "
+                "(an iterator that was used up stays empty)."
+            )
+        return RanOut(
+            f"{self._name} ran out after {self._read} batches. Give an iterable that can be "
+            "started anew (a list, a DataLoader, a class whose __iter__ is a generator) or a "
+            "longer one"
+        )
+
+    def _array(self, path: tuple[Any, ...], leaf: Leaf) -> jax.Array | np.ndarray:
         if isinstance(leaf, jax.Array):
             return leaf
+        cause = None
         try:
             array = np.asarray(leaf)
+            if array.dtype.kind not in "OSUMm":
+                return array
         except (TypeError, ValueError, RuntimeError) as error:
-            raise self._unreadable(path, leaf) from error
-        if array.dtype.kind in "OSUMm":
-            raise self._unreadable(path, leaf)
-        return array
-
-    def _unreadable(self, path: tuple[Any, ...], leaf: Any) -> TypeError:
-        return TypeError(
+            cause = error
+        raise TypeError(
             f"{self._name} yields {type(leaf).__name__} at {path_name(path)}, which is no array of "
             "numbers: yield pytrees of NumPy arrays (a tensor: .cpu().numpy())."
-        )
+        ) from cause
 
 
 def open_source(
-    name: Literal["train", "valid"], data: Any, group: int | None, position: Any = None
-) -> Fixed | Stream:
-    """`data` as what updates take from: as it is, or `group` batches of it from `position` on.
-
-    Raises:
-      TypeError: neither arrays nor an iterable.
-    """
+    name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
+) -> Constant | Stream:
+    """`data` as what updates take from: as it is, or `group` batches of it from `position` on."""
     if isinstance(data, Minibatches) or _is_arrays(data):
-        return Fixed(data)
+        return Constant(data)
     if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
         raise TypeError(
             f"{name}={data!r} is neither a pytree of arrays, nor a Minibatches, nor an iterable of "
@@ -219,15 +219,12 @@ def open_source(
     return Stream(name, data, group, position)
 
 
-def steps_of(train: Any, steps_per_update: int | None) -> int:
-    """K, from the axis that `train` has, or as given where it is an iterable of single batches.
-
-    Raises:
-      ValueError: `steps_per_update` is no positive integer, missing for an iterable, or another
-        than the axis K of arrays.
-    """
+def steps_of(train: Train, steps_per_update: int | None) -> int:
+    """K, from the axis that `train` has, or as given where it is an iterable of single batches."""
     if steps_per_update is not None:
-        _check_steps(steps_per_update)
+        steps_per_update = checks.integer(
+            "steps_per_update", steps_per_update, remedy=FIXES_A_SHAPE
+        )
     if not isinstance(train, Minibatches) and not _is_arrays(train):
         if steps_per_update is None:
             raise ValueError(
@@ -245,11 +242,10 @@ def steps_of(train: Any, steps_per_update: int | None) -> int:
     return steps
 
 
-def refuse_missing_axis(train: Any, valid: Any) -> None:
+def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """Refuses a data set where K stacked batches belong: it would train on single examples.
 
-    Raises:
-      ValueError: `train` and `valid` are arrays of one structure with equal numbers of axes.
+    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`.
     """
     if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
         return
@@ -264,15 +260,7 @@ def refuse_missing_axis(train: Any, valid: Any) -> None:
         )
 
 
-def _check_steps(steps: Any) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(
-            f"steps_per_update={steps!r} must be a positive Python integer: it fixes a shape of "
-            "the compiled program."
-        )
-
-
-def _is_arrays(data: Any) -> bool:
+def _is_arrays(data: Tree) -> bool:
     """Whether this is one pytree of arrays. A list is always one of batches."""
     if isinstance(data, list):
         return False
@@ -280,7 +268,7 @@ def _is_arrays(data: Any) -> bool:
     return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
 
 
-def _protocol(source: Any) -> Literal["loader", "iterator"] | None:
+def _protocol(source: object) -> Literal["loader", "iterator"] | None:
     if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
         return "loader"
     if hasattr(source, "get_state") and hasattr(source, "set_state"):
@@ -288,18 +276,19 @@ def _protocol(source: Any) -> Literal["loader", "iterator"] | None:
     return None
 
 
-def _stack(*leaves: Any) -> Tree:
+def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    # Arrays of a device are not fetched from it.
     if all(isinstance(leaf, jax.Array) for leaf in leaves):
         return jnp.stack(leaves)
     return np.stack(leaves)
 
 
-def _copy(leaf: Any) -> Any:
+def _copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     # A device on the host may share an array's memory, which its owner may write to again.
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
-def _pack(state: Any) -> str:
+def _pack(state: object) -> str:
     return b64encode(pickle.dumps(state)).decode()
 
 

@@ -1,13 +1,15 @@
 """Flax modules, linen and nnx, whose hyperparameters may be traced values with a gradient."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import linen, nnx
-from jax.typing import ArrayLike
+from flax.nnx.module import first_from
 
 from hypergrad.problem.noise import Form, check_rate, dropout
+from hypergrad.trees import Leaf
+
+_NO_RATE = "got no rate: pass it to the constructor or as rate= to the call"
 
 
 class LinenDropout(linen.Module):
@@ -34,7 +36,7 @@ class LinenDropout(linen.Module):
     True
     """
 
-    rate: ArrayLike | None = None
+    rate: Leaf | None = None
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
@@ -46,13 +48,13 @@ class LinenDropout(linen.Module):
         inputs: jax.Array,
         deterministic: bool | None = None,
         rng: jax.Array | None = None,
-        rate: ArrayLike | None = None,
+        rate: Leaf | None = None,
     ) -> jax.Array:
         """Drop units of `inputs`, or return them untouched where `deterministic`."""
         deterministic = linen.merge_param("deterministic", self.deterministic, deterministic)
         if deterministic:
             return inputs
-        rate = _given_rate("LinenDropout", self.rate, rate)
+        rate = first_from(rate, self.rate, error_msg=f"LinenDropout {_NO_RATE}")
         key = self.make_rng(self.rng_collection) if rng is None else rng
         return dropout(inputs, rate, key, self.form, self.broadcast_dims)
 
@@ -81,7 +83,7 @@ class NNXDropout(nnx.Module):
 
     def __init__(
         self,
-        rate: ArrayLike | None = None,
+        rate: Leaf | None = None,
         *,
         broadcast_dims: Sequence[int] = (),
         deterministic: bool | None = False,
@@ -106,18 +108,16 @@ class NNXDropout(nnx.Module):
         *,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-        rate: ArrayLike | None = None,
+        rate: Leaf | None = None,
     ) -> jax.Array:
         """Drop units of `inputs`, or return them untouched where `deterministic`."""
-        deterministic = self.deterministic if deterministic is None else deterministic
-        if deterministic is None:
-            raise ValueError(
-                "NNXDropout got no deterministic: pass deterministic=True or False to the "
-                "constructor or the call, or use model.train() and model.eval()"
-            )
-        if deterministic:
+        message = (
+            "NNXDropout got no deterministic: pass deterministic=True or False to the constructor "
+            "or the call, or use model.train() and model.eval()"
+        )
+        if first_from(deterministic, self.deterministic, error_msg=message):
             return inputs
-        rate = _given_rate("NNXDropout", self.rate, rate)
+        rate = first_from(rate, self.rate, error_msg=f"NNXDropout {_NO_RATE}")
         return dropout(inputs, rate, self._key(rngs), self.form, self.broadcast_dims)
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -125,20 +125,12 @@ class NNXDropout(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _key(self, rngs: Any) -> jax.Array:
-        rngs = self.rngs if rngs is None else rngs
-        if rngs is None:
-            raise ValueError(
-                "NNXDropout trains and has no rngs: pass rngs=nnx.Rngs(dropout=seed) to the "
-                "constructor, or a key, a stream or nnx.Rngs to the call"
-            )
+    def _key(self, rngs: nnx.Rngs | nnx.RngStream | jax.Array | None) -> jax.Array:
+        message = (
+            "NNXDropout trains and has no rngs: pass rngs=nnx.Rngs(dropout=seed) to the "
+            "constructor, or a key, a stream or nnx.Rngs to the call"
+        )
+        rngs = first_from(rngs, self.rngs, error_msg=message)
         if isinstance(rngs, nnx.Rngs):
             return rngs[self.rng_collection]()
         return rngs() if isinstance(rngs, nnx.RngStream) else rngs
-
-
-def _given_rate(name: str, attribute: ArrayLike | None, argument: ArrayLike | None) -> ArrayLike:
-    rate = attribute if argument is None else argument
-    if rate is None:
-        raise ValueError(f"{name} got no rate: pass it to the constructor or as rate= to the call")
-    return rate

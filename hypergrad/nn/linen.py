@@ -11,7 +11,7 @@ from flax import linen
 from flax.training.train_state import TrainState
 
 from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
-from hypergrad.trees import Tree
+from hypergrad.trees import Batch, Hyper, Key, Params, Scalar, Tree
 
 
 def linen_problem(
@@ -69,14 +69,14 @@ def linen_problem(
     (['batch_stats', 'params'], (8, 1))
     """
 
-    def trained(variables: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+    def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
         others = sorted(set(variables) - {"params"})
         streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True)) if rngs else {}
         run = linen.apply(train_loss, module, mutable=others)
         loss, left = run(variables, hyper, batch, key, rngs=streams)
         return loss, _unfrozen(dict(left))
 
-    def absorb(variables: Any, left: Any) -> Any:
+    def absorb(variables: Params, left: Params) -> Params:
         for name, value in left.items():
             if jax.tree.structure(value) != jax.tree.structure(variables[name]):
                 raise ValueError(
@@ -142,5 +142,6 @@ def to_train_state(inner: Inner, state: TrainState) -> TrainState:
 
 def _unfrozen(tree: Tree) -> Tree:
     """Plain dicts for flax's FrozenDicts, also inside an optimiser's state."""
+    # flax returns either kind, and what a compiled loop carries must stay of one.
     frozen = lambda x: isinstance(x, flax.core.FrozenDict)  # noqa: E731
     return jax.tree.map(lambda x: x.unfreeze() if frozen(x) else x, tree, is_leaf=frozen)

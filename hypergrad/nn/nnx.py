@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.filterlib import Filter
+from flax.nnx.module import first_from
 from flax.nnx.nn.normalization import _canonicalize_axes, _compute_stats
 
 from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
+from hypergrad.trees import Batch, Hyper, Key, Params, Scalar, Tree
 
 
 class NNXBatchNorm(nnx.BatchNorm):
@@ -40,10 +43,9 @@ class NNXBatchNorm(nnx.BatchNorm):
         """Normalise `x`, and move the running averages where they are not used."""
         old = self.mean[...], self.var[...]
         out = super().__call__(x, use_running_average, mask=mask)
-        if nnx.module.first_from(
-            use_running_average, self.use_running_average, error_msg="checked by flax"
-        ):
+        if first_from(use_running_average, self.use_running_average, error_msg="checked by flax"):
             return out
+        # flax has moved them without a gradient: they move again, from where they were.
         x, *_ = self.promote_dtype((x, *old), dtype=self.dtype)
         features = _canonicalize_axes(x.ndim, self.axis)
         new = _compute_stats(
@@ -66,7 +68,7 @@ def nnx_problem(
     valid_loss: Callable[..., Any],
     optimizer: Callable[[Any], optax.GradientTransformation],
     *,
-    wrt: Any = nnx.Param,
+    wrt: Filter = nnx.Param,
     metrics: Callable[..., Any] | None = None,
 ) -> Problem:
     """A `Problem` whose losses call an nnx model: `model(images)`.
@@ -118,23 +120,23 @@ def nnx_problem(
             stacklevel=2,
         )
 
-    def init(key: jax.Array) -> Any:
+    def init(key: Key) -> Params:
         return _split(make_model(nnx.Rngs(key)), wrt)[1]
 
-    def merged(variables: Any, key: jax.Array) -> nnx.Module:
+    def merged(variables: Params, key: Key) -> nnx.Module:
         return nnx.merge(graph, *variables.values(), _streams(streams, key))
 
-    def trained(variables: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+    def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
         model = merged(variables, key)
         model.train()
         loss = train_loss(model, hyper, batch, key)
         return loss, _split(model, wrt)[1]["rest"]
 
-    def absorb(variables: Any, rest: Any) -> Any:
+    def absorb(variables: Params, rest: Params) -> Params:
         return {**variables, "rest": rest}
 
     def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluated(variables: Any, hyper: Any, batch: Any, key: jax.Array) -> Any:
+        def evaluated(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> Any:
             model = merged(variables, key)
             model.eval()
             return function(model, hyper, batch, key)
@@ -174,19 +176,19 @@ def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
     optimizer.step[...] = jnp.asarray(inner.step, optimizer.step[...].dtype)
 
 
-def _split(model: nnx.Module, wrt: Any) -> tuple[Any, dict[str, Any], Any]:
+def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
     """The graph, the variables as `inner.params` holds them, and the random streams."""
     graph, *states = nnx.split(model, wrt, nnx.RngState, ...)
     params, streams, rest = map(nnx.as_pure, states)
     return graph, {"params": params, "rest": rest}, streams
 
 
-def _streams(like: Any, key: jax.Array) -> Any:
+def _streams(like: Tree, key: Key) -> Tree:
     """An nnx model's random streams, all from `key`: another one each, counted from 0."""
     leaves, treedef = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves)) if leaves else ()
 
-    def start(leaf: Any, key: jax.Array) -> jax.Array:
+    def start(leaf: jax.Array, key: Key) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.split(key, leaf.shape) if leaf.shape else key
         return jnp.zeros(leaf.shape, leaf.dtype)

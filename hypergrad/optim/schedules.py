@@ -1,13 +1,15 @@
 """Schedules with a gradient in every number, lengths and rates included."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from hypergrad.trees import widen
+from hypergrad import checks
+from hypergrad.trees import Hyper, Leaf, widen
 
 
 class Schedule(NamedTuple):
@@ -18,27 +20,24 @@ class Schedule(NamedTuple):
       steps_per_update: training steps for which each entry stands.
     """
 
-    values: Any
+    values: Hyper
     steps_per_update: int
 
-    def __call__(self, step: jax.typing.ArrayLike) -> Any:
+    def __call__(self, step: jax.typing.ArrayLike) -> Hyper:
         """The hyperparameters of training step `step`, traced or not; after the end, the last."""
         last = jax.tree.leaves(self.values)[0].shape[0] - 1
         index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
         return jax.tree.map(lambda x: x[index], self.values)
 
-    def of(self, name: str) -> Callable[[Any], Any]:
+    def of(self, name: str) -> Callable[[Leaf], Hyper]:
         """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""
-        if name not in self.values:
-            raise ValueError(
-                f"name={name!r} is no hyperparameter: choose from {list(self.values)}."
-            )
+        checks.choice("name", name, self.values)
         return lambda step: self(step)[name]
 
 
 def piecewise_linear(
-    values: Any, num_steps: Any = None, *, positions: Any = None
-) -> Callable[[Any], jax.Array]:
+    values: Leaf, num_steps: Leaf | None = None, *, positions: Leaf | None = None
+) -> optax.Schedule:
     """Straight lines between knots; the first value before the first knot, the last after the last.
 
     Args:
@@ -60,26 +59,11 @@ def piecewise_linear(
     >>> [float(schedule(step)) for step in (0, 4, 5, 8, 99)]
     [0.0, 0.800000011920929, 1.0, 0.699999988079071, 0.5]
     """
-    if (num_steps is None) == (positions is None):
-        raise ValueError(
-            f"num_steps={num_steps} and positions={positions}: give one of the two, the length of "
-            "evenly spread knots or each knot's step."
-        )
     values = jnp.asarray(values)
-    knots = values.shape[0] if values.ndim else 0
-    if knots < 2:
-        raise ValueError(f"values of shape {values.shape} need a leading axis of at least 2 knots.")
-    if positions is None:
-        _require_positive("num_steps", num_steps)
-        positions = jnp.linspace(0.0, 1.0, knots) * num_steps
-    elif jnp.shape(positions := widen(jnp.asarray(positions))) != (knots,):
-        raise ValueError(
-            f"positions of shape {jnp.shape(positions)} for {knots} knots: give one step per knot."
-        )
-    elif _concrete(positions) and np.any(np.diff(positions) < 0):
-        raise ValueError(f"positions={positions} decrease: sort them together with values.")
+    positions = _positions(values, num_steps, positions)
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Leaf) -> jax.Array:
+        # How much of each leg lies behind the step. A knot that has overtaken the one before waits.
         passed = _ramp(step, positions[:-1], positions[1:] - positions[:-1])
         in_order = jax.lax.stop_gradient(jax.lax.cummin(passed))
         return _through(values, jnp.where(passed > in_order, in_order, passed))
@@ -87,7 +71,7 @@ def piecewise_linear(
     return schedule
 
 
-def piecewise_constant(values: Any, steps_each: int) -> Schedule:
+def piecewise_constant(values: Leaf, steps_each: int) -> Schedule:
     """One value per window of `steps_each` steps; the last one after the end.
 
     Sharing a rate over windows averages its noisy hypergradient and keeps forward mode cheap: FDS
@@ -114,20 +98,20 @@ def piecewise_constant(values: Any, steps_each: int) -> Schedule:
     >>> [float(schedule(step)) for step in (0, 9, 10, 99)]
     [1.0, 1.0, 0.5, 0.25]
     """
-    if not isinstance(steps_each, (int, np.integer)) or steps_each < 1:
-        raise ValueError(
-            f"steps_each={steps_each} must be a Python integer of at least 1: a window's length "
-            "has no gradient. For turning points that have one, use piecewise_linear(positions=)."
-        )
+    remedy = (
+        "as a window's length has no gradient. For turning points that have one, use "
+        "piecewise_linear(positions=)"
+    )
+    steps_each = checks.integer("steps_each", steps_each, remedy=remedy)
     values = jnp.asarray(values)
     if not values.ndim:
         raise ValueError(f"values={values} needs a leading axis of windows: give [{values}].")
-    return Schedule(values, int(steps_each))
+    return Schedule(values, steps_each)
 
 
 def warmup_cosine(
-    peak: Any, warmup_steps: Any, decay_steps: Any, floor: Any = 0.0, start: Any = 0.0
-) -> Callable[[Any], jax.Array]:
+    peak: Leaf, warmup_steps: Leaf, decay_steps: Leaf, floor: Leaf = 0.0, start: Leaf = 0.0
+) -> optax.Schedule:
     """Linear warm-up from `start` to `peak`, then half a cosine down to `floor`.
 
     `optax.warmup_cosine_decay_schedule` with all five numbers traced or not, lengths included.
@@ -150,15 +134,9 @@ def warmup_cosine(
     >>> [round(float(schedule(step)), 4) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.05, 0.1, 0.05, 0.0]
     """
-    if _concrete(warmup_steps) and warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more.")
-    if _concrete(warmup_steps, decay_steps) and decay_steps <= warmup_steps:
-        raise ValueError(
-            f"decay_steps={decay_steps} must exceed warmup_steps={warmup_steps}: it counts from "
-            "step 0, warm-up included."
-        )
+    _check_lengths(warmup_steps, decay_steps)
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Leaf) -> jax.Array:
         up = _ramp(step, 0.0, warmup_steps)
         # negative only where a traced decay ends before the warm-up does
         down = _ramp(step, warmup_steps, decay_steps - warmup_steps)
@@ -168,7 +146,7 @@ def warmup_cosine(
     return schedule
 
 
-def exponential_decay(initial: Any, rate: Any, transition_steps: Any) -> Callable[[Any], jax.Array]:
+def exponential_decay(initial: Leaf, rate: Leaf, transition_steps: Leaf) -> optax.Schedule:
     """`initial * rate ** (step / transition_steps)`, as `optax.exponential_decay`.
 
     All three numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones
@@ -182,10 +160,10 @@ def exponential_decay(initial: Any, rate: Any, transition_steps: Any) -> Callabl
     >>> [float(schedule(step)) for step in (0, 10, 20)]
     [1.0, 0.5, 0.25]
     """
-    _require_positive("rate", rate)
-    _require_positive("transition_steps", transition_steps)
+    checks.positive_if_known("rate", rate)
+    checks.positive_if_known("transition_steps", transition_steps)
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: Leaf) -> jax.Array:
         power = step / jnp.maximum(widen(transition_steps), 1e-6)
         return initial * jnp.power(rate, power)
 
@@ -203,20 +181,49 @@ def _through(values: jax.Array, passed: jax.Array) -> jax.Array:
     return jnp.tensordot(weights.astype(jnp.result_type(values, weights)), values, 1)
 
 
-def _ramp(step: Any, start: Any, length: Any) -> jax.Array:
+def _ramp(step: Leaf, start: Leaf, length: Leaf) -> jax.Array:
     """From 0 at `start` to 1 at `start + length`; a jump, without derivative, if it has no length.
 
     At both ends `jnp.clip` has half the inner derivative: the mean of both sides.
     """
     length = widen(length)
+    # A division by 0 in the branch that `where` does not take would still make the gradient NaN.
     safe = jnp.where(length > 0, length, 1)
     return jnp.where(length > 0, jnp.clip((step - start) / safe, 0, 1), step >= start)
 
 
-def _concrete(*values: Any) -> bool:
+def _positions(values: jax.Array, num_steps: Leaf | None, positions: Leaf | None) -> jax.Array:
+    """The step of each knot, `[knots]`, checked."""
+    if (num_steps is None) == (positions is None):
+        raise ValueError(
+            f"num_steps={num_steps} and positions={positions}: give one of the two, the length of "
+            "evenly spread knots or each knot's step."
+        )
+    knots = values.shape[0] if values.ndim else 0
+    if knots < 2:
+        raise ValueError(f"values of shape {values.shape} need a leading axis of at least 2 knots.")
+    if num_steps is not None:
+        checks.positive_if_known("num_steps", num_steps)
+        return jnp.linspace(0.0, 1.0, knots) * num_steps
+    positions = widen(jnp.asarray(positions))
+    if positions.shape != (knots,):
+        raise ValueError(
+            f"positions of shape {positions.shape} for {knots} knots: give one step per knot."
+        )
+    if _concrete(positions) and np.any(np.diff(positions) < 0):
+        raise ValueError(f"positions={positions} decrease: sort them together with values.")
+    return positions
+
+
+def _check_lengths(warmup_steps: Leaf, decay_steps: Leaf) -> None:
+    if _concrete(warmup_steps) and warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more.")
+    if _concrete(warmup_steps, decay_steps) and decay_steps <= warmup_steps:
+        raise ValueError(
+            f"decay_steps={decay_steps} must exceed warmup_steps={warmup_steps}: it counts from "
+            "step 0, warm-up included."
+        )
+
+
+def _concrete(*values: Leaf) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in values)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    if _concrete(value) and not np.all(np.asarray(value) > 0):
-        raise ValueError(f"{name}={value} must be positive.")

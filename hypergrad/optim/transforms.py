@@ -5,21 +5,23 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from hypergrad.trees import cast_like, inner_product, leaf_names, widen
+from hypergrad import checks
+from hypergrad.trees import Leaf, Params, State, Tree, cast_like, inner_product, leaf_names, widen
 
 
 class NormAdamState(NamedTuple):
     """Moments of `norm_adam`: of the gradient, and of its squared norm."""
 
     updates: jax.Array
-    mean: Any
+    mean: Params
     square: jax.Array
 
 
-def norm_adam(learning_rate: float, b1: float = 0.7, b2: float = 0.9) -> Any:
+def norm_adam(
+    learning_rate: float, b1: float = 0.7, b2: float = 0.9
+) -> optax.GradientTransformation:
     """Adam whose second moment is that of the whole gradient's norm, one scale for all entries.
 
     Adam divides every entry by its own magnitude, so a hyperparameter whose gradient is mostly
@@ -37,11 +39,13 @@ def norm_adam(learning_rate: float, b1: float = 0.7, b2: float = 0.9) -> Any:
     [-0.06, -0.08]
     """
 
-    def init(params: Any) -> NormAdamState:
+    def init(params: Params) -> NormAdamState:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return NormAdamState(jnp.zeros((), jnp.int32), zeros, inner_product(zeros, zeros))
 
-    def update(grads: Any, state: NormAdamState, params: Any = None) -> tuple[Any, NormAdamState]:
+    def update(
+        grads: Params, state: NormAdamState, params: Params | None = None
+    ) -> tuple[Params, NormAdamState]:
         del params
         size = jnp.sqrt(inner_product(grads, grads))
         grads = jax.tree.map(lambda g: g / jnp.maximum(size, 1.0).astype(g.dtype), grads)
@@ -67,16 +71,16 @@ class HypergradientDescentState(NamedTuple):
     """
 
     learning_rate: jax.Array
-    tangent: Any
-    optimizer_state: Any
+    tangent: Params
+    optimizer_state: State
 
 
 def hypergradient_descent(
     optimizer_factory: Callable[[Any], optax.GradientTransformation],
-    learning_rate: Any,
-    hyper_learning_rate: Any,
+    learning_rate: Leaf,
+    hyper_learning_rate: Leaf,
     rule: Literal["additive", "multiplicative"] = "additive",
-    min_learning_rate: Any = 0.0,
+    min_learning_rate: Leaf = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optax optimiser, its learning rate adapted by the training loss's own gradient in it.
 
@@ -133,26 +137,16 @@ def hypergradient_descent(
     >>> bool(loss(w) < 1e-3), bool(state.learning_rate > 1e-3)
     (True, True)
     """
-    if rule not in ("additive", "multiplicative"):
-        raise ValueError(f"rule={rule!r} is unknown: choose 'additive' or 'multiplicative'.")
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("hyper_learning_rate", hyper_learning_rate),
-    ):
-        if callable(value):
-            raise ValueError(
-                f"{name}={value!r} is a schedule: give its first value. To scale an adapted rate "
-                "over time, put optax.scale_by_schedule into optimizer_factory."
-            )
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
-            raise ValueError(f"{name}={value} must be positive, for instance 0.01.")
+    checks.choice("rule", rule, ("additive", "multiplicative"))
+    _check_rate("learning_rate", learning_rate)
+    _check_rate("hyper_learning_rate", hyper_learning_rate)
 
-    def init(params: Any) -> HypergradientDescentState:
+    def init(params: Params) -> HypergradientDescentState:
         rate = widen(learning_rate)
         still = jax.tree.map(jnp.zeros_like, params)
         return HypergradientDescentState(rate, still, optimizer_factory(rate).init(params))
 
-    def adapted(rate: jax.Array, grads: Any, tangent: Any) -> jax.Array:
+    def adapted(rate: jax.Array, grads: Params, tangent: Params) -> jax.Array:
         slope = inner_product(grads, tangent)
         if rule == "additive":
             rate = rate - hyper_learning_rate * slope
@@ -165,14 +159,15 @@ def hypergradient_descent(
         return jnp.maximum(rate, min_learning_rate)
 
     def update(
-        grads: Any, state: HypergradientDescentState, params: Any = None, **extra: Any
-    ) -> tuple[Any, HypergradientDescentState]:
+        grads: Params, state: HypergradientDescentState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, HypergradientDescentState]:
         rate = adapted(state.learning_rate, grads, state.tangent).astype(state.learning_rate.dtype)
 
-        def move(rate: jax.Array) -> tuple[Any, Any]:
+        def move(rate: jax.Array) -> tuple[Params, State]:
             optimizer = optax.with_extra_args_support(optimizer_factory(rate))
             return optimizer.update(grads, state.optimizer_state, params, **extra)
 
+        # Not at construction: only an update with gradients shows it.
         _refuse_unused_rate(move, rate)
         one = jnp.ones_like(rate)
         updates, tangent, optimizer_state = jax.jvp(move, (rate,), (one,), has_aux=True)
@@ -182,6 +177,15 @@ def hypergradient_descent(
         return updates, HypergradientDescentState(rate, tangent, optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_rate(name: str, value: Leaf) -> None:
+    if callable(value):
+        raise ValueError(
+            f"{name}={value!r} is a schedule: give its first value. To scale an adapted rate over "
+            "time, put optax.scale_by_schedule into optimizer_factory."
+        )
+    checks.positive_if_known(name, value, "give 0.01, for instance")
 
 
 def _refuse_unused_rate(move: Callable[[jax.Array], Any], rate: jax.Array) -> None:
@@ -196,7 +200,7 @@ def _refuse_unused_rate(move: Callable[[jax.Array], Any], rate: jax.Array) -> No
         )
 
 
-def scale_by_tree(rates: Any) -> optax.GradientTransformation:
+def scale_by_tree(rates: Tree) -> optax.GradientTransformation:
     """Multiplies updates by a tree of rates: per layer, per group or per weight.
 
     optax scales by one number; here each rate is traced and has its own gradient.
@@ -220,14 +224,14 @@ def scale_by_tree(rates: Any) -> optax.GradientTransformation:
     [[0.5, 0.5], [0.5], [2.0, 3.0]]
     """
 
-    def update(updates: Any, params: Any) -> Any:
+    def update(updates: Params, params: Params | None) -> Params:
         del params
         return _with_prefix(lambda rate, u: rate * u, "rates", rates, updates)
 
     return optax.stateless(update)
 
 
-def decay_by_tree(weight_decay: Any) -> optax.GradientTransformation:
+def decay_by_tree(weight_decay: Tree) -> optax.GradientTransformation:
     """Adds weight decay from a tree of coefficients: per layer, per group or per weight.
 
     `optax.add_decayed_weights` with a tree in place of its one number; `weight_decay` is a prefix
@@ -246,7 +250,7 @@ def decay_by_tree(weight_decay: Any) -> optax.GradientTransformation:
     [[0.1, 0.1], [0.0, 0.2]]
     """
 
-    def update(updates: Any, params: Any) -> Any:
+    def update(updates: Params, params: Params | None) -> Params:
         if params is None:
             raise ValueError("params=None: decay needs them. Call update(grads, state, params).")
         return _with_prefix(
@@ -256,8 +260,12 @@ def decay_by_tree(weight_decay: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _with_prefix(f: Callable[..., Any], name: str, prefix: Any, tree: Any, *rest: Any) -> Any:
-    def on_leaf(value: Any, leaf: Any, *others: Any) -> Any:
+def _with_prefix(
+    f: Callable[..., jax.Array], name: str, prefix: Tree, tree: Params, *rest: Params
+) -> Params:
+    """`f(value, leaf, ...)` of every leaf of `tree`, with the value of `prefix` at or above it."""
+
+    def on_leaf(value: Leaf, leaf: jax.Array, *others: jax.Array) -> jax.Array:
         ours, shape = jnp.shape(value), jnp.shape(leaf)
         pairs = zip(ours[::-1], shape[::-1], strict=False)
         if len(ours) > len(shape) or any(size not in (1, whole) for size, whole in pairs):
@@ -265,12 +273,7 @@ def _with_prefix(f: Callable[..., Any], name: str, prefix: Any, tree: Any, *rest
         return f(value, leaf, *others).astype(leaf.dtype)
 
     try:
-        return jax.tree.map(
-            lambda value, *subtrees: jax.tree.map(lambda *x: on_leaf(value, *x), *subtrees),
-            prefix,
-            tree,
-            *rest,
-        )
+        return jax.tree.map(on_leaf, jax.tree.broadcast(prefix, tree), tree, *rest)
     except ValueError as error:
         raise ValueError(
             f"{name} with leaves {leaf_names(prefix)} does not fit updates with leaves "

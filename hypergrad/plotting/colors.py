@@ -12,15 +12,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from hypergrad.plotting.panels import PALETTE, Axes
-from hypergrad.study.ranking import Scored, sign_of
+from hypergrad.study.ranking import Scored, best_scored, sign_of
 
 BEST_COLOR, OTHER_COLOR = PALETTE[1], "#555555"
 
 
 class Colors:
-    """Colours by score: dark is good, and all that is far worse than the median has one colour."""
+    """Colours by score: dark is good, and all that is far worse than the median has one colour.
+
+    The `best` trial that trained in full stands out; None where no trial did.
+    """
 
     def __init__(self, scored: Sequence[Scored], study: optuna.Study) -> None:
+        self.best = best_scored(scored, study)
         sign = sign_of(study)
         losses = np.array([sign * s.score for s in scored])
         best, worst = losses.min(), losses.max()
@@ -32,9 +36,9 @@ class Colors:
         self._norm = Normalize(low, high if high > low else low + 1, clip=True)
         self._map = colormaps["viridis" if sign > 0 else "viridis_r"]
 
-    def of(self, score: float) -> Any:
-        """The colour of one score."""
-        return self._map(self._norm(score))
+    def of(self, one: Scored) -> Any:
+        """The colour of one trial."""
+        return BEST_COLOR if one is self.best else self._map(self._norm(one.score))
 
     def bar(self, axes: Sequence[Axes]) -> None:
         """Draws the scale beside the axes, with an arrow where it goes on in one colour."""

@@ -1,12 +1,13 @@
 """Axes for pictures: colours, panels, legends, and a hyperparameter's own scale."""
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 try:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, Locator
@@ -20,16 +21,22 @@ except ImportError as error:
 
 from hypergrad.space.dimensions import Float
 
+GivenAxes = Axes | Sequence[Axes] | np.ndarray | None
 # Okabe and Ito 2008, without the yellow that is too light for a line.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def given_or_new(axes: Any, names: Sequence[str]) -> dict[str, Axes]:
-    """One of the given axes for each name, in order; those of a new figure where they are None.
+def chosen(names: Iterable[str] | None, known: Sequence[str], kind: str) -> list[str]:
+    """`names`, all of them known; None for all that are."""
+    names = known if names is None else list(names)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"names holds {name!r}: the {kind} are {list(known)}.")
+    return list(names)
 
-    Raises:
-      ValueError: fewer axes than names.
-    """
+
+def given_or_new(axes: GivenAxes, names: Sequence[str]) -> dict[str, Axes]:
+    """One of the given axes for each name, in order; those of a new figure where they are None."""
     grid = new_panels(len(names)) if axes is None else np.atleast_1d(np.asarray(axes)).flatten()
     if len(grid) < len(names):
         raise ValueError(f"axes holds {len(grid)}, but {len(names)} are drawn: {list(names)}.")
@@ -73,6 +80,14 @@ def set_step_axis(axis: Axes, label: str) -> None:
     axis.grid(alpha=0.25)
 
 
+def log_if_wide(axis: Axes, values: ArrayLike) -> None:
+    """Makes the vertical axis logarithmic where positive values span more than a factor of 5."""
+    finite = np.asarray(values, float)
+    finite = finite[np.isfinite(finite)]
+    if finite.size and finite.min() > 0 and finite.max() > 5 * finite.min():
+        log_scale(axis)
+
+
 def log_scale(axis: Axes) -> None:
     """Makes the vertical axis logarithmic, with plain numbers as labels."""
     axis.set_yscale("log")
@@ -93,7 +108,7 @@ def png(figure: Figure) -> bytes:
     return result.getvalue()
 
 
-def legend_above(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def legend_above(axis: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> None:
     """A legend above the axes, where it hides no data, in as many columns as fit."""
     inches = axis.get_window_extent().width / axis.figure.dpi
     # A letter is about 0.07 inches wide at this size, a handle with its gaps as wide as 5.
@@ -112,12 +127,12 @@ def legend_above(axis: Axes, handles: Sequence[Any], labels: Sequence[str]) -> N
     )
 
 
-def _from_one(value: Any) -> Any:
+def _from_one(value: ArrayLike) -> np.ndarray:
     # Beyond one there is no logarithm; an axis asks there when it is dragged about.
     return -np.log(np.maximum(1 - np.asarray(value, float), 1e-12))
 
 
-def _to_one(position: Any) -> Any:
+def _to_one(position: ArrayLike) -> np.ndarray:
     return 1 - np.exp(-np.asarray(position, float))
 
 

@@ -11,7 +11,7 @@ from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new
 from hypergrad.space.dimensions import Categorical, Float
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import best_scored, scored_trials, worst_first
+from hypergrad.study.ranking import scored_trials, worst_first
 from hypergrad.study.signature import stored_space
 
 # Where an inactive hyperparameter stands, below its axis.
@@ -35,7 +35,8 @@ def plot_parallel(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     coordinates, names = Coordinates(space), list(space)
     width = max(9.0, 0.9 * len(names))
     axis = new_panels(1, (width, 4.2))[0] if axes is None else axes
-    colors, best = Colors(scored, study), best_scored(scored, study)
+    _label(axis, space, width)
+    colors = Colors(scored, study)
     for i, one in enumerate(worst_first(scored, study)):
         values = coordinates.from_study(one.trial.params)
         fan = _FAN * (i / max(len(scored) - 1, 1) - 0.5)
@@ -45,36 +46,39 @@ def plot_parallel(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
                 _place(space, name, values[name], fan) if name in values else _INACTIVE + fan
                 for name in names
             ],
-            color=BEST_COLOR if one is best else colors.of(one.score),
-            lw=2.2 if one is best else 1.2,
+            color=colors.of(one),
+            lw=2.2 if one is colors.best else 1.2,
             ls="-" if one.complete else _DASHED,
-            zorder=3 if one is best else 2,
+            zorder=3 if one is colors.best else 2,
         )
-    for i, name in enumerate(names):
-        axis.plot([i, i], [0, 1], color="black", lw=0.8, zorder=1)
-        for text, height in _marks(space, name):
-            _write(axis, i, height, text)
-        if space[name].when:
-            _write(axis, i, _INACTIVE, "inactive")
-    conditional = any(space[name].when for name in names)
-    axis.set_xlim(-0.55, len(names) - 0.9)
-    axis.set_ylim(_INACTIVE - 0.05 if conditional else -0.05, 1.05)
-    axis.set_yticks([])
-    # Names that would run into one another are slanted.
-    slanted = 0.09 * max(map(len, names)) > width / len(names)
-    axis.set_xticks(range(len(names)), names, fontsize=9)
-    if slanted:
-        for label in axis.get_xticklabels():
-            label.set(rotation=20, ha="right", rotation_mode="anchor")
-    axis.spines[:].set_visible(False)
     colors.bar([axis])
     legend = {"trained in full": Line2D([], [], color=OTHER_COLOR)}
-    if best is not None:
-        legend[f"best: trial {best.trial.number}"] = Line2D([], [], color=BEST_COLOR, lw=2.2)
+    if colors.best is not None:
+        legend[f"best: trial {colors.best.trial.number}"] = Line2D([], [], color=BEST_COLOR, lw=2.2)
     if not all(s.complete for s in scored):
         legend["stopped early"] = Line2D([], [], color=OTHER_COLOR, ls=_DASHED)
     legend_above(axis, list(legend.values()), list(legend))
     return axis
+
+
+def _label(axis: Axes, space: Space, width: float) -> None:
+    """Draws a vertical axis for each hyperparameter, with its name and its marks."""
+    for i, (name, dimension) in enumerate(space.items()):
+        axis.plot([i, i], [0, 1], color="black", lw=0.8, zorder=1)
+        for text, height in _marks(space, name):
+            _write(axis, i, height, text)
+        if dimension.when:
+            _write(axis, i, _INACTIVE, "inactive")
+    conditional = any(dimension.when for dimension in space.values())
+    axis.set_xlim(-0.55, len(space) - 0.9)
+    axis.set_ylim(_INACTIVE - 0.05 if conditional else -0.05, 1.05)
+    axis.set_yticks([])
+    axis.set_xticks(range(len(space)), list(space), fontsize=9)
+    # Names that would run into one another are slanted.
+    if 0.09 * max(map(len, space)) > width / len(space):
+        for label in axis.get_xticklabels():
+            label.set(rotation=20, ha="right", rotation_mode="anchor")
+    axis.spines[:].set_visible(False)
 
 
 def _place(space: Space, name: str, value: object, fan: float = 0.0) -> float:

@@ -20,6 +20,7 @@ _CAPTIONS = {
     "importance": "What sets the best tenth of the trials apart, by hyperparameter (PED-ANOVA).",
     "refinement": "Where hypergradients led each trial while it trained, from its start (hollow).",
 }
+_MOST_TRIALS = 20
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; }
@@ -33,21 +34,13 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .8re
 """
 
 
-def report(study: optuna.Study, count: int = 20) -> str:
-    """The page's HTML, pictures included (half a megabyte or so).
-
-    Args:
-      study: one that `hypergrad.sweep` has opened.
-      count: how many of the best trials the table holds.
-
-    Raises:
-      ValueError: no sweep has opened the study.
-    """
+def page(study: optuna.Study) -> str:
+    """The HTML for a study that a sweep has opened, pictures included: half a megabyte or so."""
     name = html.escape(study.study_name)
     direction = study.direction.name.lower() + "d"
     sections = [
         f"<h1>{name}</h1><p>{states(study)}; the validation score is {direction}.</p>",
-        _best(study, count),
+        _best(study),
         *_pictures(study),
         _space(study),
         _failures(study),
@@ -59,8 +52,8 @@ def report(study: optuna.Study, count: int = 20) -> str:
     )
 
 
-def _best(study: optuna.Study, count: int) -> str:
-    best = ranked(study)[:count]
+def _best(study: optuna.Study) -> str:
+    best = ranked(study)[:_MOST_TRIALS]
     if not best:
         return "<h2>Best trials</h2><p>No trial has trained in full yet.</p>"
     names = [name for name in stored_space(study) if any(name in b.hyper for b in best)]
@@ -130,10 +123,13 @@ def _table(rows: list[list[str]], best: bool = False) -> str:
 
 
 def write_report(study: optuna.Study, path: str | Path) -> Path:
-    """Writes `report(study)` to `path`, in one piece; returns the path."""
+    """Writes the page of a study to `path`, in one piece; returns the path.
+
+    Raises:
+      ValueError: no sweep has opened the study.
+    """
     path = Path(path)
-    text = report(study)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(page(study), encoding="utf-8")
     part.replace(path)
     return path

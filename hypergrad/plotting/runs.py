@@ -8,28 +8,30 @@ Okabe and Ito, safe for the colour-blind.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from hypergrad import checks
 from hypergrad.optim.schedules import Schedule
 from hypergrad.plotting.panels import (
     PALETTE,
     Axes,
     Figure,
+    GivenAxes,
+    chosen,
     given_or_new,
     legend_above,
-    log_scale,
+    log_if_wide,
     new_panels,
     set_hyper_axis,
     set_step_axis,
 )
 from hypergrad.space.dimensions import Float
 from hypergrad.space.space import Space
+from hypergrad.trees import Tree
 from hypergrad.tuners.trust import REASONS
-
-__all__ = ["plot_losses", "plot_norms", "plot_run", "plot_schedule", "plot_trajectories"]
 
 _DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 # More numbers than this are drawn as a median and a band.
@@ -52,7 +54,7 @@ def plot_trajectories(
     *,
     steps_per_update: int | None = None,
     names: Sequence[str] | None = None,
-    axes: Any = None,
+    axes: GivenAxes = None,
     label: str | None = None,
     color: str | None = None,
 ) -> np.ndarray:
@@ -85,7 +87,8 @@ def plot_trajectories(
     >>> axis.get_yscale(), axis.get_xlabel(), axis.lines[0].get_xdata().tolist()
     ('log', 'training step', [10, 20, 30])
     """
-    values = _stacked([info.hyper for info in _checked(history)])
+    hypers = [dict(info.hyper) for info in _checked(history)]
+    values = jax.tree.map(lambda *leaves: np.stack(leaves), *hypers)
     x = _positions(history, steps_per_update)
     panels = _hyper_panels(values, space, names, axes)
     for name, axis in panels.items():
@@ -99,7 +102,7 @@ def plot_schedule(
     space: Space,
     *,
     names: Sequence[str] | None = None,
-    axes: Any = None,
+    axes: GivenAxes = None,
     label: str | None = None,
     color: str | None = None,
 ) -> np.ndarray:
@@ -108,14 +111,12 @@ def plot_schedule(
     Arguments, result and errors as in `plot_trajectories`; each value stands for the training
     steps it is used in.
     """
-    values = {name: jax.tree.map(np.asarray, tree) for name, tree in schedule.values.items()}
-    updates = jax.tree.leaves(values)[0].shape[0]
-    x = schedule.steps_per_update * np.arange(updates + 1)
+    # The last value stands until the end of its steps.
+    values = jax.tree.map(lambda v: np.concatenate([v, v[-1:]]), dict(schedule.values))
+    x = schedule.steps_per_update * np.arange(len(jax.tree.leaves(values)[0]))
     panels = _hyper_panels(values, space, names, axes)
     for name, axis in panels.items():
-        # The last value stands until the end of its steps.
-        series = {part: np.concatenate([v, v[-1:]]) for part, v in _series(values[name]).items()}
-        _draw(axis, x, series, label, color, step="post")
+        _draw(axis, x, _series(values[name]), label, color, step="post")
         _finish(axis, schedule.steps_per_update)
     return np.array(list(panels.values()))
 
@@ -162,10 +163,7 @@ def plot_losses(
     if with_training:
         axis.plot(x, trained, "--", color=color or PALETTE[4], label=before + "training")
     _mark_refused(axis, x, losses, history)
-    both = np.concatenate([losses, trained])
-    both = both[np.isfinite(both)]
-    if both.size and both.min() > 0 and both.max() > 5 * both.min():
-        log_scale(axis)
+    log_if_wide(axis, [*losses, *trained])
     axis.set_ylabel("loss" if with_training else "validation loss")
     _finish(axis, steps_per_update)
     return axis
@@ -239,29 +237,23 @@ def _checked(history: Sequence[Any]) -> Sequence[Any]:
     return history
 
 
-def _stacked(hypers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    stack = lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves])  # noqa: E731
-    return jax.tree.map(stack, *[dict(hyper) for hyper in hypers])
-
-
 def _positions(history: Sequence[Any], steps_per_update: int | None) -> np.ndarray:
     """Where the updates stand: at the last training step of each, or at their number from 1."""
+    if steps_per_update is not None:
+        checks.integer("steps_per_update", steps_per_update)
     # `fit` numbers its updates, which may begin anywhere.
     numbers = [getattr(info, "update", i) for i, info in enumerate(history)]
     return (steps_per_update or 1) * (np.array(numbers) + 1)
 
 
 def _hyper_panels(
-    values: Mapping[str, Any], space: Space, names: Iterable[str] | None, axes: Any
+    values: Mapping[str, Tree], space: Space, names: Iterable[str] | None, axes: GivenAxes
 ) -> dict[str, Axes]:
     """The axes of each hyperparameter, on its scale."""
-    if names is None:
-        # JAX sorts a dict's keys; the space has the user's order.
-        names = sorted(values, key=lambda name: [*space, name].index(name))
+    # JAX sorts a dict's keys; the space has the user's order.
+    known = sorted(values, key=lambda name: [*space, name].index(name))
     floats = {}
-    for name in names:
-        if name not in values:
-            raise ValueError(f"names holds {name!r}: the run's hyperparameters are {list(values)}.")
+    for name in chosen(names, known, "run's hyperparameters"):
         dimension = space.dimensions.get(name)
         if not isinstance(dimension, Float):
             raise ValueError(
@@ -275,7 +267,7 @@ def _hyper_panels(
     return panels
 
 
-def _series(tree: Any) -> dict[str, np.ndarray]:
+def _series(tree: Tree) -> dict[str, np.ndarray]:
     """The numbers of one hyperparameter by their labels, `[updates]`; or all, `[updates, n]`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if sum(leaf[0].size for _, leaf in leaves) > _MOST_LINES:
@@ -295,7 +287,7 @@ def _draw(
     series: Mapping[str, np.ndarray],
     label: str | None,
     color: str | None,
-    step: Any = None,
+    step: Literal["post"] | None = None,
 ) -> None:
     for i, (part, values) in enumerate(series.items()):
         line_color = color or PALETTE[i]
@@ -316,28 +308,17 @@ def _draw(
 def _mark_refused(axis: Axes, x: np.ndarray, y: np.ndarray, history: Sequence[Any]) -> None:
     # A tuner of one's own may not judge.
     refused = np.array([int(getattr(info, "refused", None) or 0) for info in history])
-    for reason, (words, marker, color) in enumerate(REFUSALS):
-        if reason == 0:
-            continue
-        # Where there is no height to show: the upper edge.
-        edge = axis.get_xaxis_transform()
+    # Where there is no height to show: the upper edge.
+    lost, edge = ~np.isfinite(y), axis.get_xaxis_transform()
+    style: dict[str, Any] = {"ms": 6, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    for reason, (words, marker, color) in enumerate(REFUSALS[1:], 1):
+        style |= {"color": color, "label": f"refused: {words}"}
         for here, height, transform in (
-            (refused == reason, y, axis.transData),
-            ((refused == reason) & ~np.isfinite(y), np.full(len(y), 0.97), edge),
+            ((refused == reason) & ~lost, y, axis.transData),
+            ((refused == reason) & lost, np.full(len(y), 0.97), edge),
         ):
-            here = here & np.isfinite(height)
             if here.any():
-                axis.plot(
-                    x[here],
-                    height[here],
-                    marker,
-                    color=color,
-                    markersize=6,
-                    markeredgecolor="white",
-                    markeredgewidth=0.5,
-                    transform=transform,
-                    label=f"refused: {words}",
-                )
+                axis.plot(x[here], height[here], marker, transform=transform, **style)
 
 
 def _finish(axis: Axes, steps_per_update: int | None) -> None:

@@ -24,9 +24,11 @@ from hypergrad.plotting.panels import (
     PALETTE,
     Axes,
     Figure,
+    GivenAxes,
+    chosen,
     given_or_new,
     legend_above,
-    log_scale,
+    log_if_wide,
     new_panels,
     png,
     set_hyper_axis,
@@ -35,11 +37,9 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import best_scored, refined_trials, scored_trials, sign_of, worst_first
+from hypergrad.study.ranking import Scored, refined_trials, scored_trials, sign_of, worst_first
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import counted
-
-__all__ = ["plot_importance", "plot_parallel", "plot_refinement", "plot_scores", "save_pictures"]
 
 # Trials that trained in full, of which a tenth is one.
 _FEWEST = 10
@@ -74,13 +74,9 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     if stopped:
         axis.plot(*zip(*stopped, strict=True), "x", color=OTHER_COLOR, ms=5, label="stopped early")
     if failed:
-        edge = axis.get_xaxis_transform()
-        axis.plot(
-            *zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, label="failed", transform=edge
-        )
-    values = [s.score for s in scored]
-    if min(values) > 0 and max(values) > 5 * min(values):
-        log_scale(axis)
+        style: dict[str, Any] = {"label": "failed", "transform": axis.get_xaxis_transform()}
+        axis.plot(*zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, **style)
+    log_if_wide(axis, [s.score for s in scored])
     axis.set_xlabel("trial")
     axis.set_ylabel("score (validation)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,7 +117,7 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
 
 
 def plot_refinement(
-    study: optuna.Study, *, names: Sequence[str] | None = None, axes: Any = None
+    study: optuna.Study, *, names: Sequence[str] | None = None, axes: GivenAxes = None
 ) -> np.ndarray:
     """Draws where hypergradients took each trial: its continuous values while it trained.
 
@@ -148,50 +144,45 @@ def plot_refinement(
             f"The study {study.study_name!r} has no refined trial: sweep with "
             "refine=hypergrad.Refine()."
         )
-    paths = {s.trial.number: s.trial.user_attrs["trajectory"] for s in refined}
-    known = [n for n in space.continuous if any(n in paths[s.trial.number] for s in refined)]
-    names = known if names is None else list(names)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"names holds {name!r}: the Floats that were refined are {known}.")
-    colors, best = Colors(refined, study), best_scored(refined, study)
-    panels = given_or_new(axes, names)
+    known = [n for n in space.continuous if any(n in _path(one) for one in refined)]
+    colors = Colors(refined, study)
+    panels = given_or_new(axes, chosen(names, known, "Floats that were refined"))
     for name, axis in panels.items():
         dimension = space[name]
         assert isinstance(dimension, Float)
         set_hyper_axis(axis, name, dimension)
         for one in worst_first(refined, study):
-            path = paths[one.trial.number]
-            if name not in path:
-                continue
-            x = [0, *path["steps"]]
-            y = [one.trial.user_attrs["start"][name], *path[name]]
-            color = BEST_COLOR if one is best else colors.of(one.score)
-            axis.plot(x, y, color=color, lw=2 if one is best else 1)
-            axis.plot(x[:1], y[:1], "o", color=color, markerfacecolor="white", ms=4)
-            axis.plot(x[-1:], y[-1:], "o" if one.complete else "x", color=color, ms=4)
+            if name in _path(one):
+                x = [0, *_path(one)["steps"]]
+                y = [one.trial.user_attrs["start"][name], *_path(one)[name]]
+                color = colors.of(one)
+                axis.plot(x, y, color=color, lw=2 if one is colors.best else 1)
+                axis.plot(x[:1], y[:1], "o", color=color, markerfacecolor="white", ms=4)
+                axis.plot(x[-1:], y[-1:], "o" if one.complete else "x", color=color, ms=4)
         set_step_axis(axis, "training step")
     used = list(panels.values())
     if axes is None:
         colors.bar(used)
-        mark: dict[str, Any] = {"color": OTHER_COLOR, "ls": ""}
-        legend = {
-            "start": Line2D([], [], marker="o", markerfacecolor="white", **mark),
-            "end": Line2D([], [], marker="o", **mark),
-        }
-        if not all(s.complete for s in refined):
-            legend["stopped early"] = Line2D([], [], marker="x", **mark)
-        if best is not None:
-            legend[f"best: trial {best.trial.number}"] = Line2D([], [], color=BEST_COLOR, lw=2)
-        used[0].figure.legend(
-            list(legend.values()),
-            list(legend),
-            loc="outside upper center",
-            ncols=len(legend),
-            fontsize=9,
-            frameon=False,
-        )
+        _explain_paths(used[0], colors, stopped=not all(s.complete for s in refined))
     return np.array(used)
+
+
+def _path(one: Scored) -> dict[str, list[float]]:
+    return one.trial.user_attrs["trajectory"]
+
+
+def _explain_paths(axis: Axes, colors: Colors, stopped: bool) -> None:
+    mark: dict[str, Any] = {"color": OTHER_COLOR, "ls": ""}
+    legend = {
+        "start": Line2D([], [], marker="o", markerfacecolor="white", **mark),
+        "end": Line2D([], [], marker="o", **mark),
+    }
+    if stopped:
+        legend["stopped early"] = Line2D([], [], marker="x", **mark)
+    if colors.best is not None:
+        legend[f"best: trial {colors.best.trial.number}"] = Line2D([], [], color=BEST_COLOR, lw=2)
+    style: dict[str, Any] = {"loc": "outside upper center", "fontsize": 9, "frameon": False}
+    axis.figure.legend(list(legend.values()), list(legend), ncols=len(legend), **style)
 
 
 def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[Path]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hypergrad import checks
+from hypergrad.trees import Leaf
 
 _FLOAT_SCALES = ("linear", "log", "reverse_log")
 _INT_SCALES = ("linear", "log")
@@ -44,10 +46,11 @@ class Float:
     low: float | None = None
     high: float | None = None
     scale: str = "linear"
+    # Compared, but a dict has no hash.
     when: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_scale("Float", self.scale, _FLOAT_SCALES)
+        checks.choice("Float(scale", self.scale, _FLOAT_SCALES)
         object.__setattr__(self, "when", _conditions("Float", self.when))
         if self.low is None and self.high is None:
             if self.scale != "linear":
@@ -61,38 +64,22 @@ class Float:
                 f"Float(low={self.low!r}, high={self.high!r}) has only one bound: "
                 "give both, or neither for an unbounded hyperparameter."
             )
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if isinstance(bound, bool) or not isinstance(bound, Real):
-                raise TypeError(f"Float({name}={bound!r}) is no number: give a float.")
-            object.__setattr__(self, name, float(bound))
-            if not math.isfinite(bound):
-                raise ValueError(
-                    f"Float({name}={bound!r}) is not finite: give a finite bound, "
-                    "or neither bound for an unbounded hyperparameter."
-                )
-        _check_order("Float", self.low, self.high)
-        if self.scale == "log" and self.low <= 0:
-            raise ValueError(
-                f"Float(low={self.low!r}, scale='log') has no logarithm: "
-                "give low > 0, or scale='linear' to reach zero."
-            )
-        if self.scale == "reverse_log" and self.high >= 1:
-            raise ValueError(
-                f"Float(high={self.high!r}, scale='reverse_log') takes the logarithm of one minus "
-                "the value: give high < 1, or scale='linear' to reach one."
-            )
+        for name in ("low", "high"):
+            remedy = "or neither bound for an unbounded hyperparameter"
+            bound = checks.finite(f"Float({name}", getattr(self, name), remedy)
+            object.__setattr__(self, name, bound)
+        _check_range("Float", self.low, self.high, self.scale)
 
     def __repr__(self) -> str:
-        bounds = [] if self.low is None else [f"{self.low!r}", f"{self.high!r}"]
-        return _show("Float", bounds, self.scale, self.when)
+        return _show(self, *(() if self.low is None else (self.low, self.high)))
 
-    def to_unit(self, value: Any) -> jax.Array:
+    def to_unit(self, value: Leaf) -> jax.Array:
         """Return the unit coordinate of one array of values, elementwise."""
         x = as_float(value)
-        if self.low is None or self.high is None:
+        bounds = self._bounds_in(x.dtype)
+        if bounds is None:
             return x
-        low, high = self.low, self.high
-        self._check_precision(x.dtype)
+        low, high = bounds
         # Measured from the nearer bound: both bounds map to 0 and 1 without rounding away, and the
         # anchor is selected before anything is computed, so no branch overflows into the gradient.
         upper = x >= self._middle(low, high)
@@ -108,16 +95,16 @@ class Float:
             offset = -jnp.log1p((anchor - x) / rest) / (math.log1p(-low) - math.log1p(-high))
         return _select(upper, 1.0, 0.0, x.dtype) + offset
 
-    def from_unit(self, unit: Any) -> jax.Array:
+    def from_unit(self, unit: Leaf) -> jax.Array:
         """Return the value at one array of unit coordinates, elementwise.
 
         Within [0, 1] the value stays within the bounds; outside, the scale is continued.
         """
         u = as_float(unit)
-        if self.low is None or self.high is None:
+        bounds = self._bounds_in(u.dtype)
+        if bounds is None:
             return u
-        low, high = self.low, self.high
-        self._check_precision(u.dtype)
+        low, high = bounds
         upper = u >= 0.5
         anchor = _select(upper, high, low, u.dtype)
         offset = u - _select(upper, 1.0, 0.0, u.dtype)
@@ -137,15 +124,16 @@ class Float:
             return math.sqrt(low) * math.sqrt(high)
         return 1 - math.sqrt(1 - low) * math.sqrt(1 - high)
 
-    def _check_precision(self, dtype: Any) -> None:
-        """Refuse bounds that rounding to `dtype` moves off their scale or into each other."""
+    def _bounds_in(self, dtype: np.dtype) -> tuple[float, float] | None:
+        """Both bounds; refuse those that rounding to `dtype` moves off their scale or together."""
         if self.low is None or self.high is None:
-            return
+            return None
         limits = jnp.finfo(dtype)
         with np.errstate(over="ignore"):
             low, high = float(dtype.type(self.low)), float(dtype.type(self.high))
         lost = low >= high or high - low > float(limits.max)
         tiny = float(limits.tiny)
+        # What is smaller may be flushed to zero, and `to_unit` multiplies by 1 / low and 1 / high.
         lost |= self.scale == "log" and (low < tiny or high > 1 / tiny)
         lost |= self.scale == "reverse_log" and high >= 1
         if lost:
@@ -153,30 +141,26 @@ class Float:
                 f"{self!r} cannot be resolved in {dtype.name}, where its bounds round to "
                 f"{low!r} and {high!r}: move them, or enable 64-bit JAX (jax_enable_x64)."
             )
+        return self.low, self.high
 
-    def check_value(self, leaf: Any, label: str) -> None:
+    def check_value(self, leaf: Leaf, label: str) -> None:
         """Refuse a concrete starting value that is not finite or outside the bounds."""
         cast = as_float(leaf, label)
         if isinstance(leaf, jax.core.Tracer):
             return
         given = np.asarray(leaf)
         # Compared after rounding to the coarser dtype: bfloat16(high) may exceed high.
-        narrow = given.dtype if given.dtype.itemsize < cast.dtype.itemsize else cast.dtype
-        narrow = narrow if jnp.issubdtype(narrow, jnp.floating) else cast.dtype
+        coarser = jnp.issubdtype(given.dtype, jnp.floating) and given.itemsize < cast.itemsize
+        narrow = given.dtype if coarser else cast.dtype
         values = given.astype(narrow).astype(np.float64)
-        for wrong in np.argwhere(~np.isfinite(values)):
-            raise ValueError(
-                f"{_at(label, wrong)} starts at {given[tuple(wrong)]}, which is not finite: "
-                "start from a finite number."
-            )
+        why = "which is not finite: start from a finite number."
+        _refuse_where(~np.isfinite(values), given, label, why)
         if self.low is None or self.high is None:
             return
         low, high = (float(np.asarray(bound, narrow)) for bound in (self.low, self.high))
-        for wrong in np.argwhere((values < low) | (values > high)):
-            raise ValueError(
-                f"{_at(label, wrong)} starts at {given[tuple(wrong)]}, outside its bounds "
-                f"[{self.low!r}, {self.high!r}]: start inside them, or widen {self!r}."
-            )
+        bounds = f"[{self.low!r}, {self.high!r}]"
+        why = f"outside its bounds {bounds}: start inside them, or widen {self!r}."
+        _refuse_where((values < low) | (values > high), given, label, why)
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,29 +181,20 @@ class Int:
     when: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        _check_scale("Int", self.scale, _INT_SCALES)
+        checks.choice("Int(scale", self.scale, _INT_SCALES)
         object.__setattr__(self, "when", _conditions("Int", self.when))
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if isinstance(bound, bool) or not isinstance(bound, int | np.integer):
-                raise TypeError(
-                    f"Int({name}={bound!r}) is no integer: give an int, or use Float for a "
-                    "hyperparameter with a gradient."
-                )
-            object.__setattr__(self, name, int(bound))
-        _check_order("Int", self.low, self.high)
-        if self.scale == "log" and self.low < 1:
-            raise ValueError(
-                f"Int(low={self.low!r}, scale='log') has no logarithm: "
-                "give low >= 1, or scale='linear'."
-            )
+        for name in ("low", "high"):
+            remedy = "or use Float for a hyperparameter with a gradient"
+            bound = checks.integer(f"Int({name}", getattr(self, name), None, remedy)
+            object.__setattr__(self, name, bound)
+        _check_range("Int", self.low, self.high, self.scale)
 
     def __repr__(self) -> str:
-        return _show("Int", [f"{self.low!r}", f"{self.high!r}"], self.scale, self.when)
+        return _show(self, self.low, self.high)
 
     def admits(self, value: Any) -> bool:
         """Say whether `value` is one of the whole numbers between the bounds."""
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        return whole and self.low <= value <= self.high
+        return checks.is_integer(value) and self.low <= value <= self.high
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -260,9 +235,9 @@ class Categorical:
         object.__setattr__(self, "when", _conditions("Categorical", when))
 
     def __repr__(self) -> str:
-        return _show("Categorical", [repr(list(self.choices))], "linear", self.when)
+        return _show(self, list(self.choices))
 
-    def admits(self, value: Any) -> bool:
+    def admits(self, value: object) -> bool:
         """Say whether `value` is one of the choices."""
         return value in self.choices
 
@@ -270,7 +245,7 @@ class Categorical:
 Dimension = Float | Int | Categorical
 
 
-def as_float(leaf: Any, label: str = "value") -> jax.Array:
+def as_float(leaf: Leaf, label: str = "value") -> jax.Array:
     """Return `leaf` as a strongly typed array of at least float32, refusing what is no number."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
@@ -284,12 +259,14 @@ def as_float(leaf: Any, label: str = "value") -> jax.Array:
     return jnp.asarray(leaf, jnp.result_type(float) if wide else jnp.float32)
 
 
-def _select(upper: jax.Array, high: float, low: float, dtype: Any) -> jax.Array:
+def _select(upper: jax.Array, high: float, low: float, dtype: np.dtype) -> jax.Array:
     return jnp.where(upper, jnp.asarray(high, dtype), jnp.asarray(low, dtype))
 
 
-def _at(label: str, index: np.ndarray) -> str:
-    return f"{label}[{', '.join(map(str, index))}]" if index.size else label
+def _refuse_where(wrong: np.ndarray, given: np.ndarray, label: str, why: str) -> None:
+    for index in np.argwhere(wrong):
+        place = f"{label}[{', '.join(map(str, index))}]" if index.size else label
+        raise ValueError(f"{place} starts at {given[tuple(index)]}, {why}")
 
 
 def _conditions(kind: str, when: Mapping[str, Any] | None) -> dict[str, tuple[Any, ...]] | None:
@@ -307,23 +284,31 @@ def _conditions(kind: str, when: Mapping[str, Any] | None) -> dict[str, tuple[An
     return result
 
 
-def _check_scale(kind: str, scale: Any, known: tuple[str, ...]) -> None:
-    if scale not in known:
-        raise ValueError(f"{kind}(scale={scale!r}) is unknown: choose one of {', '.join(known)}.")
-
-
-def _check_order(kind: str, low: float, high: float) -> None:
+def _check_range(kind: str, low: float, high: float, scale: str) -> None:
+    """Refuse bounds with nothing between them, or whose ends the scale has no logarithm of."""
     if low >= high:
         raise ValueError(
             f"{kind}(low={low!r}, high={high!r}) is empty: give low < high, or close over a "
             "constant."
         )
+    if scale == "log" and low <= 0:
+        least = "low >= 1" if kind == "Int" else "low > 0"
+        raise ValueError(
+            f"{kind}(low={low!r}, scale='log') has no logarithm: give {least}, or scale='linear' "
+            "to reach zero."
+        )
+    if scale == "reverse_log" and high >= 1:
+        raise ValueError(
+            f"{kind}(high={high!r}, scale='reverse_log') takes the logarithm of one minus the "
+            "value: give high < 1, or scale='linear' to reach one."
+        )
 
 
-def _show(kind: str, arguments: list[str], scale: str, when: Mapping[str, Any] | None) -> str:
-    if scale != "linear":
-        arguments = [*arguments, f"scale={scale!r}"]
-    if when is not None:
-        plain = {name: values[0] if len(values) == 1 else values for name, values in when.items()}
-        arguments = [*arguments, f"when={plain!r}"]
-    return f"{kind}({', '.join(arguments)})"
+def _show(dimension: Dimension, *values: object) -> str:
+    arguments = [repr(value) for value in values]
+    if not isinstance(dimension, Categorical) and dimension.scale != "linear":
+        arguments.append(f"scale={dimension.scale!r}")
+    if dimension.when is not None:
+        when = {name: v[0] if len(v) == 1 else v for name, v in dimension.when.items()}
+        arguments.append(f"when={when!r}")
+    return f"{type(dimension).__name__}({', '.join(arguments)})"

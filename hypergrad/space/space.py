@@ -6,16 +6,16 @@ Outer steps are taken in unit coordinates (see `dimensions.py`). `Space.to_unit`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int, as_float
-
-__all__ = ["Categorical", "Dimension", "Float", "Int", "Space"]
+from hypergrad.trees import Leaf
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -57,9 +57,6 @@ class Space(Mapping[str, Dimension]):
         if name not in self.dimensions:
             raise KeyError(f"{name!r} is not in this space: it holds {list(self.dimensions)}.")
         return self.dimensions[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.dimensions
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.dimensions)
@@ -135,10 +132,7 @@ class Space(Mapping[str, Dimension]):
         Values are not checked against their bounds (see `validate`). Any subset of the Floats may
         be given. Raises ValueError for other names, TypeError for leaves that are no numbers.
         """
-        return {
-            name: jax.tree.map(dimension.to_unit, hyper[name])
-            for name, dimension in self._floats("hyper", hyper).items()
-        }
+        return self._each(Float.to_unit, "hyper", hyper)
 
     def from_unit(self, unit: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values at unit coordinates `unit`, the inverse of `to_unit`.
@@ -150,31 +144,19 @@ class Space(Mapping[str, Dimension]):
         >>> print(f"{space.from_unit({'momentum': 0.5})['momentum']:.4f}")
         0.9000
         """
-        return {
-            name: jax.tree.map(dimension.from_unit, unit[name])
-            for name, dimension in self._floats("unit", unit).items()
-        }
+        return self._each(Float.from_unit, "unit", unit)
 
     def project(self, unit: Mapping[str, Any]) -> dict[str, Any]:
         """Return `unit` clipped into [0, 1]; unbounded Floats are left as they are. NaN stays."""
-
-        def clip(dimension: Float, leaf: Any) -> jax.Array:
-            leaf = as_float(leaf)
-            return leaf if dimension.low is None else jnp.clip(leaf, 0.0, 1.0)
-
-        return {
-            name: jax.tree.map(lambda leaf, d=dimension: clip(d, leaf), unit[name])
-            for name, dimension in self._floats("unit", unit).items()
-        }
+        return self._each(_clip, "unit", unit)
 
     def cast(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """Return `hyper` with strong dtypes of at least float32; integers become floats."""
-        names = self._floats("hyper", hyper)
         return {
             name: jax.tree_util.tree_map_with_path(
                 lambda path, leaf, n=name: as_float(leaf, _label(n, path)), hyper[name]
             )
-            for name in names
+            for name in self._floats("hyper", hyper)
         }
 
     def validate(
@@ -194,21 +176,7 @@ class Space(Mapping[str, Dimension]):
         ValueError: hyper['dropout'] starts at 0.9, outside its bounds [0.0, 0.8]: start ...
         """
         floats = self._floats("hyper", hyper)
-        needed = [name for name in self.continuous if self[name].when is None]
-        if choices is not None:
-            active = self.active(choices)
-            needed = [name for name in self.continuous if name in active]
-            for name in floats:
-                if name not in active:
-                    raise ValueError(
-                        f"hyper[{name!r}] is inactive under {dict(choices)!r}: leave it out, or "
-                        f"change the condition {self[name].when!r}."
-                    )
-        for name in needed:
-            if name not in hyper:
-                raise ValueError(
-                    f"hyper has no {name!r}: give a starting value for {self[name]!r}."
-                )
+        self._check_complete(floats, choices)
         for name, dimension in floats.items():
             leaves = jax.tree_util.tree_leaves_with_path(hyper[name])
             if not leaves:
@@ -218,6 +186,15 @@ class Space(Mapping[str, Dimension]):
             for path, leaf in leaves:
                 dimension.check_value(leaf, _label(name, path))
         return self.cast(hyper)
+
+    def _each(
+        self, function: Callable[[Float, Leaf], jax.Array], argument: str, tree: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """`function` of every leaf of `tree`, given the Float that the leaf belongs to."""
+        return {
+            name: jax.tree.map(partial(function, dimension), tree[name])
+            for name, dimension in self._floats(argument, tree).items()
+        }
 
     def _floats(self, argument: str, tree: Mapping[str, Any]) -> dict[str, Float]:
         """Return the Floats that `tree` names, refusing every other name."""
@@ -239,7 +216,25 @@ class Space(Mapping[str, Dimension]):
             floats[name] = dimension
         return floats
 
-    def _check_choice(self, name: str, value: Any, label: str) -> None:
+    def _check_complete(self, given: Collection[str], choices: Mapping[str, Any] | None) -> None:
+        """Refuse names of Floats that lack one which is needed, or hold one which is not active."""
+        needed = [name for name in self.continuous if self[name].when is None]
+        if choices is not None:
+            active = self.active(choices)
+            needed = [name for name in self.continuous if name in active]
+            for name in given:
+                if name not in active:
+                    raise ValueError(
+                        f"hyper[{name!r}] is inactive under {dict(choices)!r}: leave it out, or "
+                        f"change the condition {self[name].when!r}."
+                    )
+        for name in needed:
+            if name not in given:
+                raise ValueError(
+                    f"hyper has no {name!r}: give a starting value for {self[name]!r}."
+                )
+
+    def _check_choice(self, name: str, value: object, label: str) -> None:
         dimension = self[name]
         if not isinstance(dimension, Float) and not dimension.admits(value):
             raise ValueError(f"{label} is {value!r}: give one of the values of {dimension!r}.")
@@ -267,6 +262,11 @@ class Space(Mapping[str, Dimension]):
         parents = self[name].when or {}
         ancestors = [a for p in parents for a in self._parents_first(p, (*children, name))]
         return [*ancestors, name]
+
+
+def _clip(dimension: Float, unit: Leaf) -> jax.Array:
+    u = as_float(unit)
+    return u if dimension.low is None else jnp.clip(u, 0.0, 1.0)
 
 
 def _label(name: str, path: tuple[Any, ...]) -> str:

@@ -23,8 +23,6 @@ from hypergrad.checks import integer
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
 
-__all__ = ["Coordinates"]
-
 # A grid is listed in full; beyond this it is a mistake.
 _LARGEST_GRID = 100_000
 

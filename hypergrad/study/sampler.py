@@ -17,8 +17,6 @@ from hypergrad.study.optuna_private import random_generators
 from hypergrad.study.slots import ASKED
 from hypergrad.study.workers import Worker
 
-__all__ = ["Randomness", "SavedRandomness", "make_sampler"]
-
 _SAMPLERS = ("tpe", "random", "grid")
 
 # System attributes of a study: full states by their index, and the place after the last tell.

@@ -6,8 +6,6 @@ from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 
-__all__ = ["check_recipe", "check_same", "stored_space"]
-
 # User attributes of the study.
 _SPACE = "hypergrad:space"
 _RECIPE = "hypergrad:recipe"

@@ -24,8 +24,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hypergrad.study.optuna_private import id_of, read_trials
 from hypergrad.study.workers import Worker, is_dead, read_workers
 
-__all__ = ["ASKED", "ERROR", "Slots", "TrialCounts", "counted", "trial_counts"]
-
 # Which workers may hold this trial, one key for each.
 _CLAIM = "hypergrad:claim:"
 # Written at the end of an ask: what was proposed, and the sampler's random state after it.

@@ -35,8 +35,6 @@ try:
 except ImportError:  # Windows: Optuna's own lock alone.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["open_storage"]
-
 # How long a process waits for another one's transaction on SQLite, in seconds.
 _SQLITE_PATIENCE = 60
 # After how long PostgreSQL ends a transaction whose client went silent, in seconds. Ours take

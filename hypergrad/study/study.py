@@ -26,8 +26,6 @@ from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, counted, tri
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker
 
-__all__ = ["OpenStudy", "Proposal", "open_study"]
-
 # A traceback's end says what went wrong; databases limit a text's length.
 _LONGEST_ERROR = 8000
 

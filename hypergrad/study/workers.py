@@ -20,8 +20,6 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from hypergrad.checks import positive
 
-__all__ = ["Worker", "is_dead", "read_workers"]
-
 _PREFIX = "hypergrad:worker:"
 # Workers that are open in this process: a record of this process that is not among them was left
 # by an interrupted sweep, whose process lives on (a notebook). With the process, as forks copy it.

@@ -29,6 +29,7 @@ Each class below imports its tracker when it is used, and writes no update twice
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ import jax
 import numpy as np
 
 from hypergrad.training.history import Record, scalars
-
-__all__ = ["JSONLines", "MLflow", "TensorBoard", "WandB", "check"]
 
 # Records that MLflow gets at once, and the most metrics that it takes in one request.
 _AT_ONCE, _MOST_METRICS = 50, 1000
@@ -87,9 +86,10 @@ class JSONLines:
     def open(self, history: Sequence[Record], update: int) -> None:
         """Write what came before, and nothing of what is to come."""
         first = history[0].update if history else update
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         with open(beside, "w") as file:
-            file.writelines(line for line in self._lines() if _update_of(line) < first)
+            file.writelines(line for line in lines if _update_of(line) < first)
             file.writelines(_line(record) for record in history)
         os.replace(beside, self._path)
         self._file = open(self._path, "a")  # noqa: SIM115  closed by `close`
@@ -104,9 +104,6 @@ class JSONLines:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
-    def _lines(self) -> list[str]:
-        return self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
 
 
 def _line(record: Record) -> str:
@@ -144,7 +141,7 @@ class TensorBoard:
 
         # Files are read in the order of their names, and two may be of one second.
         suffix = f".{update:012}"
-        purge = update if self._is_written() else None
+        purge = update if any(Path(self._folder).glob("*tfevents*")) else None
         self._writer = SummaryWriter(self._folder, purge_step=purge, filename_suffix=suffix)
 
     def __call__(self, record: Record) -> None:
@@ -156,9 +153,6 @@ class TensorBoard:
         """Write what is left."""
         if self._writer is not None:
             self._writer.close()
-
-    def _is_written(self) -> bool:
-        return any(Path(self._folder).glob("*tfevents*"))
 
 
 class MLflow:
@@ -218,8 +212,6 @@ class MLflow:
             self._client.set_terminated(self._run)
 
     def _log(self) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())

@@ -24,8 +24,6 @@ from hypergrad.training.history import History
 from hypergrad.training.identity import difference
 from hypergrad.trees import Leaf, State, Tree
 
-__all__ = ["Checkpoint", "Saver", "TornError", "load", "put_back", "saved_updates", "take_apart"]
-
 _log = logging.getLogger("hypergrad")
 
 # Arrays below this many bytes are written as one: each array of its own costs orbax a millisecond.

@@ -28,8 +28,6 @@ from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
-__all__ = ["FitResult", "fit"]
-
 _log = logging.getLogger("hypergrad")
 
 # Updates that the device has before it while the host looks at an older one.

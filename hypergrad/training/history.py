@@ -1,12 +1,12 @@
 """What a run did, on the host: one record per update, kept as columns that grow."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np
 
-__all__ = ["LARGE", "History", "Record", "observe", "scalars"]
+from hypergrad.trees import Hyper, Leaf, Tree, path_name
 
 # A hyperparameter of more numbers than this is left out of records: a weight for each of a million
 # examples would fill the host's memory within a few hundred updates.
@@ -42,18 +42,18 @@ class Record(NamedTuple):
     update: int
     loss: float
     train_loss: float
-    hyper: Any
-    grad: Any
-    norm: Any = None
-    worth: Any = None
-    refused: Any = None
-    step_scale: Any = None
-    finite: Any = None
-    first_bad_step: Any = None
-    estimate: Any = None
+    hyper: Hyper
+    grad: Hyper | None
+    norm: float | None = None
+    worth: float | None = None
+    refused: int | None = None
+    step_scale: float | None = None
+    finite: bool | None = None
+    first_bad_step: int | None = None
+    estimate: dict[str, float] | None = None
 
 
-def observe(update: int, info: Any, train_loss: Any) -> Record:
+def observe(update: int, info: Any, train_loss: Leaf | None) -> Record:
     """The record of one update; waits until the device has computed it."""
     values = {name: np.asarray(getattr(info, name)).item() for name in _NUMBERS if _has(info, name)}
     grad = _small(info.grad) if _has(info, "grad") else None
@@ -64,18 +64,18 @@ def observe(update: int, info: Any, train_loss: Any) -> Record:
     return Record(update=update, train_loss=lost, hyper=_small(info.hyper), grad=grad, **values)
 
 
-def _has(info: Any, name: str) -> bool:
+def _has(info: object, name: str) -> bool:
     return getattr(info, name, None) is not None
 
 
-def _small(tree: Any) -> Any:
+def _small(tree: Hyper) -> Hyper:
     """`tree` on the host, without the entries that are large."""
     if isinstance(tree, Mapping):
         tree = {name: part for name, part in tree.items() if _size(part) <= LARGE}
     return jax.tree.map(np.array, tree)
 
 
-def _size(tree: Any) -> int:
+def _size(tree: Tree) -> int:
     # An array says so itself: every update asks, and walking a tree takes ten times as long.
     own = getattr(tree, "size", None)
     return sum(map(np.size, jax.tree.leaves(tree))) if own is None else own
@@ -95,9 +95,9 @@ class History(Sequence[Record]):
     (1, 2.0, [2.0])
     """
 
-    def __init__(self, hyper: Any, columns: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, hyper: Hyper, columns: Mapping[str, np.ndarray] | None = None) -> None:
         self.hyper = _small(hyper)
-        self._hyper = jax.tree.structure(self.hyper)
+        self._structure = jax.tree.structure(self.hyper)
         self._columns = dict(columns or {})
         self._length = len(next(iter(self._columns.values()))) if self._columns else 0
 
@@ -120,10 +120,12 @@ class History(Sequence[Record]):
         return {name: column[: self._length] for name, column in self._columns.items()}
 
     @property
-    def hypers(self) -> Any:
+    def hypers(self) -> Hyper:
         """The hyperparameters of all records, leaves `[updates, ...]`."""
         columns = self.columns
-        return self._hyper.unflatten([columns[f"hyper/{i}"] for i in range(self._hyper.num_leaves)])
+        return self._structure.unflatten(
+            [columns[f"hyper/{i}"] for i in range(self._structure.num_leaves)]
+        )
 
     def __len__(self) -> int:
         return self._length
@@ -139,9 +141,6 @@ class History(Sequence[Record]):
             raise IndexError(f"history[{index}]: it holds {self._length} updates.")
         return self._record(index % self._length)
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self._record(i) for i in range(self._length))
-
     def _record(self, i: int) -> Record:
         numbers: dict[str, Any] = {}
         about: dict[str, Any] = {}
@@ -149,13 +148,13 @@ class History(Sequence[Record]):
         for name, column in self._columns.items():
             group, _, rest = name.partition("/")
             if group in trees:
-                trees[group].append(column[i].copy() if column[i].ndim else np.array(column[i]))
+                trees[group].append(np.array(column[i]))
             elif rest:
                 about[rest] = column[i].item()
             else:
                 numbers[name] = column[i].item()
-        grad = self._hyper.unflatten(trees["grad"]) if trees["grad"] else None
-        hyper = self._hyper.unflatten(trees["hyper"])
+        grad = self._structure.unflatten(trees["grad"]) if trees["grad"] else None
+        hyper = self._structure.unflatten(trees["hyper"])
         return Record(hyper=hyper, grad=grad, estimate=about or None, **numbers)
 
 
@@ -182,11 +181,9 @@ def scalars(record: Record) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, value in record._asdict().items():
-        if name in ("update", "grad") or value is None:
-            continue
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-            parts = [name, *(str(getattr(p, "key", getattr(p, "idx", p))) for p in path)]
-            found |= _curves("/".join(parts), np.asarray(leaf, float))
+        if name not in ("update", "grad"):
+            for path, leaf in jax.tree_util.tree_leaves_with_path({name: value}):
+                found |= _curves(path_name(path), np.asarray(leaf, float))
     return found
 
 

@@ -13,8 +13,6 @@ from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.trees import Hyper, Leaf, State, leaf_names
 from hypergrad.tuners.base import Tuner
 
-__all__ = ["describe", "difference", "program_difference", "program_of"]
-
 # Of what is written here and in `checkpoints`; another one is refused.
 _FORMAT = 2
 # Before, a checkpoint held the lower end, the middle and the upper end of each range, and no space.

@@ -11,8 +11,6 @@ import numpy as np
 
 from hypergrad.training.history import Record
 
-__all__ = ["FitProgress", "ProgressBar", "SweepProgress"]
-
 _log = logging.getLogger("hypergrad")
 
 _BETWEEN_LINES = 60.0
