@@ -114,7 +114,7 @@ CASES = {
 for draw in (plot_trajectories, plot_losses, plot_norms):
     about = (INFOS, SPACE) if draw is plot_trajectories else (INFOS,)
     CASES[draw.__name__] = case(part(drawn, draw, *about), "steps_per_update")
-ROOMS = {
+CASES |= {
     "check_hypergradient": case(
         part(hg.check_hypergradient, PROBLEM, HYPER, None, DATA[:, None], DATA, KEY), "max_entries"
     ),
@@ -140,8 +140,6 @@ ROOMS = {
     "sweep, population": case(searched, "population"),
     "sweep, polish": case(searched, "polish", 1, least=0),
 }
-ROOMS.clear()  # Until these rooms use checks.py, too: delete this line.
-CASES |= ROOMS
 every_case = pytest.mark.parametrize("name", CASES)
 
 

@@ -67,7 +67,7 @@ class SweepResult:
 
     def top(self, count: int = 10) -> list[Best]:
         """The best trials that trained in full, such as to enqueue in a sweep on other data."""
-        return ranked(self.study)[:count]
+        return ranked(self.study)[: integer("count", count, 0)]
 
     def table(self, count: int = 10) -> str:
         """The best trials as text, one line each, and how many there are of each state."""
@@ -109,9 +109,8 @@ class SweepResult:
         Raises:
           ValueError: no trial trained in full, or none of them again.
         """
-        sign = sign_of(self.study)
-        found = []
-        for best in self.top(count) or [self.best]:
+        sign, found = sign_of(self.study), []
+        for best in self.top(integer("count", count)) or [self.best]:
             report = self._retrained(best.hyper, seeds, _CONFIRM)
             score = float(np.where(report.finite, self._score(report), np.nan).mean())
             if np.isfinite(score):

@@ -97,6 +97,8 @@ def open_study(
     choice("direction", direction, ("minimize", "maximize"))
     if num_trials is not None:
         num_trials = integer("num_trials", num_trials, remedy="or None for no limit")
+    if max_retries is not None:
+        max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
     points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from hypergrad.checks import integer
 from hypergrad.data.batches import step_inputs
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.forward import Tangents, pushforward
@@ -117,6 +118,7 @@ def check_hypergradient(
         is not finite (with the first step, the leaf, and the likely cause).
     """
     hyper = strong(hyper)
+    max_entries = integer("max_entries", max_entries)
     window = Window(problem, inner, train, valid, key)
     estimator.check_structure(window, hyper)
     judged = window.judging(getattr(estimator, "validate_at", "last"))

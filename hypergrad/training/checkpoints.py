@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.checks import integer_field
 from hypergrad.training.history import History
 from hypergrad.training.identity import difference
 from hypergrad.trees import Leaf, State, Tree
@@ -54,10 +55,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.folder, str | os.PathLike) or not os.fspath(self.folder):
             raise TypeError(f"folder={self.folder!r} is no path: give a folder's name.")
-        for name in ("every", "keep"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        integer_field(self, "every")
+        integer_field(self, "keep")
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f"folder={str(path)!r} is a file: give the name of a folder.")

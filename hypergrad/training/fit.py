@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.checks import integer
 from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
 from hypergrad.optim.schedules import Schedule
@@ -141,8 +142,7 @@ def fit(
     (8, True)
     """
     _check_types(tuner, state, train)
-    if not isinstance(num_updates, int) or isinstance(num_updates, bool) or num_updates < 1:
-        raise ValueError(f"num_updates={num_updates!r} must be an integer of at least 1.")
+    num_updates = integer("num_updates", num_updates)
     check(callbacks)
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpoint(checkpoint)

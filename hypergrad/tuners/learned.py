@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypergrad.checks import integer
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
@@ -21,7 +22,7 @@ def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
     0.1
     """
     values = jax.tree.map(lambda *x: jnp.stack(x), *history)
-    return Schedule(values, steps_per_update)
+    return Schedule(values, integer("steps_per_update", steps_per_update))
 
 
 def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int) -> Schedule:
@@ -49,7 +50,8 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     def settle(u: jax.Array) -> jax.Array:
         return u.at[:half].set(u[half:last].mean(0))
 
-    return Schedule(space.from_unit(space.project(jax.tree.map(settle, unit))), steps_per_update)
+    learned = space.from_unit(space.project(jax.tree.map(settle, unit)))
+    return Schedule(learned, integer("steps_per_update", steps_per_update))
 
 
 def replay(problem: Problem, schedule: Schedule, inner: InnerState, train: Train, key: Key) -> Any:

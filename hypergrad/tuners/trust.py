@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.checks import integer_field
 from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
 from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.space.space import Space
@@ -75,6 +76,9 @@ class Trust:
     warm_up: int = 3
     max_loss: float = 0.8
     max_residual: float = 10.0
+
+    def __post_init__(self) -> None:
+        integer_field(self, "warm_up", 0)
 
 
 class TrustState(NamedTuple):

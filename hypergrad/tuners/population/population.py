@@ -137,7 +137,9 @@ class Population:
         steps = 10 if steps is None else integer("steps_per_update", steps)
         self.steps_per_update = steps
         self.execution = Execution(None if mode == "auto" else mode)
-        guide = valid if valid_batch_size is None else Minibatches(valid, valid_batch_size)
+        guide = valid
+        if valid_batch_size is not None:
+            guide = Minibatches(valid, integer("valid_batch_size", valid_batch_size))
         self._data = Data(Minibatches(train, batch_size, steps), guide, valid, test)
         self._copies: dict[bool, Data] = {}
         self._refined = refine is not None
