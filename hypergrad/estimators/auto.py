@@ -79,6 +79,7 @@ def cheapest_exact(window: Window, hyper: Hyper, validate_at: ValidateAt, limit:
     if count <= _MAX_TANGENTS:
         exact.append(Forward(validate_at=validate_at))
     costs = {e: evaluations_of(e, window, hyper) / steps for e in exact}
+    # From the cheapest up, as each one asked about is compiled: the first that fits ends it.
     needed = {}
     for estimator in sorted(costs, key=lambda e: costs[e]):
         needed[estimator] = temporary_bytes(compiled_estimate(estimator, window, hyper))

@@ -149,6 +149,8 @@ class Evolution(Estimator):
             end = own.through(moved, own.begin(moved), offset)
             return own.loss(own.judged(end), moved, offset), end.inner, end.first_bad_step
 
+        # The unperturbed run is one more member of the same vmap: a program of its own would double
+        # what is compiled.
         lasting = self._lasting(window)
         starts = _with_particles(window.inner, state.inner) if lasting else window.inner
         moves = jnp.concatenate([jnp.zeros_like(flat)[None], noise, -noise])  # [1 + 2 pairs, ...]

@@ -102,7 +102,7 @@ class Unrolled(Estimator):
             return self
         limit = device_bytes() if self.memory_limit is None else self.memory_limit
         needed: dict[str, int] = {}
-        for checkpoint in _SCANS:
+        for checkpoint in _SCANS:  # the cheapest first
             chosen = dataclasses.replace(self, checkpoint=checkpoint, memory_limit=None)
             needed[checkpoint] = temporary_bytes(compiled_estimate(chosen, window, hyper))
             if needed[checkpoint] <= limit:
@@ -167,6 +167,7 @@ Step = Callable[[Progress, Any], Progress]
 
 
 def _scan_step(step: Step, progress: Progress, xs: Tree) -> Progress:
+    # A scan's body cannot be merged with another's, so that no barrier need slow it down.
     return scan(jax.checkpoint(step, prevent_cse=False), progress, xs)
 
 
@@ -203,6 +204,8 @@ def _tapped(step: Step) -> Step:
     return tapped
 
 
+# Inside a scan nobody sees the adjoint: a custom backward pass is the place to measure it, and the
+# gradient of a zero carries the measurement out.
 @jax.custom_vjp
 def _tap(tree: Tree, probe: jax.Array) -> Tree:
     """`tree` itself; the gradient in `probe` is the squared norm of the adjoint that passes."""

@@ -78,6 +78,7 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
         return grads, value_aux
 
     primal = hypergrad_inner_gradient
+    # Under custom_vjp this would be one line, but jvp, and with it forward mode, would be refused.
     call = jax.custom_jvp(primal)
 
     def rule(primals: Tree, tangents: Tree) -> Any:

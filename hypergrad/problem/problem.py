@@ -121,10 +121,12 @@ def bilevel(
     gradient = inner_gradient(loss_of_trainable)
 
     def init(hyper: Hyper, key: Key) -> Inner:
-        params = _strong(init_params(key))
+        params = init_params(key)
+        params = cast_like(params, params)  # strong dtypes: weak ones recompile at the next window
         opt_state = optimizer(hyper).init(_split(params, trainable)[0])
+        # Read from the state, as the transformation itself is opaque.
         _refuse_injected_rates(opt_state)
-        opt_state = _strong(opt_state)
+        opt_state = cast_like(opt_state, opt_state)
         return Inner(params, opt_state, jnp.zeros((), jnp.int32), zero_loss(params))
 
     def step(inner: Inner, hyper: Hyper, batch: Batch, key: Key) -> Inner:
@@ -133,6 +135,7 @@ def bilevel(
         # where derivatives flow.
         grads, (loss, aux) = gradient(trained, (hyper, frozen), batch, key)
         grads = nonzero_gradient(grads)
+        # Built anew in every step: its rates are traced values, and building costs nothing.
         transform = optax.with_extra_args_support(optimizer(hyper))
         updates, opt_state = transform.update(
             grads, inner.opt_state, trained, value=loss, grad=grads
@@ -248,6 +251,7 @@ def validation_loss(
     step: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The outer objective at `params`; a `Minibatches` gives the batch numbered by `step`."""
+    # By the step, not by a count of calls: a resumed run must be judged on the same batch.
     key = jax.random.fold_in(jax.random.fold_in(key, VALID), step)
     if isinstance(valid, Minibatches):
         valid = valid.batch(0, key)
@@ -267,6 +271,7 @@ def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return loss(*args)
         except jax.errors.ConcretizationTypeError as error:
+            # The error does not say whose branch it was; flax's Dropout lives in `stochastic`.
             frame = error.__traceback__
             while frame is not None:
                 if frame.tb_frame.f_globals.get("__name__", "").endswith("stochastic"):
@@ -315,11 +320,6 @@ def _refuse_other_structure(params: Params, like: Tree) -> None:
             f"absorb returned params of the structure {new}, but init_params gave {old}. Return "
             "the same containers and the same keys: {**params, 'batch_stats': new} for a dict."
         )
-
-
-def _strong(tree: Tree) -> Tree:
-    """Arrays of strong dtypes: a weakly typed start recompiles at the second window."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
 
 
 def _refuse_injected_rates(opt_state: State) -> None:

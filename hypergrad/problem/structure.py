@@ -197,6 +197,7 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
     if name in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"):
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _propagate(getattr(inner, "jaxpr", inner), inputs)
+    # Any other custom rule is taken at its word below: all that goes in reaches all that comes out.
     if name == "custom_jvp_call" and _function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
         return _propagate(params["call_jaxpr"].jaxpr, inputs)
     merged = _join(inputs)
@@ -228,6 +229,8 @@ def _join(taints: Sequence[_Taint]) -> _Taint:
     return out
 
 
+# A loop may carry a leaf's influence from one variable to the next in each turn: the taint of its
+# carry is what a turn no longer enlarges.
 def _to_fixed_point(
     body: Callable[[list[_Taint]], list[_Taint]], carry: list[_Taint]
 ) -> list[_Taint]:

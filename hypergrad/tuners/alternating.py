@@ -91,6 +91,7 @@ def alternating(
     True
     """
     estimator = as_estimator(estimator, validate_at=0.8)
+    # Chosen among some sixty settings, see docs/experiments.md.
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
     def init(hyper: Hyper, key: Key, inner: InnerState = None) -> TunerState:
@@ -109,6 +110,7 @@ def alternating(
         key = run_key(state.key, now.inner, state.updates)
         hyper = space.from_unit(now.unit)
         window = Window(problem, now.inner, train, valid, key)
+        # For the problem as it is: a shortened one is a new object, and would be compiled anew.
         chosen = estimator.resolve(window, hyper)
         limited = shorten(problem, now.inner, state.trust, steps)
         window = dataclasses.replace(window, problem=limited)

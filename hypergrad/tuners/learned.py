@@ -44,6 +44,7 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     """
     if len(history) < 4:
         raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
+    # The last quarter is left out of the mean: there values anneal towards the run's own end.
     half, last = len(history) // 2, 3 * len(history) // 4
     unit = space.to_unit(learned_schedule(history, steps_per_update).values)
 

@@ -115,6 +115,7 @@ def restarting(
         loss = jnp.median(widen(estimates.loss))
         about = {name: _worst(name, value) for name, value in estimates.info.items()}
         refused = judge(trust, state.trust, norm(grad), about)
+        # A network that diverged and died has a small, calm gradient: only its loss gives it away.
         learned = loss <= trust.max_loss * jnp.median(untrained)
         whole = state.trust.shortened == 0
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)

@@ -146,6 +146,7 @@ def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Arr
     chaotic = ~(info.get("growth", jnp.zeros(())) <= trust.max_growth)
     unsolved = ~(info.get("residual", jnp.zeros(())) <= trust.max_residual)
     finite = info["finite"] & jnp.isfinite(norm)
+    # From the mildest to the gravest, each over the one before: NaN must not pass for a spike.
     reason = jnp.where(unsolved, NOT_SOLVED, TRUSTED)
     reason = jnp.where(spike, NORM_SPIKE, jnp.where(chaotic, ADJOINT_GROWTH, reason))
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
@@ -190,6 +191,7 @@ def gropes(state: TrustState, refused: jax.Array) -> jax.Array:
 def temper(grad: Unit, norm: Scalar, state: TrustState, refused: jax.Array) -> Unit:
     """A refused hypergradient at the length of a usual one; a trusted one as it is."""
     usual = jnp.where(state.median > 0, state.median, 1.0)
+    # Never longer than it is: a gradient near 0 says that there is little to gain, not much.
     factor = jnp.where(refused > 0, jnp.minimum(1.0, usual / norm), 1.0)
     return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grad)
 
@@ -210,6 +212,7 @@ def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) 
     def step(inner: InnerState, hyper: Hyper, batch: Batch, key: Key) -> InnerState:
         if not hasattr(inner, "step"):
             return problem.step(inner, hyper, batch, key)
+        # Not a shorter scan: its length is static, and every one would be a program of its own.
         return jax.lax.cond(
             inner.step < last,
             lambda inner: problem.step(inner, hyper, batch, key),
@@ -300,6 +303,8 @@ def outer_update(
     history = remember(trust, size, refused, steps)
     step_grad = temper(grad, size, trust, refused)
     updates, outer_state = optimizer.update(step_grad, state.now.outer_state, unit)
+    # The limit holds per coordinate and after the scale: Adam's first step has the length of its
+    # rate whatever the gradient, and a user's optimiser may take any.
     moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
     moved = space.project(optax.apply_updates(unit, moves))
     whole = trust.shortened == 0
