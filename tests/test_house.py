@@ -1,9 +1,12 @@
 """The house's rules that a reader would otherwise have to check by hand; see CONTRIBUTING.md."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from test_imports import ROOMS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 SOURCES = {path.relative_to(PACKAGE): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
@@ -77,3 +80,16 @@ def test_nothing_is_printed_but_what_is_asked_for() -> None:
         and node.func.id == "print"
     }
     assert printing <= asked
+
+
+def test_the_page_on_the_house_lists_its_rooms() -> None:
+    page = (PACKAGE.parent / "docs" / "how_it_is_built.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+)` \|[^|]+\| ?(.*) ?\|$", page, flags=re.MULTILINE)
+    listed = {
+        room.rstrip("/").replace("/", "."): " ".join(re.findall(r"`(\w+)`", files))
+        for room, files in rows
+    }
+    assert listed == ROOMS and list(listed) == list(ROOMS)
+    # What the walks through it name is there.
+    for path in re.findall(r"`((?:tests|\w+)/[\w/]*\.py)`", page):
+        assert (PACKAGE / path).exists() or (PACKAGE.parent / path).exists(), path

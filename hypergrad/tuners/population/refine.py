@@ -26,7 +26,7 @@ class Refine:
 
     Args:
       estimator: as of `alternating`, "auto" included, which fits one member into the memory: under
-        "vmap" give `hypergrad.estimators.choose.Auto(memory_limit=...)` a member's share.
+        "vmap" give `hypergrad.estimators.auto.Auto(memory_limit=...)` a member's share.
       outer_optimizer: any optax optimiser over unit coordinates; None for `alternating`'s.
       steps_per_update: K, the training steps between two outer steps.
       max_move: the most a unit coordinate moves in one update.
