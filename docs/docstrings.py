@@ -10,10 +10,6 @@ from typing import Any
 
 import griffe
 
-# The tables of lazy names in hypergrad/__init__.py, and where their modules lie.
-_LAZY = {"_TRAINING": "hypergrad", "_SEARCH": "hypergrad.search"}
-
-
 def fenced(text: str) -> str:
     """`text` with a fence around each doctest, which ends at an empty line."""
     lines: list[str] = []
@@ -43,6 +39,5 @@ class LazyNames(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Called once, when the whole package is read."""
-        for table, folder in _LAZY.items():
-            for name, module in ast.literal_eval(str(pkg[table].value)).items():
-                pkg.set_member(name, griffe.Alias(name, f"{folder}.{module}.{name}"))
+        for name, module in ast.literal_eval(str(pkg["_LATER"].value)).items():
+            pkg.set_member(name, griffe.Alias(name, f"hypergrad.{module}.{name}"))
