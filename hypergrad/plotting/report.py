@@ -6,13 +6,12 @@ import tempfile
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
 
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import ranked, short, states
+from hypergrad.study.ranking import failed_trials, ranked, short, states
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import ERROR, counted
+from hypergrad.study.slots import ERROR
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",
@@ -97,7 +96,7 @@ def _space(study: optuna.Study) -> str:
 
 
 def _failures(study: optuna.Study) -> str:
-    failed = [t for t in counted(study.get_trials(deepcopy=False)) if t.state == TrialState.FAIL]
+    failed = failed_trials(study)
     if not failed:
         return ""
     texts = [

@@ -17,7 +17,6 @@ import numpy as np
 import optuna
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from optuna.trial import TrialState
 
 from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import (
@@ -37,9 +36,15 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import Scored, refined_trials, scored_trials, sign_of, worst_first
+from hypergrad.study.ranking import (
+    Scored,
+    failed_trials,
+    refined_trials,
+    scored_trials,
+    sign_of,
+    worst_first,
+)
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import counted
 
 # Trials that trained in full, of which a tenth is one.
 _FEWEST = 10
@@ -58,11 +63,7 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     axis = new_panels(1)[0] if axes is None else axes
     full = [(s.trial.number, s.score) for s in scored if s.complete]
     stopped = [(s.trial.number, s.score) for s in scored if not s.complete]
-    failed = [
-        (t.number, 0.03)
-        for t in counted(study.get_trials(deepcopy=False))
-        if t.state == TrialState.FAIL
-    ]
+    failed = [(t.number, 0.03) for t in failed_trials(study)]
     if full:
         numbers, scores = zip(*full, strict=True)
         better = np.minimum if sign_of(study) > 0 else np.maximum

@@ -61,7 +61,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         host, _, port = text.removeprefix("grpc://").rstrip("/").rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"storage={text!r} names no proxy: write 'grpc://host:port'.")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        return GrpcStorageProxy(host=host, port=int(port))
     if "://" in text:
         return _open_database(text)
     if not text.endswith((".journal", ".log")):
@@ -142,27 +142,19 @@ def _cut_torn_line(path: str, lock: _Lock) -> None:
     lock.acquire()
     try:
         with open(path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            if not end:
-                return
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
-                return
-            kept = end
-            while kept:
+            kept, newline = file.seek(0, os.SEEK_END), -1
+            while kept and newline < 0:
                 begin = max(0, kept - 65536)
                 file.seek(begin)
                 newline = file.read(kept - begin).rfind(b"\n")
-                kept = begin + newline + 1 if newline >= 0 else begin
-                if newline >= 0:
-                    break
+                kept = begin + newline + 1
             file.truncate(kept)
     finally:
         lock.release()
 
 
 def _open_database(url: str) -> BaseStorage:
-    if ":memory:" in url or url.rstrip("/") == "sqlite:":
+    if _is_in_memory(url):
         return optuna.storages.get_storage(url)
     if url.startswith("sqlite"):
         return _open_sqlite(url)
@@ -245,7 +237,7 @@ def dashboard_command(storage: BaseStorage) -> str:
     backend = backend_of(storage)
     if isinstance(backend, JournalFileBackend):
         return f"optuna-dashboard {shlex.quote(path_of(backend))}"
-    if isinstance(backend, RDBStorage) and not _is_in_memory(backend):
+    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
         return f"optuna-dashboard {shlex.quote(backend.url)}"
     if isinstance(backend, GrpcStorageProxy):
         raise ValueError(
@@ -260,5 +252,5 @@ def dashboard_command(storage: BaseStorage) -> str:
     )
 
 
-def _is_in_memory(database: RDBStorage) -> bool:
-    return database.url.rstrip("/") == "sqlite:" or ":memory:" in database.url
+def _is_in_memory(url: str) -> bool:
+    return url.rstrip("/") == "sqlite:" or ":memory:" in url

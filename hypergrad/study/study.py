@@ -14,7 +14,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState, create_trial
 
 from hypergrad.checks import choice, integer
 from hypergrad.space.space import Space
@@ -22,7 +22,7 @@ from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
 from hypergrad.study.signature import check_same
-from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, counted, trial_counts
+from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker
 
@@ -257,19 +257,17 @@ class OpenStudy:
         self._coordinates.check(hyper, "hyper", complete=True)
         params = self._coordinates.to_study(hyper)
         distributions = {p: d for _, p, d in self._coordinates.parameters() if p in params}
-        return self._slots.add(params, distributions, float(value), dict(attrs or {}))
-
-    def values(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return a trial's parameters by the space's names, in the user's units."""
-        return self._coordinates.from_study(trial.params)
-
-    def trials(self, added: bool = False) -> list[FrozenTrial]:
-        """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
-        return counted(self.study.get_trials(deepcopy=False), added)
+        trial = create_trial(
+            params=params,
+            distributions=distributions,
+            value=float(value),
+            user_attrs=dict(attrs or {}),
+        )
+        return self._slots.add(trial)
 
     def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
-        return trial_counts(self.study.get_trials(deepcopy=False))
+        return trial_counts(self.study)
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.
@@ -298,32 +296,26 @@ class OpenStudy:
             self.study.sampler = FixedChoices(wanted, sampler)
         try:
             trial = optuna.Trial(self.study, trial_id)
-            self._held.add(trial.number)
             if is_grid and not frozen(trial).system_attrs.get("fixed_params"):
                 fix(trial, self._slots.point(frozen(trial)))
             for name, parameter, distribution in self._coordinates.parameters():
                 if not self.space.is_active(name, choices):
                     continue
-                if name not in self.space.continuous:
+                if name in self.space.discrete:
                     choices[name] = suggest(trial, parameter, distribution)
                     continue
-                if record:
-                    value = suggest(trial, parameter, distribution)
-                else:
-                    value = unrecorded[parameter] = propose(trial, parameter, distribution)
+                value = (suggest if record else propose)(trial, parameter, distribution)
                 start[name] = self._coordinates.value(name, value)
-        except BaseException:
-            # Nobody will tell it: `recover` may take it.
-            self._held.discard(self.storage.get_trial(trial_id).number)
-            raise
+                if not record:
+                    unrecorded[parameter] = value
         finally:
             self.study.sampler = sampler
-        asked: dict[str, Any] = {"params": unrecorded} if unrecorded else {}
-        place = self._randomness.place()
-        if place is not None:
-            asked["random"] = place
+        # Not before: a trial whose ask has failed nobody will tell, so `recover` may take it.
+        self._held.add(trial.number)
+        asked = {"params": unrecorded, "random": self._randomness.place()}
         # Last, and at once: a trial without it is asked for again, from the same random state.
-        self.storage.set_trial_system_attr(trial_id, ASKED, asked)
+        written = {key: value for key, value in asked.items() if value}
+        self.storage.set_trial_system_attr(trial_id, ASKED, written)
         return Proposal(trial, choices, start, record, unrecorded)
 
     def _tell(
