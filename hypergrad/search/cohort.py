@@ -63,11 +63,11 @@ class Programs:
     ) -> None:
         self._make_problem, self._space, self._data = make_problem, space, data
         self._batch_size, self._refine, self._steps = batch_size, refine, steps_per_update
-        self._made: dict[tuple[Any, ...], Program] = {}
+        self._made: dict[frozenset[tuple[str, Any]], Program] = {}
 
     def of(self, choices: dict[str, Any]) -> Program:
         """The program of these choices."""
-        key = tuple(sorted(choices.items(), key=lambda item: item[0]))
+        key = frozenset(choices.items())
         if key not in self._made:
             self._made[key] = self._make(choices)
         return self._made[key]

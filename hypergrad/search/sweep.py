@@ -200,20 +200,13 @@ def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
 
 
 def _from_where_it_stopped(
-    ladders: Sequence[tuple[Rung, ...]],
-    full: tuple[Rung, ...],
-    polish: int,
-    opened: OpenStudy,
+    ladders: Sequence[tuple[Rung, ...]], full: tuple[Rung, ...], polish: int, opened: OpenStudy
 ) -> Iterator[tuple[Rung, ...]]:
     """The brackets still to run; where all runs are full ones, as many at a time as fit."""
     if len(ladders[0]) == 1:
         return itertools.repeat(full)
-    finished, skipped = opened.progress().finished, 0
-    for ladder in ladders:
-        if finished < ladder[0].members:
-            break
-        finished -= ladder[0].members
-        skipped += 1
+    finished, sizes = opened.progress().finished, (ladder[0].members for ladder in ladders)
+    skipped = sum(begun <= finished for begun in itertools.accumulate(sizes))
     # Beyond the plan, when other processes have died: once more from its beginning.
     beyond = itertools.repeat(full) if polish else itertools.cycle(ladders)
     return itertools.chain(ladders[skipped:], beyond)
