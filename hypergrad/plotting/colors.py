@@ -1,7 +1,5 @@
 """The colours of trials: what every picture of a sweep shares."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parallel coordinates of a sweep: each trial a line through its hyperparameters."""
 
-from __future__ import annotations
-
 import numpy as np
 import optuna
 from matplotlib.lines import Line2D

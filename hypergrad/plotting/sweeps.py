@@ -6,8 +6,6 @@ importances are Optuna's. Optuna's own plots work on the same study, too; they c
 style for good, leave out stopped trials and know no scale of one minus the value.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -5,7 +5,7 @@ Nothing here knows of a study: proposals come in, standings go out, and `sweep` 
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -86,7 +86,8 @@ class Programs:
                 f"make_problem returned {type(problem).__name__} for {choices}: return a "
                 "hypergrad.Problem, such as hypergrad.bilevel makes."
             )
-        space = continuous_part(self._space, choices)
+        active = [n for n in self._space.continuous if self._space.is_active(n, choices)]
+        space = Space({n: dataclasses.replace(self._space[n], when=None) for n in active})
         self._check(problem, space, choices)
         # Choices under which no Float is active leave nothing to refine.
         refine = self._refine if space.continuous else None
@@ -118,27 +119,16 @@ class Programs:
             raise ProblemError(f"make_problem({choices}): {error}") from error
 
 
-def continuous_part(space: Space, choices: Mapping[str, Any]) -> Space:
-    """The Floats that are active under `choices`, without their conditions."""
-    return Space(
-        {
-            name: dataclasses.replace(space[name], when=None)
-            for name in space.continuous
-            if space.is_active(name, choices)
-        }
-    )
-
-
 class Group(NamedTuple):
     """Trials of one program that train together; proposals stand in the order of their slots.
 
-    `copied` says, by a trial's number, after how many steps it went on from which other trial.
+    `copies` says which trial went on after how many steps from which other one.
     """
 
     program: Program
     state: PopulationState
     proposals: tuple[Proposal, ...]
-    copied: dict[int, list[tuple[int, int]]]
+    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 class Standing(NamedTuple):
@@ -255,7 +245,7 @@ class Cohort:
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(self._seed), n))(
             jnp.asarray([p.number for p in team])
         )
-        return Group(program, program.members.init(hypers, keys, width), tuple(team), {})
+        return Group(program, program.members.init(hypers, keys, width), tuple(team))
 
     def _train(
         self, groups: list[Group], done: int, until: int
@@ -316,15 +306,11 @@ class Cohort:
             recipe.resample,
             self._sign * scores,
         )
-        copied = {number: list(history) for number, history in group.copied.items()}
+        numbers = [proposal.number for proposal in group.proposals]
         # The slots beyond the proposals only fill up the width.
-        for i, (proposal, slot) in enumerate(
-            zip(group.proposals, np.asarray(parents), strict=False)
-        ):
-            if slot != i:
-                parent = group.proposals[slot].number
-                copied.setdefault(proposal.number, []).append((done, parent))
-        return group._replace(state=state, copied=copied)
+        slots = np.asarray(parents)[: len(numbers)]
+        copies = [(numbers[i], done, numbers[slot]) for i, slot in enumerate(slots) if slot != i]
+        return group._replace(state=state, copies=(*group.copies, *copies))
 
     def _standings(self, group: Group) -> list[Standing]:
         report = jax.device_get(group.program.members.report(group.state))
@@ -346,7 +332,8 @@ class Cohort:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
             if self._exploit is not None:
-                attrs["copied"] = group.copied.get(proposal.number, [])
+                mine = (copy for copy in group.copies if copy[0] == proposal.number)
+                attrs["copied"] = [(step, parent) for _, step, parent in mine]
             result.append(Standing(proposal, float(scores[i]), refined, attrs))
         return result
 

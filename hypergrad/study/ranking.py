@@ -103,15 +103,12 @@ def scored_trials(study: optuna.Study) -> list[Scored]:
     Raises:
       ValueError: there is none.
     """
-    scored = []
-    for trial in counted(study):
-        score = None
-        if trial.state == TrialState.COMPLETE:
-            score = trial.value
-        elif trial.state == TrialState.PRUNED and trial.last_step is not None:
-            score = trial.intermediate_values[trial.last_step]
-        if score is not None and math.isfinite(score):
-            scored.append(Scored(trial, score, trial.state == TrialState.COMPLETE))
+    # Optuna makes the last report of a pruned trial its value; a trial of any other end has none.
+    scored = [
+        Scored(trial, trial.value, trial.state == TrialState.COMPLETE)
+        for trial in counted(study)
+        if trial.value is not None and math.isfinite(trial.value)
+    ]
     if not scored:
         raise ValueError(
             f"The study {study.study_name!r} has no trial with a score: run the sweep first, or "
