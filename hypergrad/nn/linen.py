@@ -87,17 +87,14 @@ def linen_problem(
                 )
         return {**variables, **left}
 
-    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda variables, *rest: linen.apply(function, module)(variables, *rest)
-
     return bilevel(
         lambda key: _unfrozen(dict(init(key))),
         trained,
-        judged(valid_loss),
+        linen.apply(valid_loss, module),
         optimizer,
         trainable="params",
         absorb=absorb,
-        metrics=None if metrics is None else judged(metrics),
+        metrics=None if metrics is None else linen.apply(metrics, module),
     )
 
 

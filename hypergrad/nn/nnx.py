@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,9 +121,6 @@ def nnx_problem(
             stacklevel=2,
         )
 
-    def init(key: Key) -> Params:
-        return _split(make_model(nnx.Rngs(key)), wrt)[1]
-
     def merged(variables: Params, key: Key) -> nnx.Module:
         return nnx.merge(graph, *variables.values(), _streams(streams, key))
 
@@ -132,25 +130,21 @@ def nnx_problem(
         loss = train_loss(model, hyper, batch, key)
         return loss, _split(model, wrt)[1]["rest"]
 
-    def absorb(variables: Params, rest: Params) -> Params:
-        return {**variables, "rest": rest}
-
-    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluated(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> Any:
-            model = merged(variables, key)
-            model.eval()
-            return function(model, hyper, batch, key)
-
-        return evaluated
+    def judged(
+        function: Callable[..., Any], variables: Params, hyper: Hyper, batch: Batch, key: Key
+    ) -> Any:
+        model = merged(variables, key)
+        model.eval()
+        return function(model, hyper, batch, key)
 
     return bilevel(
-        init,
+        lambda key: _split(make_model(nnx.Rngs(key)), wrt)[1],
         trained,
-        judged(valid_loss),
+        partial(judged, valid_loss),
         optimizer,
         trainable="params",
-        absorb=absorb,
-        metrics=None if metrics is None else judged(metrics),
+        absorb=lambda variables, rest: {**variables, "rest": rest},
+        metrics=None if metrics is None else partial(judged, metrics),
     )
 
 

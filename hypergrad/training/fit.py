@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -238,9 +237,8 @@ class _Run:
                 raise refusal(self.saver.folder, self.done, differs)
             if self.saved_program and self.saved_program["jax"] != program["jax"]:
                 _log.warning(
-                    "checkpoint: written under JAX %s, going on under %s: bits may differ.",
-                    self.saved_program["jax"],
-                    program["jax"],
+                    f"checkpoint: written under JAX {self.saved_program['jax']}, going on under "
+                    f"{program['jax']}: bits may differ."
                 )
             self.about["program"] = program
         complete = self.done == self.first + self.num_updates
@@ -305,16 +303,14 @@ class _Run:
                 "of valid."
             ) from reason
         made = self.done - self.first
-        _log.warning("%s. The run ends after %d of %d updates.", reason, made, self.num_updates)
+        _log.warning(f"{reason}. The run ends after {made} of {self.num_updates} updates.")
 
     def _not_finite(self, what: str) -> FloatingPointError:
         last = self.history[-1]
         show = partial(np.array2string, precision=4, threshold=8, edgeitems=2)
         hyper = jax.tree.map(show, last.hyper)
         step = last.first_bad_step
-        where = (
-            f" (its training step {step} was the first bad one)" if step not in (None, -1) else ""
-        )
+        where = "" if step in (None, -1) else f" (its training step {step} was the first bad one)"
         why = f": {REASONS[last.refused]}" if last.refused else ""
         return FloatingPointError(
             f"After update {last.update}{where} {what}{why}. It trained under {hyper}. Either "
@@ -344,10 +340,7 @@ def _on_sigterm() -> Iterator[threading.Event]:
         yield terminated
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        terminated.set()
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     try:
         yield terminated
     finally:

@@ -37,25 +37,25 @@ def describe(tuner: Tuner, state: State, steps_per_update: int) -> dict[str, Any
         "first": int(getattr(state, "updates", 0)),
         "steps_per_update": steps_per_update,
         "leaves": [[name, *_kind(leaf)] for name, leaf in named],
-        "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if _is_key(x)],
+        "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if is_key(x)],
     }
 
 
-def _kind(leaf: Leaf) -> tuple[str, list[int]]:
-    return str(jax.numpy.result_type(leaf) if not _is_key(leaf) else leaf.dtype), [*np.shape(leaf)]
-
-
-def _is_key(leaf: Leaf) -> bool:
+def is_key(leaf: Leaf) -> bool:
+    """Whether a leaf is a typed PRNG key, which NumPy cannot hold."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _kind(leaf: Leaf) -> tuple[str, list[int]]:
+    return str(leaf.dtype if is_key(leaf) else jax.numpy.result_type(leaf)), [*np.shape(leaf)]
+
+
 def _few(hyper: Hyper) -> dict[str, list[float]]:
-    values = {
+    return {
         name: [float(x) for leaf in jax.tree.leaves(part) for x in np.ravel(np.asarray(leaf))]
         for name, part in hyper.items()
         if sum(np.size(leaf) for leaf in jax.tree.leaves(part)) <= _FEW
     }
-    return values
 
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
