@@ -34,14 +34,7 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import (
-    Scored,
-    failed_trials,
-    refined_trials,
-    scored_trials,
-    sign_of,
-    worst_first,
-)
+from hypergrad.study.ranking import Scored, failed_trials, refined_trials, scored_trials, sign_of
 from hypergrad.study.signature import stored_space
 
 # Trials that trained in full, of which a tenth is one.
@@ -150,7 +143,7 @@ def plot_refinement(
         dimension = space[name]
         assert isinstance(dimension, Float)
         set_hyper_axis(axis, name, dimension)
-        for one in worst_first(refined, study):
+        for one in colors.worst_first:
             if name in _path(one):
                 x = [0, *_path(one)["steps"]]
                 y = [one.trial.user_attrs["start"][name], *_path(one)[name]]
@@ -195,10 +188,7 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
       ValueError: no trial has a score, or no sweep has opened the study.
     """
     scored = scored_trials(study)
-    pictures: dict[str, Callable[[optuna.Study], Any]] = {
-        "scores": plot_scores,
-        "parallel": plot_parallel,
-    }
+    pictures: dict[str, Callable[..., Any]] = {"scores": plot_scores, "parallel": plot_parallel}
     if sum(s.complete for s in scored) >= _FEWEST:
         pictures["importance"] = plot_importance
     if refined_trials(scored):

@@ -27,7 +27,7 @@ from hypergrad.tuners.population.refine import Refine
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
-TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
+_TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 # How often a rung says how far it is.
 _PARTS = 10
 
@@ -237,14 +237,11 @@ class Cohort:
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
         program = self._programs.of(team[0].choices)
-        hypers = {
-            name: jnp.asarray([p.start[name] for p in team], jnp.float32)
-            for name in program.space.continuous
-        }
+        floats = program.space.continuous
+        hypers = {n: jnp.asarray([p.start[n] for p in team], jnp.float32) for n in floats}
         # By their numbers, so that a trial trains alike in whatever team it is.
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(self._seed), n))(
-            jnp.asarray([p.number for p in team])
-        )
+        numbers = jnp.asarray([p.number for p in team])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self._seed), numbers)
         return Group(program, program.members.init(hypers, keys, width), tuple(team))
 
     def _train(
@@ -315,7 +312,7 @@ class Cohort:
     def _standings(self, group: Group) -> list[Standing]:
         report = jax.device_get(group.program.members.report(group.state))
         scores = np.where(report.finite, self._score(report), np.nan)
-        values = getattr(report, TOLD_FIELDS[self._told])
+        values = getattr(report, _TOLD_FIELDS[self._told])
         result = []
         for i, proposal in enumerate(group.proposals):
             refined = {name: float(value[i]) for name, value in values.items()}

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,7 @@ from hypergrad.checks import choice, integer
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
-from hypergrad.search.cohort import (
-    TOLD_FIELDS,
-    Cohort,
-    Failure,
-    ProblemError,
-    Programs,
-    Standings,
-    Told,
-)
+from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
@@ -116,7 +108,7 @@ def sweep(
         )
     num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     population, polish = integer("population", population), integer("polish", polish, 0)
-    choice("told", told, TOLD_FIELDS)
+    choice("told", told, get_args(Told))
     if direction == "maximize" and metric is None:
         raise ValueError(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "

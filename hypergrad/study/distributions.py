@@ -50,9 +50,7 @@ class Coordinates:
                     "(reverse_log): rename it."
                 )
         # Parents first, otherwise as the user wrote them.
-        self.order: tuple[str, ...] = tuple(
-            dict.fromkeys(n for name in space for n in self._up(name))
-        )
+        self.order = tuple(dict.fromkeys(itertools.chain.from_iterable(map(self._up, space))))
 
     def parameters(self) -> Iterator[tuple[str, str, BaseDistribution]]:
         """Go through all names, parents first, with the parameter of each and its distribution."""
@@ -141,18 +139,17 @@ class Coordinates:
         Raises ValueError for `points < 2` and for more than 100,000 points.
         """
         points = integer("grid_points", points, 2)
+        space = self.space
         axes = {name: _grid_axis(self.distributions[name], points) for name in self.order}
         groups: list[dict[str, Any]] = [{}]
-        for name in self.space.discrete:
+        for name in space.discrete:
             choices = [{name: value} for value in axes[name]]
             groups = [
                 {**group, **choice}
                 for group in groups
-                for choice in (choices if self.space.is_active(name, group) else [{}])
+                for choice in (choices if space.is_active(name, group) else [{}])
             ]
-        floats = [
-            [n for n in self.space.continuous if self.space.is_active(n, group)] for group in groups
-        ]
+        floats = [[n for n in space.continuous if space.is_active(n, group)] for group in groups]
         size = sum(points ** len(names) for names in floats)
         if size > _LARGEST_GRID:
             raise ValueError(

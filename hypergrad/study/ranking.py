@@ -130,14 +130,3 @@ def refined_trials(scored: Sequence[Scored]) -> list[Scored]:
 def sign_of(study: optuna.Study) -> int:
     """1 where a small score is good, -1 where a large one is."""
     return -1 if study.direction.name == "MAXIMIZE" else 1
-
-
-def worst_first(scored: Sequence[Scored], study: optuna.Study) -> list[Scored]:
-    """In the order of drawing, so that the good ones end in front."""
-    return sorted(scored, key=lambda s: -sign_of(study) * s.score)
-
-
-def best_scored(scored: Sequence[Scored], study: optuna.Study) -> Scored | None:
-    """The best trial that trained in full."""
-    complete = [s for s in scored if s.complete]
-    return min(complete, key=lambda s: sign_of(study) * s.score, default=None)

@@ -118,11 +118,8 @@ class SavedRandomness:
             return
         self._randomness = Randomness(self._sampler)
         attributes = self._worker.storage.get_study_system_attrs(self._worker.study_id)
-        starts = {
-            int(key.removeprefix(_START)): value
-            for key, value in attributes.items()
-            if key.startswith(_START)
-        }
+        keys = [key for key in attributes if key.startswith(_START)]
+        starts = {int(key.removeprefix(_START)): attributes[key] for key in keys}
         if starts:
             self._index = max(starts)
             begun = {"count": 0, "start": self._index, "place": None}

@@ -159,7 +159,7 @@ class Slots:
     ) -> None:
         self._study, self._worker, self._storage = study, worker, worker.storage
         self._num_trials, self.points, self._max_retries = num_trials, points, max_retries
-        self._ledger = _Ledger()
+        self._ledger, self._claim = _Ledger(), _CLAIM + worker.id
 
     def take(self, wanted: Mapping[str, Any]) -> int | None:
         """Return the id of a trial that is ours to run now; None where nothing is left.
@@ -196,7 +196,7 @@ class Slots:
                 continue
             with suppress(UpdateFinishedTrialError):
                 # Before the state, so that there is no moment at which a running trial is nobody's.
-                self._storage.set_trial_system_attr(trial_id, _CLAIM + self._worker.id, True)
+                self._storage.set_trial_system_attr(trial_id, self._claim, True)
                 if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
                     return trial_id
         return None
@@ -205,9 +205,7 @@ class Slots:
         """Make a new trial that is ours from its first moment, or return None."""
         if self._is_over(*self._ledger.count(trials)):
             return None
-        template = create_trial(
-            state=TrialState.RUNNING, system_attrs={_CLAIM + self._worker.id: True}
-        )
+        template = create_trial(state=TrialState.RUNNING, system_attrs={self._claim: True})
         trial_id = self._storage.create_new_trial(self._worker.study_id, template_trial=template)
         # Others may have created trials in the meantime. Numbers are unique, so all agree on who
         # came too late.

@@ -223,8 +223,7 @@ class OpenStudy:
 
     def fail(self, proposal: Proposal, error: str) -> bool:
         """Record that a trial failed for good, with its traceback as user attribute `error`."""
-        attrs = {ERROR: error[-_LONGEST_ERROR:]}
-        return self._tell(proposal, TrialState.FAIL, None, None, attrs)
+        return self._tell(proposal, TrialState.FAIL, None, None, {ERROR: error[-_LONGEST_ERROR:]})
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
@@ -243,10 +242,7 @@ class OpenStudy:
         self._coordinates.check(hyper, "hyper", complete=True)
 
     def add_finished(
-        self,
-        hyper: Mapping[str, Any],
-        value: float,
-        attrs: Mapping[str, Any] | None = None,
+        self, hyper: Mapping[str, Any], value: float, attrs: Mapping[str, Any] | None = None
     ) -> bool:
         """Add a finished trial of another study, from which samplers learn; takes no slot.
 
@@ -347,13 +343,12 @@ class OpenStudy:
 
     def _record(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
         """Write the Floats that the sampler is to learn from, for which there is one chance."""
+        trial_id = id_of(proposal.trial)
         params = proposal.unrecorded if refined is None else self._coordinates.to_study(refined)
         for name, parameter, distribution in self._coordinates.parameters():
             if name in proposal.start:
                 internal = distribution.to_internal_repr(params[parameter])
-                self.storage.set_trial_param(
-                    id_of(proposal.trial), parameter, internal, distribution
-                )
+                self.storage.set_trial_param(trial_id, parameter, internal, distribution)
 
     def _check_refined(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
         if refined is None:

@@ -42,15 +42,11 @@ class Worker:
                 f"grace={grace!r} seconds declares a worker dead before it misses two beats: give "
                 f"at least {2 * beat_every!r}, or a smaller beat_every={beat_every!r}."
             )
-        self.id = uuid.uuid4().hex
+        self.id, pid = uuid.uuid4().hex, os.getpid()
         self.storage, self.study_id = storage, study_id
-        self._record = {
-            "place": _place(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "grace": grace,
-        }
-        _open_here[self.id] = os.getpid()
+        started = _process_start(pid)
+        self._record = {"place": _place(), "pid": pid, "started": started, "grace": grace}
+        _open_here[self.id] = pid
         self.beat()
         self._stop = threading.Event()
         self._finalizer = weakref.finalize(self, _forget, self._stop, self.id)
@@ -70,9 +66,7 @@ class Worker:
     def is_alone(self) -> bool:
         """Say whether no other worker lives."""
         workers = read_workers(self.storage, self.study_id)
-        return all(
-            worker == self.id or is_dead(worker, record) for worker, record in workers.items()
-        )
+        return all(is_dead(*worker) for worker in workers.items() if worker[0] != self.id)
 
     def close(self) -> None:
         """Stop beating and say that this worker ended."""

@@ -149,23 +149,23 @@ def fit(
     refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
+    asked = range(first, first + num_updates)
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
         about = describe(tuner, state, steps)
-        resumed = restore(checkpoint, resumed, about, first + num_updates)
-    stop = first + num_updates
+        resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
-    complete = resumed.done == stop
+    complete = resumed.done == asked.stop
     positions = {} if complete else resumed.positions
     batches = feed(
         open_source("train", train, steps, positions.get("train")),
         open_source("valid", valid, None, positions.get("valid")),
         resumed.done - complete,
-        stop,
+        asked.stop,
         1 if checkpoint is None else checkpoint.every,
     )
-    run = _Run(tuner, resumed, first, num_updates, steps, about)
+    run = _Run(tuner, resumed, asked, steps, about)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
         terminated = None
@@ -178,7 +178,7 @@ def fit(
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
-        run.progress = stack.enter_context(FitProgress(resumed.done, stop, steps))
+        run.progress = stack.enter_context(FitProgress(resumed.done, asked.stop, steps))
         run.through(ahead, terminated)
     if terminated is not None and terminated.is_set():
         # A handler of the user's own has its turn; the usual one would end us without cleaning up.
@@ -207,15 +207,9 @@ class _Run:
     progress: FitProgress
 
     def __init__(
-        self,
-        tuner: Tuner,
-        resumed: Resumed,
-        first: int,
-        num_updates: int,
-        steps: int,
-        about: dict[str, Any],
+        self, tuner: Tuner, resumed: Resumed, asked: range, steps: int, about: dict[str, Any]
     ) -> None:
-        self.tuner, self.first, self.num_updates = tuner, first, num_updates
+        self.tuner, self.asked = tuner, asked
         self.steps, self.about = steps, about
         self.state, self.done, self.history = resumed.state, resumed.done, resumed.history
         self.positions, self.saved_program = resumed.positions, resumed.program
@@ -241,8 +235,7 @@ class _Run:
                     f"{program['jax']}: bits may differ."
                 )
             self.about["program"] = program
-        complete = self.done == self.first + self.num_updates
-        return iter(()) if complete else itertools.chain([fed], batches)
+        return iter(()) if self.done == self.asked.stop else itertools.chain([fed], batches)
 
     def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
         """All updates, as long as there are data and nobody wants an end."""
@@ -297,13 +290,13 @@ class _Run:
         self.saved = done
 
     def _ran_out(self, reason: RanOut) -> None:
-        if self.done == self.first:
+        if self.done == self.asked.start:
             raise ValueError(
                 f"{reason}: an update takes steps_per_update={self.steps} batches of train and one "
                 "of valid."
             ) from reason
-        made = self.done - self.first
-        _log.warning(f"{reason}. The run ends after {made} of {self.num_updates} updates.")
+        made = self.done - self.asked.start
+        _log.warning(f"{reason}. The run ends after {made} of {len(self.asked)} updates.")
 
     def _not_finite(self, what: str) -> FloatingPointError:
         last = self.history[-1]
