@@ -128,6 +128,7 @@ def nnx_problem(
         model = merged(variables, key)
         model.train()
         loss = train_loss(model, hyper, batch, key)
+        # Without the random streams' counts: the next step starts them from a key of its own.
         return loss, _split(model, wrt)[1]["rest"]
 
     def judged(
@@ -173,6 +174,7 @@ def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
 def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
     """The graph, the variables as `inner.params` holds them, and the random streams."""
     graph, *states = nnx.split(model, wrt, nnx.RngState, ...)
+
     params, streams, rest = map(nnx.as_pure, states)
     return graph, {"params": params, "rest": rest}, streams
 
@@ -180,7 +182,7 @@ def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
 def _streams(like: Tree, key: Key) -> Tree:
     """An nnx model's random streams, all from `key`: another one each, counted from 0."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves)) if leaves else ()
+    keys = jax.random.split(key, len(leaves))
 
     def start(leaf: jax.Array, key: Key) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

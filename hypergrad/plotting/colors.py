@@ -34,6 +34,7 @@ class Colors:
         fence = fence if best < fence < worst else worst
         self._extend = "neither" if fence == worst else "max" if sign > 0 else "min"
         low, high = sorted((sign * best, sign * fence))
+        # A scale of equal scores would have no length.
         self._norm = Normalize(low, high if high > low else low + 1, clip=True)
         self._map = colormaps["viridis" if sign > 0 else "viridis_r"]
 

@@ -88,6 +88,7 @@ def _place(space: Space, name: str, value: object, fan: float = 0.0) -> float:
     assert isinstance(value, int | float)
     if isinstance(dimension, Float):
         return float(dimension.to_unit(float(value)))
+    # An Int has no unit coordinate: the one that a Float of the same range has.
     return float(Float(dimension.low, dimension.high, dimension.scale).to_unit(value)) + fan
 
 

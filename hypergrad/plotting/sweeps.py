@@ -54,6 +54,7 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     axis = new_panels(1)[0] if axes is None else axes
     full = [(s.trial.number, s.score) for s in scored if s.complete]
     stopped = [(s.trial.number, s.score) for s in scored if not s.complete]
+    # In parts of the axis' height, as they have no score.
     failed = [(t.number, 0.03) for t in failed_trials(study)]
     if full:
         numbers, scores = zip(*full, strict=True)

@@ -93,6 +93,7 @@ class SweepResult:
                 "data.test=None: an audit is taken on a split that nothing was tuned on."
             )
         found = np.asarray(losses, np.float64)
+        # NaN would make a mean that is neither better nor worse than another.
         found = np.where(np.isfinite(found), found, np.inf)
         error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
         return Audit(found, float(found.mean()), error)
@@ -110,6 +111,7 @@ class SweepResult:
           ValueError: no trial trained in full, or none of them again.
         """
         found = []
+        # Where nothing is found, `best` raises and says why.
         for best in self.top(integer("count", count)) or [self.best]:
             report = self._retrained(best.hyper, seeds, _CONFIRM)
             score = float(np.where(report.finite, self._score(report), np.nan).mean())

@@ -69,7 +69,7 @@ class Coordinates:
                 value = min(max(value, distribution.low), distribution.high)
             elif isinstance(distribution, IntDistribution):
                 value = int(value)
-            elif isinstance(value, np.generic):
+            elif isinstance(value, np.generic):  # JSON knows no NumPy scalar.
                 value = value.item()
             result[self.names[name]] = value
         return result
@@ -102,6 +102,7 @@ class Coordinates:
             self._check_value(self.space[name], value, f"{label}[{name!r}]")
         choices = {name: values[name] for name in self.space.discrete if name in values}
         for name in self.order:
+            # A parent that is left out is proposed later: whether this one is active is open.
             parents_known = all(p in choices for p in self._up(name)[:-1])
             if not complete and not parents_known:
                 continue
@@ -202,5 +203,7 @@ def _grid_axis(distribution: BaseDistribution, points: int) -> list[Any]:
     else:
         values = np.linspace(low, high, points)
     if isinstance(distribution, IntDistribution):
+        # Small integers coincide on a log scale.
         return sorted({min(max(round(v), low), high) for v in values.tolist()})
+    # The bounds as they are: exp(log(low)) may lie outside by a rounding, of which Optuna warns.
     return [low, *values[1:-1].tolist(), high]

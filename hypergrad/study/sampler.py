@@ -63,6 +63,7 @@ class Randomness:
         keys = [_legacy(generator)[1] for generator in self._generators]
         self._shadows = [_twister(key) for key in keys]
         self._blocks = [0] * len(keys)
+        # Little-endian, as the next process may run on another kind of machine.
         return [base64.b64encode(key.astype("<u4").tobytes()).decode() for key in keys]
 
     def place(self) -> list[list[Any]] | None:
@@ -145,6 +146,7 @@ class SavedRandomness:
             return None
         place = self._randomness.place()
         if place is None:
+            # Somebody has seeded the sampler again: places count from a new start.
             self._begin()
             place = self._last
         self._last = place

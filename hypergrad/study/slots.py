@@ -230,6 +230,7 @@ class Slots:
         """Queue a point by its parameters; False where it was queued before and not `again`."""
         attrs = {"fixed_params": params, _ENQUEUED: True}
         trials = () if again else self._study.get_trials(deepcopy=False)
+        # A subset, as one that was queued `again` has a mark more and is the same point.
         if any(attrs.items() <= trial.system_attrs.items() for trial in trials):
             return False
         attrs |= {_AGAIN: True} if again else {}
@@ -253,6 +254,7 @@ class Slots:
         succeeded = {(root, attempt - 1) for root, attempt in map(_lineage, trials) if attempt}
 
         def gone(worker: str) -> bool:
+            # A trial that we claim and do not hold is one whose ask has failed.
             return worker == self._worker.id or is_dead(worker, workers.get(worker))
 
         found = []
@@ -280,17 +282,20 @@ class Slots:
         """Mark a running trial as lost; False where somebody was faster or it has failed."""
         trial_id = id_of(trial)
         with suppress(UpdateFinishedTrialError):
+            # The mark before the state: nothing can be written afterwards.
             self._storage.set_trial_system_attr(trial_id, _LOST, self._worker.id)
             if self._max_retries is not None and _lineage(trial)[1] >= self._max_retries:
                 error = f"its process died {self._max_retries + 1} times while it ran"
                 self._storage.set_trial_user_attr(trial_id, ERROR, error)
             if self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
+                # Read again: a worker that was only slow may have written an error meanwhile.
                 return _is_lost(self._storage.get_trial(trial_id))
         return False
 
     def queue_successor(self, trial: FrozenTrial) -> bool:
         """Queue a lost trial again; False where it had its retries."""
         root, attempt = _lineage(trial)
+        # Again, as whoever lost the trial may have allowed more retries than we do.
         if self._max_retries is not None and attempt >= self._max_retries:
             return False
         attrs: dict[str, Any] = {_ROOT: root, _ATTEMPT: attempt + 1}

@@ -82,6 +82,7 @@ def open_journal(path: str) -> JournalStorage:
     lock = _Lock(path)
     # Optuna asks for two methods; the base class that it names is private.
     backend = JournalFileBackend(path, lock_obj=lock)  # type: ignore[arg-type]
+    # First, as the storage reads the whole journal when it is made.
     _cut_torn_line(path, lock)
     return JournalStorage(backend)
 
@@ -119,6 +120,7 @@ class _Lock:
             raise
 
     def release(self) -> None:
+        # In this order: whoever has the kernel's lock takes a link that is there for a dead one's.
         try:
             self._link.release()
         finally:
@@ -139,6 +141,7 @@ def _machine() -> str:
 
 
 def _cut_torn_line(path: str, lock: _Lock) -> None:
+    # Under the lock, as a line without an end may be one that somebody is just writing.
     lock.acquire()
     try:
         with open(path, "rb+") as file:
@@ -184,6 +187,7 @@ def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
                     f"storage={url!r} cannot be opened: {error.orig}. Check that the server runs, "
                     "or that the file's folder exists, and that this user may write there."
                 ) from error
+        # At random, so that those who collided do not meet again.
         time.sleep(random.uniform(0.01, 0.2))
 
 
@@ -195,6 +199,7 @@ def _free_locks_of_lost_machines(database: RDBStorage) -> None:
         cursor = connection.cursor()
         cursor.execute(f"SET idle_in_transaction_session_timeout = '{_POSTGRESQL_PATIENCE}s'")
         cursor.close()
+        # The setting is part of a transaction, and a rollback would take it back.
         connection.commit()
 
     database.engine.dispose()

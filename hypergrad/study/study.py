@@ -100,6 +100,7 @@ def open_study(
     if max_retries is not None:
         max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
+    # Every process lists the grid for itself, in an order that only an equal seed makes the same.
     points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
@@ -118,6 +119,7 @@ def open_study(
     slots = Slots(study, worker, num_trials, points, max_retries)
     randomness = SavedRandomness(engine, seed, worker)
     opened = OpenStudy(study, coordinates, randomness, slots, worker)
+    # The worker has signed by now: of two that open at once, at most one finds itself alone.
     randomness.open(worker.is_alone(), study.get_trials(deepcopy=False))
     opened.recover()
     return opened
@@ -182,6 +184,7 @@ class OpenStudy:
         try:
             proposal.trial.report(float(value), step)
         except UpdateFinishedTrialError:
+            # Taken over by somebody: `finish` or `prune` will say so.
             self._held.discard(proposal.number)
 
     def finish(
@@ -217,6 +220,7 @@ class OpenStudy:
         """
         if math.isnan(value):
             return self.fail(proposal, "ValueError: the trial's value is NaN.")
+        # A pruned trial's value is its last report; Optuna warns of a step that is told twice.
         if step not in frozen(proposal.trial).intermediate_values:
             self.report(proposal, value, step)
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
@@ -278,6 +282,7 @@ class OpenStudy:
         """Give running trials of this process back to the queue and stop its beats."""
         held, self._held = self._held, set()
         try:
+            # Before the worker says that it ended: others would recover the same trials.
             self._slots.give_back(held)
         finally:
             self._worker.close()
@@ -288,10 +293,12 @@ class OpenStudy:
         choices: dict[str, Any] = {}
         start: dict[str, float] = {}
         unrecorded: dict[str, Any] = {}
+        # Optuna's trial asks the study's sampler when it is made, so this is the way to reach it.
         if wanted and not is_grid:
             self.study.sampler = FixedChoices(wanted, sampler)
         try:
             trial = optuna.Trial(self.study, trial_id)
+            # One that is queued again brings its point along, unless its first ask was cut short.
             if is_grid and not frozen(trial).system_attrs.get("fixed_params"):
                 fix(trial, self._slots.point(frozen(trial)))
             for name, parameter, distribution in self._coordinates.parameters():
@@ -325,6 +332,7 @@ class OpenStudy:
         self._check_refined(proposal, refined)
         trial = proposal.trial
         try:
+            # The state comes last: nothing can be written to a finished trial.
             if not proposal.recorded:
                 self._record(proposal, refined)
                 attrs = {"start": dict(proposal.start), **(attrs or {})}
@@ -332,7 +340,8 @@ class OpenStudy:
                 trial.set_user_attr(key, attr)
             self.study.tell(trial, value, state=state)
         except (UpdateFinishedTrialError, ValueError):
-            # Somebody thought that this process was dead, and has queued the trial again.
+            # Somebody thought that this process was dead, and has queued the trial again: `tell`
+            # says so by a ValueError, which may also be about what was told.
             if not self.storage.get_trial(id_of(trial)).state.is_finished():
                 raise
             return False

@@ -128,6 +128,7 @@ def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
     try:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
             read = {k: np.asarray(v) for k, v in orbax.restore(folder / str(update)).items()}
+        # The head holds the arrays' checksums; its own are its last four bytes.
         text = read["head"].tobytes()
         if _checksum(text[:-4]) != text[-4:]:
             raise TornError("its head has another checksum")
@@ -180,6 +181,7 @@ class Saver:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self._keep = checkpoint.path, checkpoint.keep
         self.folder.mkdir(exist_ok=True)
+        # Of killed processes: orbax gives a checkpoint its name when it is complete.
         for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hypergrad-save")
@@ -212,6 +214,7 @@ class Saver:
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
         save(self.folder, update, [*take_apart(state), *columns.values()], about)
+        # Not before the new one is whole.
         for old in saved_updates(self.folder)[self._keep :]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
@@ -260,6 +263,7 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
                 f"checkpoint: the run in {str(folder)!r} has done {done} updates, more than the "
                 f"{stop} that num_updates asks for: raise num_updates, or name another folder."
             )
+        # The order of `Saver._save`: the state's leaves, then the history's columns.
         num = len(jax.tree.leaves(start.state))
         columns = dict(zip(stored["columns"], arrays[num:], strict=True))
         _log.info(f"checkpoint: going on from update {done} in {folder}")

@@ -168,6 +168,7 @@ def fit(
     run = _Run(tuner, resumed, asked, steps, about)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
+        # Without a checkpoint there is nothing to save: SIGTERM then does what it always does.
         terminated = None
         if checkpoint is not None:
             run.saver = stack.enter_context(Saver(checkpoint))
@@ -175,11 +176,13 @@ def fit(
             terminated = stack.enter_context(_on_sigterm())
         ahead = run.prepare(batches)
         for callback in callbacks:
+            # Before `open`, so that one which fails half-way is closed, too.
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
         run.progress = stack.enter_context(FitProgress(resumed.done, asked.stop, steps))
         run.through(ahead, terminated)
+    # Only here: at the end of the stack the last save was waited for.
     if terminated is not None and terminated.is_set():
         # A handler of the user's own has its turn; the usual one would end us without cleaning up.
         if callable(signal.getsignal(signal.SIGTERM)):
@@ -246,6 +249,7 @@ class _Run:
                 loss = getattr(getattr(self.state, "inner", None), "loss", None)
                 self.done, self.positions = self.done + 1, fed.positions
                 due = self.saver is not None and self.done % self.every == 0
+                # A state that is kept cannot be freed, so only those that are saved.
                 kept = self.state if due else None
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
@@ -263,8 +267,10 @@ class _Run:
         """What `fit` returns. Raises FloatingPointError."""
         hyper = self.tuner.best(self.state)
         params = getattr(getattr(self.state, "inner", None), "params", None)
+        # One program for all leaves, not a few for each.
         if not jax.jit(all_finite)((params, hyper)):
             raise self._not_finite("the final parameters or hyperparameters are not finite")
+        # A run that was too short to be hopeless.
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
@@ -278,6 +284,7 @@ class _Run:
         for callback in self.callbacks:
             callback(record)
         self.progress.show(record)
+        # After the callbacks, which are to show this update, and before a save of what is lost.
         if self.bad_in_a_row == _HOPELESS:
             raise self._not_finite(f"{_HOPELESS} updates in a row had no finite loss")
         if pending.state is not None:
@@ -312,6 +319,7 @@ class _Run:
         )
 
 
+# Eight and not all: a compiled update keeps its tuner alive, and the data that it closes over.
 @lru_cache(maxsize=8)
 def _compiled(update: Callable[..., Any]) -> Any:
     """The compiled update, the same for each call of `fit` with one tuner."""

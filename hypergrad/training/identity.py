@@ -62,6 +62,7 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """In words, how the run of a checkpoint differs from this one; None where it does not."""
     if stored.get("format") not in (_FORMAT, _FORMAT_OF_RANGES):
         return "it was written by another version of hypergrad"
+    # What a person would name comes first: much of it shows in the leaves as well.
     for name in stored["hyper"]:
         if name not in now["hyper"]:
             return f"it tunes {name!r}, which this space lacks"
@@ -155,6 +156,7 @@ def _lines(jaxpr: Any) -> Iterator[str]:
         for var in eqn.outvars:
             names[var] = str(len(names))
         outs = " ".join(_type(var.aval) for var in eqn.outvars)
+        # A function that was renamed computes the same.
         settings = [f"{k}={v!r}" for k, v in eqn.params.items() if k != "name" and _is_plain(v)]
         yield f"{eqn.primitive.name} {ins} -> {outs} {sorted(settings)}"
         for _, sub in sorted(_subprograms(eqn.params)):
@@ -162,7 +164,7 @@ def _lines(jaxpr: Any) -> Iterator[str]:
     yield "out " + " ".join(map(name, jaxpr.outvars))
 
 
-@cache
+@cache  # A program has thousands of operations and few types.
 def _type(aval: Any) -> str:
     return aval.str_short()
 
