@@ -29,6 +29,7 @@ import optuna
 import hypergrad as hg
 from hypergrad.search.cohort import Programs
 from hypergrad.search.schedulers import bracket_steps, brackets
+from hypergrad.study.distributions import Coordinates
 from hypergrad.study.study import open_study
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -92,11 +93,11 @@ def swept(
         seed=seed,
         **options,
     )
-    rows, spent = [], 0.0
+    rows, spent, values = [], 0.0, Coordinates(mixed.SPACE).from_study
     for trial in result.study.trials:
         spent += cost_of(max(trial.intermediate_values, default=task.STEPS), refine)
         if trial.state.name == "COMPLETE":
-            rows.append((spent, trial.value, result._opened.values(trial)))
+            rows.append((spent, trial.value, values(trial.params)))
     return result, rows
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import griffe
 
+
 def fenced(text: str) -> str:
     """`text` with a fence around each doctest, which ends at an empty line."""
     lines: list[str] = []

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except _Ended as end:
         message, code = end, end.code
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has seen enough; Python's last flush would fail once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
@@ -74,16 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    # Imported where it is used, here and below: `--help` and mistakes are answered at once.
     from hypergrad.study.storage import open_storage
 
     function = _load(options.file)
     given: dict[str, Any] = {"storage": options.storage, "num_trials": options.trials}
     given |= {"name": options.name, "seed": options.seed}
     if options.storage is not None:
+        # For its error alone, which names the option; the sweep opens its own.
         try:
             open_storage(options.storage)
         except Exception as error:
             raise _Ended(f"--storage {options.storage}: {_short(error)}") from error
+    # A file that has set up logging keeps its own: this then does nothing.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hypergrad").setLevel(logging.INFO)
     _quiet_optuna()
@@ -134,6 +137,7 @@ def _load(file: str) -> Any:
         raise _Ended(f"{file} is no Python file: end its name in .py.")
     module = importlib.util.module_from_spec(specification)
     sys.path.insert(0, str(path.resolve().parent))
+    # As an import does: pickle and dataclasses look a class's module up there.
     sys.modules[path.stem] = module
     try:
         specification.loader.exec_module(module)

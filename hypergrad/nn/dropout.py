@@ -52,6 +52,7 @@ class LinenDropout(linen.Module):
     ) -> jax.Array:
         """Drop units of `inputs`, or return them untouched where `deterministic`."""
         deterministic = linen.merge_param("deterministic", self.deterministic, deterministic)
+        # Before the rate and the key are asked for: evaluation needs neither.
         if deterministic:
             return inputs
         rate = first_from(rate, self.rate, error_msg=f"LinenDropout {_NO_RATE}")
@@ -99,6 +100,7 @@ class NNXDropout(nnx.Module):
         self.deterministic = deterministic
         self.rng_collection = rng_collection
         self.form = form
+        # A stream of its own, as flax's layer has: another layer's draws leave it where it is.
         stream = rngs[rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
         self.rngs = nnx.data(None) if stream is None else stream.fork()
 

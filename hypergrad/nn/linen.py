@@ -70,8 +70,9 @@ def linen_problem(
     """
 
     def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
+        # Mutable is what the model leaves behind, not the parameters: those the optimiser moves.
         others = sorted(set(variables) - {"params"})
-        streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True)) if rngs else {}
+        streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True))
         run = linen.apply(train_loss, module, mutable=others)
         loss, left = run(variables, hyper, batch, key, rngs=streams)
         return loss, _unfrozen(dict(left))
@@ -87,17 +88,14 @@ def linen_problem(
                 )
         return {**variables, **left}
 
-    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda variables, *rest: linen.apply(function, module)(variables, *rest)
-
     return bilevel(
         lambda key: _unfrozen(dict(init(key))),
         trained,
-        judged(valid_loss),
+        linen.apply(valid_loss, module),
         optimizer,
         trainable="params",
         absorb=absorb,
-        metrics=None if metrics is None else judged(metrics),
+        metrics=None if metrics is None else linen.apply(metrics, module),
     )
 
 

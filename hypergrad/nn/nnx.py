@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,9 +121,6 @@ def nnx_problem(
             stacklevel=2,
         )
 
-    def init(key: Key) -> Params:
-        return _split(make_model(nnx.Rngs(key)), wrt)[1]
-
     def merged(variables: Params, key: Key) -> nnx.Module:
         return nnx.merge(graph, *variables.values(), _streams(streams, key))
 
@@ -130,27 +128,24 @@ def nnx_problem(
         model = merged(variables, key)
         model.train()
         loss = train_loss(model, hyper, batch, key)
+        # Without the random streams' counts: the next step starts them from a key of its own.
         return loss, _split(model, wrt)[1]["rest"]
 
-    def absorb(variables: Params, rest: Params) -> Params:
-        return {**variables, "rest": rest}
-
-    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluated(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> Any:
-            model = merged(variables, key)
-            model.eval()
-            return function(model, hyper, batch, key)
-
-        return evaluated
+    def judged(
+        function: Callable[..., Any], variables: Params, hyper: Hyper, batch: Batch, key: Key
+    ) -> Any:
+        model = merged(variables, key)
+        model.eval()
+        return function(model, hyper, batch, key)
 
     return bilevel(
-        init,
+        lambda key: _split(make_model(nnx.Rngs(key)), wrt)[1],
         trained,
-        judged(valid_loss),
+        partial(judged, valid_loss),
         optimizer,
         trainable="params",
-        absorb=absorb,
-        metrics=None if metrics is None else judged(metrics),
+        absorb=lambda variables, rest: {**variables, "rest": rest},
+        metrics=None if metrics is None else partial(judged, metrics),
     )
 
 
@@ -179,6 +174,7 @@ def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
 def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
     """The graph, the variables as `inner.params` holds them, and the random streams."""
     graph, *states = nnx.split(model, wrt, nnx.RngState, ...)
+
     params, streams, rest = map(nnx.as_pure, states)
     return graph, {"params": params, "rest": rest}, streams
 
@@ -186,7 +182,7 @@ def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
 def _streams(like: Tree, key: Key) -> Tree:
     """An nnx model's random streams, all from `key`: another one each, counted from 0."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves)) if leaves else ()
+    keys = jax.random.split(key, len(leaves))
 
     def start(leaf: jax.Array, key: Key) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

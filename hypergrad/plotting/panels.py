@@ -48,6 +48,7 @@ def new_panels(count: int, size: tuple[float, float] | None = None) -> np.ndarra
 
     One panel is 6 inches wide. `size` is another size of the figure, in inches.
     """
+    # Four are a square, not three and one.
     columns = min(count, 2 if count == 4 else 3)
     rows = -(-count // columns)
     size = size or (9 if columns > 1 else 6, 2.6 * rows if rows > 1 else 3.2)
@@ -149,6 +150,7 @@ class ReverseLogLocator(Locator):
         low, high = sorted((vmin, vmax))
 
         def inside(digits: tuple[int, ...]) -> list[float]:
+
             values = (round(1 - m * 10.0**k, 12) for k in range(3, -10, -1) for m in digits)
             return sorted({v for v in values if low <= v <= high})
 

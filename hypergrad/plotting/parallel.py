@@ -1,7 +1,5 @@
 """Parallel coordinates of a sweep: each trial a line through its hyperparameters."""
 
-from __future__ import annotations
-
 import numpy as np
 import optuna
 from matplotlib.lines import Line2D
@@ -11,7 +9,7 @@ from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new
 from hypergrad.space.dimensions import Categorical, Float
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import scored_trials, worst_first
+from hypergrad.study.ranking import scored_trials
 from hypergrad.study.signature import stored_space
 
 # Where an inactive hyperparameter stands, below its axis.
@@ -37,7 +35,7 @@ def plot_parallel(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     axis = new_panels(1, (width, 4.2))[0] if axes is None else axes
     _label(axis, space, width)
     colors = Colors(scored, study)
-    for i, one in enumerate(worst_first(scored, study)):
+    for i, one in enumerate(colors.worst_first):
         values = coordinates.from_study(one.trial.params)
         fan = _FAN * (i / max(len(scored) - 1, 1) - 0.5)
         axis.plot(
@@ -90,6 +88,7 @@ def _place(space: Space, name: str, value: object, fan: float = 0.0) -> float:
     assert isinstance(value, int | float)
     if isinstance(dimension, Float):
         return float(dimension.to_unit(float(value)))
+    # An Int has no unit coordinate: the one that a Float of the same range has.
     return float(Float(dimension.low, dimension.high, dimension.scale).to_unit(value)) + fan
 
 

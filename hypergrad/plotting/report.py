@@ -2,17 +2,17 @@
 
 import base64
 import html
+import math
 import tempfile
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
 
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import ranked, short, states
+from hypergrad.study.ranking import failed_trials, ranked, short, states
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import ERROR, counted
+from hypergrad.study.slots import ERROR
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",
@@ -58,11 +58,10 @@ def _best(study: optuna.Study) -> str:
         return "<h2>Best trials</h2><p>No trial has trained in full yet.</p>"
     names = [name for name in stored_space(study) if any(name in b.hyper for b in best)]
     rows = [["trial", "score", "test", *names]]
-    rows += [
-        [f"#{b.number}", f"{b.score:.4f}", _held_out(b.held_out)]
-        + [short(b.hyper[name]) if name in b.hyper else "" for name in names]
-        for b in best
-    ]
+    for b in best:
+        test = "" if math.isnan(b.held_out) else f"{b.held_out:.4f}"
+        values = [short(b.hyper[name]) if name in b.hyper else "" for name in names]
+        rows.append([f"#{b.number}", f"{b.score:.4f}", test, *values])
     return (
         f"<h2>Best trials</h2>{_table(rows, best=True)}<p>Scores are what trials were selected by, "
         "and flatter; <code>test</code> is the same run's loss on the held-out split. "
@@ -97,7 +96,7 @@ def _space(study: optuna.Study) -> str:
 
 
 def _failures(study: optuna.Study) -> str:
-    failed = [t for t in counted(study.get_trials(deepcopy=False)) if t.state == TrialState.FAIL]
+    failed = failed_trials(study)
     if not failed:
         return ""
     texts = [
@@ -107,10 +106,6 @@ def _failures(study: optuna.Study) -> str:
     ]
     shown = f", the first {len(texts)} of {len(failed)}" if len(failed) > len(texts) else ""
     return f"<h2>Failed trials{shown}</h2>{''.join(texts)}"
-
-
-def _held_out(loss: float) -> str:
-    return "" if loss != loss else f"{loss:.4f}"
 
 
 def _table(rows: list[list[str]], best: bool = False) -> str:

@@ -292,6 +292,7 @@ def _draw(
     for i, (part, values) in enumerate(series.items()):
         line_color = color or PALETTE[i]
         style = _DASHES[i] if color else "-"
+
         text = " ".join(t for t in (label, part) if t) or None
         if values.ndim > 1:
             low, quarter, values, upper, high = np.percentile(values, [5, 25, 50, 75, 95], axis=1)
@@ -333,6 +334,7 @@ def _legend(axis: Axes, without: str | None = None) -> None:
     unique = dict(zip(labels, handles, strict=True))
     if without:
         unique = {text: h for text, h in unique.items() if not text.startswith(without)}
+    # A new legend would replace the old one, but there may be none.
     old = axis.get_legend()
     if old is not None:
         old.remove()

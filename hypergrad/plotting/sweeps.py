@@ -6,8 +6,6 @@ importances are Optuna's. Optuna's own plots work on the same study, too; they c
 style for good, leave out stopped trials and know no scale of one minus the value.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ import numpy as np
 import optuna
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from optuna.trial import TrialState
 
 from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import (
@@ -37,9 +34,8 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import Scored, refined_trials, scored_trials, sign_of, worst_first
+from hypergrad.study.ranking import Scored, failed_trials, refined_trials, scored_trials, sign_of
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import counted
 
 # Trials that trained in full, of which a tenth is one.
 _FEWEST = 10
@@ -58,11 +54,8 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     axis = new_panels(1)[0] if axes is None else axes
     full = [(s.trial.number, s.score) for s in scored if s.complete]
     stopped = [(s.trial.number, s.score) for s in scored if not s.complete]
-    failed = [
-        (t.number, 0.03)
-        for t in counted(study.get_trials(deepcopy=False))
-        if t.state == TrialState.FAIL
-    ]
+    # In parts of the axis' height, as they have no score.
+    failed = [(t.number, 0.03) for t in failed_trials(study)]
     if full:
         numbers, scores = zip(*full, strict=True)
         better = np.minimum if sign_of(study) > 0 else np.maximum
@@ -151,7 +144,7 @@ def plot_refinement(
         dimension = space[name]
         assert isinstance(dimension, Float)
         set_hyper_axis(axis, name, dimension)
-        for one in worst_first(refined, study):
+        for one in colors.worst_first:
             if name in _path(one):
                 x = [0, *_path(one)["steps"]]
                 y = [one.trial.user_attrs["start"][name], *_path(one)[name]]
@@ -196,10 +189,7 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
       ValueError: no trial has a score, or no sweep has opened the study.
     """
     scored = scored_trials(study)
-    pictures: dict[str, Callable[[optuna.Study], Any]] = {
-        "scores": plot_scores,
-        "parallel": plot_parallel,
-    }
+    pictures: dict[str, Callable[..., Any]] = {"scores": plot_scores, "parallel": plot_parallel}
     if sum(s.complete for s in scored) >= _FEWEST:
         pictures["importance"] = plot_importance
     if refined_trials(scored):

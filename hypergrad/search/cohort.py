@@ -5,7 +5,7 @@ Nothing here knows of a study: proposals come in, standings go out, and `sweep` 
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from hypergrad.tuners.population.refine import Refine
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
-TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
+_TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 # How often a rung says how far it is.
 _PARTS = 10
 
@@ -44,6 +44,7 @@ class Program(NamedTuple):
     members: Population
 
 
+@dataclasses.dataclass(eq=False)
 class Programs:
     """Programs by their choices, each made once.
 
@@ -52,22 +53,17 @@ class Programs:
         reads one that the space lacks.
     """
 
-    def __init__(
-        self,
-        make_problem: Callable[[dict[str, Any]], Problem],
-        space: Space,
-        data: Splits,
-        batch_size: int,
-        refine: Refine | None,
-        steps_per_update: int,
-    ) -> None:
-        self._make_problem, self._space, self._data = make_problem, space, data
-        self._batch_size, self._refine, self._steps = batch_size, refine, steps_per_update
-        self._made: dict[tuple[Any, ...], Program] = {}
+    make_problem: Callable[[dict[str, Any]], Problem]
+    space: Space
+    data: Splits
+    batch_size: int
+    refine: Refine | None
+    steps_per_update: int
+    _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
 
     def of(self, choices: dict[str, Any]) -> Program:
         """The program of these choices."""
-        key = tuple(sorted(choices.items(), key=lambda item: item[0]))
+        key = frozenset(choices.items())
         if key not in self._made:
             self._made[key] = self._make(choices)
         return self._made[key]
@@ -75,70 +71,55 @@ class Programs:
     def plain(self, choices: dict[str, Any]) -> Program:
         """The same without refinement: hyperparameters stand still."""
         problem, space, _ = program = self.of(choices)
-        if self._refine is None:
+        if self.refine is None:
             return program
         return Program(problem, space, self._population(problem, space, None))
 
     def _make(self, choices: dict[str, Any]) -> Program:
-        problem = self._make_problem(dict(choices))
+        problem = self.make_problem(dict(choices))
         if not isinstance(problem, Problem):
             raise ProblemError(
                 f"make_problem returned {type(problem).__name__} for {choices}: return a "
                 "hypergrad.Problem, such as hypergrad.bilevel makes."
             )
-        space = continuous_part(self._space, choices)
+        active = [n for n in self.space.continuous if self.space.is_active(n, choices)]
+        space = Space({n: dataclasses.replace(self.space[n], when=None) for n in active})
         self._check(problem, space, choices)
         # Choices under which no Float is active leave nothing to refine.
-        refine = self._refine if space.continuous else None
+        refine = self.refine if space.continuous else None
         return Program(problem, space, self._population(problem, space, refine))
 
     def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
+        train, valid, test = self.data
+        steps = None if refine is not None else self.steps_per_update
         return Population(
-            problem,
-            space,
-            refine,
-            self._data.train,
-            self._data.valid,
-            self._batch_size,
-            steps_per_update=None if refine is not None else self._steps,
-            test=self._data.test,
+            problem, space, refine, train, valid, self.batch_size, steps_per_update=steps, test=test
         )
 
     def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
-        estimator = None if self._refine is None else self._refine.estimator
+        estimator = None if self.refine is None else self.refine.estimator
         if not isinstance(estimator, Estimator):
             # Nothing is differentiated, but a value that the problem ignores is a mistake.
             estimator = FiniteDifference()
         middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
-        batches = Minibatches(self._data.train, self._batch_size, self._steps)
-        window = Window(problem, None, batches, self._data.valid, jax.random.key(0))
+        batches = Minibatches(self.data.train, self.batch_size, self.steps_per_update)
+        window = Window(problem, None, batches, self.data.valid, jax.random.key(0))
         try:
             require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
 
 
-def continuous_part(space: Space, choices: Mapping[str, Any]) -> Space:
-    """The Floats that are active under `choices`, without their conditions."""
-    return Space(
-        {
-            name: dataclasses.replace(space[name], when=None)
-            for name in space.continuous
-            if space.is_active(name, choices)
-        }
-    )
-
-
 class Group(NamedTuple):
     """Trials of one program that train together; proposals stand in the order of their slots.
 
-    `copied` says, by a trial's number, after how many steps it went on from which other trial.
+    `copies` says which trial went on after how many steps from which other one.
     """
 
     program: Program
     state: PopulationState
     proposals: tuple[Proposal, ...]
-    copied: dict[int, list[tuple[int, int]]]
+    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 class Standing(NamedTuple):
@@ -174,13 +155,14 @@ class Failure(NamedTuple):
     error: str
 
 
+@dataclasses.dataclass(eq=False)
 class Cohort:
     """Runs brackets: trains, ranks, stops the losers.
 
     Args:
       programs: what is trained.
       score: `(report) -> [slots]`, in the study's units.
-      maximize: whether a large score is good.
+      sign: 1 where a small score is good, -1 where a large one is.
       told: which of a trial's values the study learns.
       exploit: population based training between the members of a group, or None.
       num_steps: of a full run.
@@ -188,24 +170,18 @@ class Cohort:
       watch: gets `training` several times a rung, where anybody looks.
     """
 
-    def __init__(
-        self,
-        programs: Programs,
-        score: Callable[[PopulationReport], jax.Array],
-        maximize: bool,
-        told: Told,
-        exploit: PopulationBasedTraining | None,
-        num_steps: int,
-        seed: int,
-        watch: Callable[[int, float, int], None] | None = None,
-    ) -> None:
-        self._programs, self._score, self._sign = programs, score, -1 if maximize else 1
-        self._told, self._exploit, self._seed = told, exploit, seed
-        self._num_steps, self._watch = num_steps, watch
-        self.spent = 0
-        self._running = 0
-        # In full runs: what those that train here have behind them.
-        self._partial = 0.0
+    programs: Programs
+    score: Callable[[PopulationReport], jax.Array]
+    sign: int
+    told: Told
+    exploit: PopulationBasedTraining | None
+    num_steps: int
+    seed: int
+    watch: Callable[[int, float, int], None] | None = None
+    spent: int = 0
+    _running: int = 0
+    # In full runs: what those that train here have behind them.
+    _partial: float = 0.0
 
     @property
     def training(self) -> tuple[int, float, int]:
@@ -228,7 +204,8 @@ class Cohort:
             done = rung.steps
             reached = self._placed(standings, done, after)
             going = {s.proposal.number for s in reached.trials if s.fate == "goes on"}
-            self._running, self._partial = len(going), len(going) * done / self._num_steps
+            # Before the yield, as whoever is told looks at `training`.
+            self._running, self._partial = len(going), len(going) * done / self.num_steps
             yield reached
             groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
 
@@ -238,7 +215,7 @@ class Cohort:
         groups = []
         for team in teams:
             try:
-                groups.append(self._group(team, width_for(len(team), _widths(most))))
+                groups.append(self._group(team, _width(len(team), most)))
             except ProblemError:
                 raise
             except Exception:
@@ -246,16 +223,13 @@ class Cohort:
         return groups
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
-        program = self._programs.of(team[0].choices)
-        hypers = {
-            name: jnp.asarray([p.start[name] for p in team], jnp.float32)
-            for name in program.space.continuous
-        }
+        program = self.programs.of(team[0].choices)
+        floats = program.space.continuous
+        hypers = {n: jnp.asarray([p.start[n] for p in team], jnp.float32) for n in floats}
         # By their numbers, so that a trial trains alike in whatever team it is.
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(self._seed), n))(
-            jnp.asarray([p.number for p in team])
-        )
-        return Group(program, program.members.init(hypers, keys, width), tuple(team), {})
+        numbers = jnp.asarray([p.number for p in team])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
+        return Group(program, program.members.init(hypers, keys, width), tuple(team))
 
     def _train(
         self, groups: list[Group], done: int, until: int
@@ -286,54 +260,53 @@ class Cohort:
         while done < until:
             steps = min(max(stride, members.steps_per_update), until - done)
             state = members.advance(group.state, steps // members.steps_per_update)
+            # An error of the device comes up here, where it is known whose it is.
             group = group._replace(state=jax.block_until_ready(state))
             done += steps
             self.spent += steps * here
-            self._partial += steps * here / self._num_steps
-            if self._watch is not None:
-                self._watch(*self.training)
-            if self._exploit is not None and here > 1 and done < until:
+            self._partial += steps * here / self.num_steps
+            if self.watch is not None:
+                self.watch(*self.training)
+            if self.exploit is not None and here > 1 and done < until:
                 group = self._exploited(group, done)
         return group
 
     def _stride(self, steps: int) -> int:
         """Steps to train before somebody looks or copies."""
-        if self._exploit is not None:
-            return self._exploit.every
-        return steps if self._watch is None else -(-steps // _PARTS)
+        if self.exploit is not None:
+            return self.exploit.every
+        return steps if self.watch is None else -(-steps // _PARTS)
 
     def _exploited(self, group: Group, done: int) -> Group:
         """The group after one round of population based training."""
-        recipe, members = self._exploit, group.program.members
+        recipe, members = self.exploit, group.program.members
         assert recipe is not None
-        scores = self._score(members.report(group.state))
-        key = jax.random.fold_in(jax.random.key(self._seed), group.proposals[0].number)
+        scores = self.score(members.report(group.state))
+        # Of the group and of the time, so that no two rounds draw alike.
+        key = jax.random.fold_in(jax.random.key(self.seed), group.proposals[0].number)
         state, parents = members.exploit(
             group.state,
             jax.random.fold_in(key, done),
             recipe.fraction,
             recipe.perturb,
             recipe.resample,
-            self._sign * scores,
+            self.sign * scores,
         )
-        copied = {number: list(history) for number, history in group.copied.items()}
+        numbers = [proposal.number for proposal in group.proposals]
         # The slots beyond the proposals only fill up the width.
-        for i, (proposal, slot) in enumerate(
-            zip(group.proposals, np.asarray(parents), strict=False)
-        ):
-            if slot != i:
-                parent = group.proposals[slot].number
-                copied.setdefault(proposal.number, []).append((done, parent))
-        return group._replace(state=state, copied=copied)
+        slots = np.asarray(parents)[: len(numbers)]
+        copies = [(numbers[i], done, numbers[slot]) for i, slot in enumerate(slots) if slot != i]
+        return group._replace(state=state, copies=(*group.copies, *copies))
 
     def _standings(self, group: Group) -> list[Standing]:
         report = jax.device_get(group.program.members.report(group.state))
-        scores = np.where(report.finite, self._score(report), np.nan)
-        values = getattr(report, TOLD_FIELDS[self._told])
+        # A metric may come out finite where the parameters are not, as an accuracy does.
+        scores = np.where(report.finite, self.score(report), np.nan)
+        values = getattr(report, _TOLD_FIELDS[self.told])
         result = []
         for i, proposal in enumerate(group.proposals):
             refined = {name: float(value[i]) for name, value in values.items()}
-            used = report.trail_steps[i] > 0
+            used = report.trail_steps[i] > 0  # 0 marks a block still to come
             attrs: dict[str, Any] = {
                 "steps": int(report.steps[i]),
                 "refused": int(report.refused[i]),
@@ -345,15 +318,16 @@ class Cohort:
             if report.test_score is not None:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
-            if self._exploit is not None:
-                attrs["copied"] = group.copied.get(proposal.number, [])
+            if self.exploit is not None:
+                mine = (copy for copy in group.copies if copy[0] == proposal.number)
+                attrs["copied"] = [(step, parent) for _, step, parent in mine]
             result.append(Standing(proposal, float(scores[i]), refined, attrs))
         return result
 
     def _placed(self, standings: list[Standing], steps: int, after: Rung | None) -> Standings:
         """The same, in their order, with each one's fate: the best go on to the rung `after`."""
         finite = [s for s in standings if np.isfinite(s.score)]
-        best = sorted(finite, key=lambda s: self._sign * s.score)
+        best = sorted(finite, key=lambda s: self.sign * s.score)
         going = {s.proposal.number for s in best[: after.members]} if after else set()
         trials = []
         for standing in standings:
@@ -370,7 +344,12 @@ def _shrunk(group: Group, kept: set[int], most: int) -> Group:
     slots = [i for i, p in enumerate(group.proposals) if p.number in kept]
     if not slots or len(slots) == len(group.proposals):
         return group._replace(proposals=tuple(group.proposals[i] for i in slots))
-    return _part(group, slots, width_for(len(slots), _widths(most)))
+    return _part(group, slots, _width(len(slots), most))
+
+
+def _width(members: int, most: int) -> int:
+    """One of the few widths that programs are compiled for: powers of four, and the largest."""
+    return min(width_for(members), most)
 
 
 def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
@@ -381,11 +360,3 @@ def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
 def _rounded(values: np.ndarray) -> list[float]:
     """To the digits of a float32: as JSON they are half as long, and MySQL's texts are limited."""
     return [float(f"{value:.7g}") for value in values]
-
-
-def _widths(most: int) -> list[int]:
-    """The few widths that programs are compiled for: powers of four, and the largest."""
-    widths = [1]
-    while widths[-1] < most:
-        widths.append(min(4 * widths[-1], most))
-    return widths

@@ -93,6 +93,7 @@ class SweepResult:
                 "data.test=None: an audit is taken on a split that nothing was tuned on."
             )
         found = np.asarray(losses, np.float64)
+        # NaN would make a mean that is neither better nor worse than another.
         found = np.where(np.isfinite(found), found, np.inf)
         error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
         return Audit(found, float(found.mean()), error)
@@ -109,20 +110,20 @@ class SweepResult:
         Raises:
           ValueError: no trial trained in full, or none of them again.
         """
-        sign, found = sign_of(self.study), []
+        found = []
+        # Where nothing is found, `best` raises and says why.
         for best in self.top(integer("count", count)) or [self.best]:
             report = self._retrained(best.hyper, seeds, _CONFIRM)
             score = float(np.where(report.finite, self._score(report), np.nan).mean())
             if np.isfinite(score):
                 tests = np.nan if report.test_score is None else np.mean(report.test_score)
-                again = best._replace(score=score, held_out=float(tests))
-                found.append((sign * score, again))
+                found.append(best._replace(score=score, held_out=float(tests)))
         if not found:
             raise ValueError(
                 f"None of the best {count} trials trains again with its values frozen: see "
                 "result.table(), and give a larger count."
             )
-        return min(found, key=lambda pair: pair[0])[1]
+        return min(found, key=lambda best: sign_of(self.study) * best.score)
 
     def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> PopulationReport:
         """Reports of full runs under frozen values and seeds that no trial has used."""

@@ -4,10 +4,11 @@ Hyperband: Li et al. 2018 (JMLR 18:185), algorithm 1. A bracket is a tuple of ru
 a rung train up to its number of steps, then the best go on to the next rung.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hypergrad.checks import integer, positive, within
+from hypergrad.checks import integer, integer_field, positive, within
 
 
 class Rung(NamedTuple):
@@ -21,7 +22,16 @@ class Rung(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hyperband:
+class _Halving:
+    min_steps: int
+    eta: int = 3
+
+    def __post_init__(self) -> None:
+        integer_field(self, "min_steps")
+        integer_field(self, "eta", 2)
+
+
+class Hyperband(_Halving):
     """Brackets from many short runs to few full ones, over and over (Li 2018, algorithm 1).
 
     No run stops before `min_steps` inner steps; at each rung the best 1/`eta` go on with `eta`
@@ -32,15 +42,8 @@ class Hyperband:
     [81, 34, 15, 8, 5]
     """
 
-    min_steps: int
-    eta: int = 3
 
-    def __post_init__(self) -> None:
-        _store_integers(self)
-
-
-@dataclass(frozen=True)
-class SuccessiveHalving:
+class SuccessiveHalving(_Halving):
     """Hyperband's most exploring bracket only, over and over: many short runs, one full one.
 
     With `s` the number of times that `min_steps` can be multiplied by `eta` within the full run, a
@@ -53,12 +56,6 @@ class SuccessiveHalving:
     Rung(members=9, steps=100) Rung(members=3, steps=300) Rung(members=1, steps=900)
     Rung(members=3, steps=100) Rung(members=1, steps=300) Rung(members=1, steps=900)
     """
-
-    min_steps: int
-    eta: int = 3
-
-    def __post_init__(self) -> None:
-        _store_integers(self)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class PopulationBasedTraining:
     resample: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "every", integer("every", self.every))
+        integer_field(self, "every")
         positive("fraction", within("fraction", self.fraction, 0, 0.5))
         within("perturb", self.perturb, 0, 1)
         within("resample", self.resample, 0, 1)
@@ -117,26 +114,20 @@ def brackets(
             f"scheduler={scheduler!r} gives every run at least {scheduler.min_steps} steps, but "
             f"num_steps={num_steps}: lower min_steps, or raise num_steps."
         )
-    eta = scheduler.eta
-    # By multiplication: floor(log(243) / log(3)) is 4 in floating point.
-    top, steps = 0, scheduler.min_steps * eta
-    while steps <= num_steps:
-        top, steps = top + 1, steps * eta
-    halvings = range(top, -1, -1) if isinstance(scheduler, Hyperband) else (top,)
+    eta, top = scheduler.eta, 0
+    # In integers: floor(log(243) / log(3)) is 4 in floating point.
+    while scheduler.min_steps * eta ** (top + 1) <= num_steps:
+        top += 1
+    halvings = itertools.cycle(range(top, -1, -1) if isinstance(scheduler, Hyperband) else [top])
     result: list[tuple[Rung, ...]] = []
     left = num_trials
-    while True:
-        for s in halvings:
-            members = min(left, -(-(top + 1) * eta**s // (s + 1)))
-            result.append(
-                tuple(
-                    Rung(max(1, members // eta**i), num_steps // eta ** (s - i))
-                    for i in range(s + 1)
-                )
-            )
-            left -= members
-            if not left:
-                return result
+    while left:
+        s = next(halvings)
+        members = min(left, -(-(top + 1) * eta**s // (s + 1)))
+        rungs = (Rung(max(1, members // eta**i), num_steps // eta ** (s - i)) for i in range(s + 1))
+        result.append(tuple(rungs))
+        left -= members
+    return result
 
 
 def bracket_steps(bracket: tuple[Rung, ...]) -> int:
@@ -145,13 +136,5 @@ def bracket_steps(bracket: tuple[Rung, ...]) -> int:
     >>> bracket_steps((Rung(9, 100), Rung(3, 300), Rung(1, 900)))
     2100
     """
-    total, done = 0, 0
-    for rung in bracket:
-        total += rung.members * (rung.steps - done)
-        done = rung.steps
-    return total
-
-
-def _store_integers(scheduler: Hyperband | SuccessiveHalving) -> None:
-    for name, least in (("min_steps", 1), ("eta", 2)):
-        object.__setattr__(scheduler, name, integer(name, getattr(scheduler, name), least))
+    pairs = itertools.pairwise([Rung(0, 0), *bracket])
+    return sum(rung.members * (rung.steps - before.steps) for before, rung in pairs)

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,11 @@ from hypergrad.checks import choice, integer
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
-from hypergrad.search.cohort import (
-    TOLD_FIELDS,
-    Cohort,
-    Failure,
-    ProblemError,
-    Programs,
-    Standings,
-    Told,
-)
+from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
-from hypergrad.study.ranking import ranked
+from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
@@ -116,7 +108,7 @@ def sweep(
         )
     num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     population, polish = integer("population", population), integer("polish", polish, 0)
-    choice("told", told, TOLD_FIELDS)
+    choice("told", told, get_args(Told))
     if direction == "maximize" and metric is None:
         raise ValueError(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
@@ -137,24 +129,27 @@ def sweep(
         tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
+    # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)
     Minibatches(data.train, batch_size, steps)  # refuses a batch larger than the data
     # A sampler that is made already has its own seed.
     sampler_seed = seed if isinstance(sampler, str) else None
+    # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
     with open_study(
         space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
     ) as opened:
         check_recipe(opened.study, num_steps=num_steps, batch_size=batch_size, metric=metric)
+        # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)
         with SweepProgress(num_trials, progress) as view:
             cohort = Cohort(
                 programs,
                 _score_by(metric),
-                direction == "maximize",
+                sign_of(opened.study),
                 # What copies made of a trial is its end.
                 told if refine is not None else "last",
                 exploit,
@@ -190,6 +185,7 @@ def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
     if refine is None:
+        # Members train by whole updates: of the usual 10 steps, or of as many as divide a full run.
         return max(k for k in range(1, 11) if num_steps % k == 0)
     steps = refine.steps_per_update
     if num_steps % steps:
@@ -200,20 +196,14 @@ def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
 
 
 def _from_where_it_stopped(
-    ladders: Sequence[tuple[Rung, ...]],
-    full: tuple[Rung, ...],
-    polish: int,
-    opened: OpenStudy,
+    ladders: Sequence[tuple[Rung, ...]], full: tuple[Rung, ...], polish: int, opened: OpenStudy
 ) -> Iterator[tuple[Rung, ...]]:
     """The brackets still to run; where all runs are full ones, as many at a time as fit."""
     if len(ladders[0]) == 1:
         return itertools.repeat(full)
-    finished, skipped = opened.progress().finished, 0
-    for ladder in ladders:
-        if finished < ladder[0].members:
-            break
-        finished -= ladder[0].members
-        skipped += 1
+    # A bracket that was cut short begins again, with what it left in the queue.
+    finished, sizes = opened.progress().finished, (ladder[0].members for ladder in ladders)
+    skipped = sum(begun <= finished for begun in itertools.accumulate(sizes))
     # Beyond the plan, when other processes have died: once more from its beginning.
     beyond = itertools.repeat(full) if polish else itertools.cycle(ladders)
     return itertools.chain(ladders[skipped:], beyond)
@@ -241,6 +231,7 @@ def _ask_or_wait(
             return teams
         if not opened.recover():
             ended = not opened.progress().running
+            # Each look reads the whole study, and a second is little beside a trial.
             time.sleep(0.0 if ended else 1.0)
 
 
@@ -251,9 +242,11 @@ def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[l
         team = teams[-1] if teams and len(teams[-1]) < population else None
         proposal = opened.ask(team[0].choices if team else None, record=record)
         if proposal is None and team:
+            # No slot is left for more of these choices, but the queue may hold others.
             proposal = opened.ask(record=record)
         if proposal is None:
             break
+        # A grid proposes in its own order, whatever choices it is asked for.
         if team and proposal.choices == team[0].choices:
             team.append(proposal)
         else:

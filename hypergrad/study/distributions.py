@@ -50,9 +50,7 @@ class Coordinates:
                     "(reverse_log): rename it."
                 )
         # Parents first, otherwise as the user wrote them.
-        self.order: tuple[str, ...] = tuple(
-            dict.fromkeys(n for name in space for n in self._up(name))
-        )
+        self.order = tuple(dict.fromkeys(itertools.chain.from_iterable(map(self._up, space))))
 
     def parameters(self) -> Iterator[tuple[str, str, BaseDistribution]]:
         """Go through all names, parents first, with the parameter of each and its distribution."""
@@ -71,7 +69,7 @@ class Coordinates:
                 value = min(max(value, distribution.low), distribution.high)
             elif isinstance(distribution, IntDistribution):
                 value = int(value)
-            elif isinstance(value, np.generic):
+            elif isinstance(value, np.generic):  # JSON knows no NumPy scalar.
                 value = value.item()
             result[self.names[name]] = value
         return result
@@ -104,6 +102,7 @@ class Coordinates:
             self._check_value(self.space[name], value, f"{label}[{name!r}]")
         choices = {name: values[name] for name in self.space.discrete if name in values}
         for name in self.order:
+            # A parent that is left out is proposed later: whether this one is active is open.
             parents_known = all(p in choices for p in self._up(name)[:-1])
             if not complete and not parents_known:
                 continue
@@ -141,18 +140,17 @@ class Coordinates:
         Raises ValueError for `points < 2` and for more than 100,000 points.
         """
         points = integer("grid_points", points, 2)
+        space = self.space
         axes = {name: _grid_axis(self.distributions[name], points) for name in self.order}
         groups: list[dict[str, Any]] = [{}]
-        for name in self.space.discrete:
+        for name in space.discrete:
             choices = [{name: value} for value in axes[name]]
             groups = [
                 {**group, **choice}
                 for group in groups
-                for choice in (choices if self.space.is_active(name, group) else [{}])
+                for choice in (choices if space.is_active(name, group) else [{}])
             ]
-        floats = [
-            [n for n in self.space.continuous if self.space.is_active(n, group)] for group in groups
-        ]
+        floats = [[n for n in space.continuous if space.is_active(n, group)] for group in groups]
         size = sum(points ** len(names) for names in floats)
         if size > _LARGEST_GRID:
             raise ValueError(
@@ -205,5 +203,7 @@ def _grid_axis(distribution: BaseDistribution, points: int) -> list[Any]:
     else:
         values = np.linspace(low, high, points)
     if isinstance(distribution, IntDistribution):
+        # Small integers coincide on a log scale.
         return sorted({min(max(round(v), low), high) for v in values.tolist()})
+    # The bounds as they are: exp(log(low)) may lie outside by a rounding, of which Optuna warns.
     return [low, *values[1:-1].tolist(), high]

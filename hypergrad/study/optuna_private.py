@@ -81,12 +81,10 @@ def random_generators(sampler: BaseSampler) -> Iterator[np.random.RandomState]:
 
 def _generators(sampler: BaseSampler, seen: set[int]) -> Iterator[np.random.RandomState]:
     for value in vars(sampler).values():
+        value = value.rng if isinstance(value, LazyRandomState) else value
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, LazyRandomState):
-            value = value.rng
-            seen.add(id(value))
         if isinstance(value, BaseSampler):
             yield from _generators(value, seen)
         elif (

@@ -34,17 +34,13 @@ class Best(NamedTuple):
 
 def ranked(study: optuna.Study) -> list[Best]:
     """The trials that trained in full, the best first."""
+    values = Coordinates(stored_space(study)).from_study
     complete = [
-        (t.value, t)
-        for t in counted(study.get_trials(deepcopy=False))
+        Best(values(t.params), t.value, float(t.user_attrs.get("held_out", "nan")), t.number)
+        for t in counted(study)
         if t.state == TrialState.COMPLETE and t.value is not None
     ]
-    complete.sort(key=lambda pair: sign_of(study) * pair[0])
-    values = Coordinates(stored_space(study)).from_study
-    return [
-        Best(values(t.params), value, float(t.user_attrs.get("held_out", "nan")), t.number)
-        for value, t in complete
-    ]
+    return sorted(complete, key=lambda best: sign_of(study) * best.score)
 
 
 def best_of(study: optuna.Study) -> Best:
@@ -64,7 +60,7 @@ def best_of(study: optuna.Study) -> Best:
 
 def states(study: optuna.Study) -> str:
     """How many trials there are of each state."""
-    names = [t.state.name.lower() for t in counted(study.get_trials(deepcopy=False))]
+    names = [t.state.name.lower() for t in counted(study)]
     counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
     return f"{len(names)} trials: {counts}" if names else "no trials"
 
@@ -77,15 +73,15 @@ def table(study: optuna.Study, count: int = 10) -> str:
         lines.append(
             f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
         )
-    if len(lines) == 1 and (errors := _errors(study)):
-        lines.append(f"the last error: {errors[-1]}")
+    errors = [t.user_attrs[ERROR] for t in failed_trials(study) if t.user_attrs.get(ERROR)]
+    if errors and len(lines) == 1:
+        lines.append(f"the last error: {errors[-1].strip().splitlines()[-1]}")
     return "\n".join(lines)
 
 
-def _errors(study: optuna.Study) -> list[str]:
-    """The last line of each failed trial's traceback."""
-    texts = [t.user_attrs.get(ERROR) for t in counted(study.get_trials(deepcopy=False))]
-    return [text.strip().splitlines()[-1] for text in texts if text]
+def failed_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Those that failed for good; a lost one counts by its successor."""
+    return [t for t in counted(study) if t.state == TrialState.FAIL]
 
 
 def short(value: Any) -> str:
@@ -107,15 +103,12 @@ def scored_trials(study: optuna.Study) -> list[Scored]:
     Raises:
       ValueError: there is none.
     """
-    scored = []
-    for trial in counted(study.get_trials(deepcopy=False)):
-        score = None
-        if trial.state == TrialState.COMPLETE:
-            score = trial.value
-        elif trial.state == TrialState.PRUNED and trial.last_step is not None:
-            score = trial.intermediate_values[trial.last_step]
-        if score is not None and math.isfinite(score):
-            scored.append(Scored(trial, score, trial.state == TrialState.COMPLETE))
+    # Optuna makes the last report of a pruned trial its value; a trial of any other end has none.
+    scored = [
+        Scored(trial, trial.value, trial.state == TrialState.COMPLETE)
+        for trial in counted(study)
+        if trial.value is not None and math.isfinite(trial.value)
+    ]
     if not scored:
         raise ValueError(
             f"The study {study.study_name!r} has no trial with a score: run the sweep first, or "
@@ -137,14 +130,3 @@ def refined_trials(scored: Sequence[Scored]) -> list[Scored]:
 def sign_of(study: optuna.Study) -> int:
     """1 where a small score is good, -1 where a large one is."""
     return -1 if study.direction.name == "MAXIMIZE" else 1
-
-
-def worst_first(scored: Sequence[Scored], study: optuna.Study) -> list[Scored]:
-    """In the order of drawing, so that the good ones end in front."""
-    return sorted(scored, key=lambda s: -sign_of(study) * s.score)
-
-
-def best_scored(scored: Sequence[Scored], study: optuna.Study) -> Scored | None:
-    """The best trial that trained in full."""
-    complete = [s for s in scored if s.complete]
-    return min(complete, key=lambda s: sign_of(study) * s.score, default=None)

@@ -56,31 +56,27 @@ class Randomness:
 
     def __init__(self, sampler: BaseSampler) -> None:
         self._generators = list(random_generators(sampler))
-        self._keys: list[np.ndarray] = []
-        self._shadows: list[np.random.MT19937] = []
-        self._blocks: list[int] = []
         self.start()
 
     def start(self) -> list[str]:
         """Return the present state in full, from which places are counted from now on."""
-        self._keys = [_legacy(g)[1].copy() for g in self._generators]
-        self._shadows = [_twister(key) for key in self._keys]
-        self._blocks = [0] * len(self._keys)
-        return [base64.b64encode(key.astype("<u4").tobytes()).decode() for key in self._keys]
+        keys = [_legacy(generator)[1] for generator in self._generators]
+        self._shadows = [_twister(key) for key in keys]
+        self._blocks = [0] * len(keys)
+        # Little-endian, as the next process may run on another kind of machine.
+        return [base64.b64encode(key.astype("<u4").tobytes()).decode() for key in keys]
 
     def place(self) -> list[list[Any]] | None:
         """Return the present place; None where a generator was seeded again since `start`."""
         result = []
         for i, generator in enumerate(self._generators):
             _, key, position, has_gauss, gauss = _legacy(generator)
-            tried = 0
+            most = self._blocks[i] + _MOST_BLOCKS
             # Numbers are drawn from a block; which one it is shows only by generating them again.
-            while not np.array_equal(self._keys[i], key):
-                if tried == _MOST_BLOCKS:
+            while not np.array_equal(_block(self._shadows[i]), key):
+                if self._blocks[i] == most:
                     return None
-                tried += 1
                 self._shadows[i].random_raw(_BLOCK, output=False)
-                self._keys[i] = self._shadows[i].state["state"]["key"].copy()
                 self._blocks[i] += 1
             result.append([self._blocks[i], int(position), int(has_gauss), float(gauss)])
         return result
@@ -91,15 +87,10 @@ class Randomness:
             return False
         keys = [np.frombuffer(base64.b64decode(text), "<u4").astype(np.uint32) for text in start]
         self._shadows = [_twister(key) for key in keys]
-        self._blocks = [int(entry[0]) for entry in place]
-        self._keys = []
-        for generator, shadow, entry in zip(self._generators, self._shadows, place, strict=True):
-            blocks, position, has_gauss, gauss = entry
-            if blocks:
-                shadow.random_raw(_BLOCK * blocks, output=False)
-            key = shadow.state["state"]["key"].copy()
-            self._keys.append(key)
-            generator.set_state(("MT19937", key, position, has_gauss, gauss))
+        self._blocks = [int(blocks) for blocks, *_ in place]
+        for i, (blocks, *rest) in enumerate(place):
+            self._shadows[i].random_raw(_BLOCK * blocks, output=False)
+            self._generators[i].set_state(("MT19937", _block(self._shadows[i]), *rest))
         return True
 
 
@@ -128,22 +119,18 @@ class SavedRandomness:
             return
         self._randomness = Randomness(self._sampler)
         attributes = self._worker.storage.get_study_system_attrs(self._worker.study_id)
-        starts = {
-            int(key.removeprefix(_START)): value
-            for key, value in attributes.items()
-            if key.startswith(_START)
-        }
-        # Asks write into their trials and tells into the study, but both count on one counter.
-        places = [t.system_attrs[ASKED].get("random") for t in trials if ASKED in t.system_attrs]
-        known = [place for place in (attributes.get(_PLACE), *places) if place]
-        latest = max(known, key=lambda place: place["count"], default=None)
-        self._index = max(starts, default=-1)
-        if latest is None and starts:
-            latest = {"count": 0, "start": self._index, "place": None}
-        if latest is not None:
+        keys = [key for key in attributes if key.startswith(_START)]
+        starts = {int(key.removeprefix(_START)): attributes[key] for key in keys}
+        if starts:
+            self._index = max(starts)
+            begun = {"count": 0, "start": self._index, "place": None}
+            # Asks write into their trials and tells into the study, but both count on one counter.
+            asks = [t.system_attrs[ASKED].get("random") for t in trials if ASKED in t.system_attrs]
+            known = [place for place in (begun, attributes.get(_PLACE), *asks) if place]
+            latest = max(known, key=lambda place: place["count"])
             self._count = latest["count"]
             start = starts[latest["start"]]
-            if {key: start[key] for key in self._about} == self._about:
+            if self._about.items() <= start.items():
                 place = latest["place"] or [[0, *rest] for rest in start["rest"]]
                 if self._randomness.restore(start["states"], place):
                     self._index, self._last = latest["start"], place
@@ -159,6 +146,7 @@ class SavedRandomness:
             return None
         place = self._randomness.place()
         if place is None:
+            # Somebody has seeded the sampler again: places count from a new start.
             self._begin()
             place = self._last
         self._last = place
@@ -195,3 +183,8 @@ def _twister(key: np.ndarray) -> np.random.MT19937:
     twister = np.random.MT19937(0)
     twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": _BLOCK}}
     return twister
+
+
+def _block(twister: np.random.MT19937) -> np.ndarray:
+    """Return the block that a generator draws from: each time a new array."""
+    return twister.state["state"]["key"]

@@ -55,6 +55,7 @@ def check_recipe(study: optuna.Study, **recipe: int | str | None) -> None:
         study.set_user_attr(_RECIPE, recipe)
         return
     for name, value in recipe.items():
+        # A study signed by an earlier version may lack a name, and is not refused for that.
         if stored.get(name, value) != value:
             raise ValueError(
                 f"{name}={value!r}, but the trials of the study {study.study_name!r} in this "

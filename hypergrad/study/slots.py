@@ -12,12 +12,11 @@ the two has left its name in the trial, and the next one queues it in its place.
 was written before its worker died has failed for good and gets no successor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -58,21 +57,20 @@ class TrialCounts(NamedTuple):
     waiting: int
 
 
-def trial_counts(trials: Sequence[FrozenTrial]) -> TrialCounts:
+def trial_counts(study: optuna.Study) -> TrialCounts:
     """Count the trials that count."""
-    states = [trial.state for trial in counted(trials)]
+    states = [trial.state for trial in counted(study)]
     ended = [states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)]
     going = [states.count(s) for s in (TrialState.RUNNING, TrialState.WAITING)]
     return TrialCounts(sum(ended), *ended, *going)
 
 
-def counted(trials: Sequence[FrozenTrial], added: bool = False) -> list[FrozenTrial]:
-    """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
+def counted(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that count: none lost, cancelled, or added from another study."""
     return [
         trial
-        for trial in trials
-        if not (_is_lost(trial) or _CANCELLED in trial.system_attrs)
-        and (added or _ADDED not in trial.system_attrs)
+        for trial in study.get_trials(deepcopy=False)
+        if not _is_lost(trial) and trial.system_attrs.keys().isdisjoint((_CANCELLED, _ADDED))
     ]
 
 
@@ -82,11 +80,6 @@ def _is_lost(trial: FrozenTrial) -> bool:
     return failed and _LOST in trial.system_attrs and ERROR not in trial.user_attrs
 
 
-def _claimants(trial: FrozenTrial) -> list[str]:
-    """Return the workers that may hold a trial; none for a trial that was not asked for by us."""
-    return [key.removeprefix(_CLAIM) for key in trial.system_attrs if key.startswith(_CLAIM)]
-
-
 def _lineage(trial: FrozenTrial) -> tuple[int, int]:
     """Return the number of the slot's first trial, and which attempt at it this trial is."""
     return trial.system_attrs.get(_ROOT, trial.number), trial.system_attrs.get(_ATTEMPT, 0)
@@ -94,7 +87,7 @@ def _lineage(trial: FrozenTrial) -> tuple[int, int]:
 
 def _begins_slot(trial: FrozenTrial) -> bool:
     """Say whether a trial is the first one of a slot."""
-    return not any(mark in trial.system_attrs for mark in (_ROOT, _ADDED, _CANCELLED))
+    return trial.system_attrs.keys().isdisjoint((_ROOT, _ADDED, _CANCELLED))
 
 
 def _is_duplicate(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
@@ -166,7 +159,7 @@ class Slots:
     ) -> None:
         self._study, self._worker, self._storage = study, worker, worker.storage
         self._num_trials, self.points, self._max_retries = num_trials, points, max_retries
-        self._ledger = _Ledger()
+        self._ledger, self._claim = _Ledger(), _CLAIM + worker.id
 
     def take(self, wanted: Mapping[str, Any]) -> int | None:
         """Return the id of a trial that is ours to run now; None where nothing is left.
@@ -203,7 +196,7 @@ class Slots:
                 continue
             with suppress(UpdateFinishedTrialError):
                 # Before the state, so that there is no moment at which a running trial is nobody's.
-                self._mark(trial_id, _CLAIM + self._worker.id, True)
+                self._storage.set_trial_system_attr(trial_id, self._claim, True)
                 if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
                     return trial_id
         return None
@@ -212,9 +205,7 @@ class Slots:
         """Make a new trial that is ours from its first moment, or return None."""
         if self._is_over(*self._ledger.count(trials)):
             return None
-        template = create_trial(
-            state=TrialState.RUNNING, system_attrs={_CLAIM + self._worker.id: True}
-        )
+        template = create_trial(state=TrialState.RUNNING, system_attrs={self._claim: True})
         trial_id = self._storage.create_new_trial(self._worker.study_id, template_trial=template)
         # Others may have created trials in the meantime. Numbers are unique, so all agree on who
         # came too late.
@@ -232,73 +223,57 @@ class Slots:
     def cancel(self, trial_id: int, reason: str) -> None:
         """Take a trial out that must not run, and that nobody runs."""
         with suppress(UpdateFinishedTrialError):
-            self._mark(trial_id, _CANCELLED, reason)
+            self._storage.set_trial_system_attr(trial_id, _CANCELLED, reason)
             self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
 
     def enqueue(self, params: dict[str, Any], again: bool) -> bool:
         """Queue a point by its parameters; False where it was queued before and not `again`."""
-        for trial in () if again else self._study.get_trials(deepcopy=False):
-            known = _ENQUEUED in trial.system_attrs
-            if known and trial.system_attrs.get("fixed_params") == params:
-                return False
         attrs = {"fixed_params": params, _ENQUEUED: True}
+        trials = () if again else self._study.get_trials(deepcopy=False)
+        # A subset, as one that was queued `again` has a mark more and is the same point.
+        if any(attrs.items() <= trial.system_attrs.items() for trial in trials):
+            return False
         attrs |= {_AGAIN: True} if again else {}
         self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
         return True
 
-    def add(
-        self,
-        params: dict[str, Any],
-        distributions: dict[str, BaseDistribution],
-        value: float,
-        attrs: dict[str, Any],
-    ) -> bool:
+    def add(self, trial: FrozenTrial) -> bool:
         """Add a finished trial, which takes no slot; False where it was added before."""
-        for trial in self._study.get_trials(deepcopy=False):
-            known = _ADDED in trial.system_attrs and trial.params == params
-            if known and trial.value == value:
+        for other in self._study.get_trials(deepcopy=False):
+            known = _ADDED in other.system_attrs
+            if known and (other.params, other.value) == (trial.params, trial.value):
                 return False
-        self._study.add_trial(
-            create_trial(
-                params=params,
-                distributions=distributions,
-                value=value,
-                user_attrs=attrs,
-                system_attrs={_ADDED: True},
-            )
-        )
+        trial.system_attrs = {_ADDED: True}
+        self._study.add_trial(trial)
         return True
 
-    def recover(self, held: Iterable[int]) -> list[int]:
+    def recover(self, held: set[int]) -> list[int]:
         """Queue again what dead workers ran; `held` are the numbers of our own running trials."""
-        held = set(held)
         workers = read_workers(self._storage, self._worker.study_id)
         trials = self._study.get_trials(deepcopy=False)
         succeeded = {(root, attempt - 1) for root, attempt in map(_lineage, trials) if attempt}
 
         def gone(worker: str) -> bool:
+            # A trial that we claim and do not hold is one whose ask has failed.
             return worker == self._worker.id or is_dead(worker, workers.get(worker))
 
         found = []
         for trial in trials:
+            marks = trial.system_attrs
             if trial.state == TrialState.RUNNING and trial.number not in held:
-                claimed = _claimants(trial)
-                if not claimed or not all(map(gone, claimed)) or not self.lose(trial):
-                    continue
-            # Or its successor is missing, and whoever was to queue it has died.
-            elif not (
-                _is_lost(trial)
-                and _lineage(trial) not in succeeded
-                and gone(trial.system_attrs[_LOST])
-            ):
-                continue
-            if self.queue_successor(trial):
+                claims = [key.removeprefix(_CLAIM) for key in marks if key.startswith(_CLAIM)]
+                # Without a claim it is Optuna's own, of somebody whose death nobody could tell.
+                is_left = bool(claims) and all(map(gone, claims)) and self.lose(trial)
+            else:
+                # Whoever declared it lost was to queue its successor, and may be about to.
+                is_orphan = _is_lost(trial) and _lineage(trial) not in succeeded
+                is_left = is_orphan and gone(marks[_LOST])
+            if is_left and self.queue_successor(trial):
                 found.append(trial.number)
         return found
 
-    def give_back(self, held: Iterable[int]) -> None:
+    def give_back(self, held: set[int]) -> None:
         """Queue again our own running trials, as we are about to end."""
-        held = set(held)
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number in held and self.lose(trial):
                 self.queue_successor(trial)
@@ -307,17 +282,20 @@ class Slots:
         """Mark a running trial as lost; False where somebody was faster or it has failed."""
         trial_id = id_of(trial)
         with suppress(UpdateFinishedTrialError):
-            self._mark(trial_id, _LOST, self._worker.id)
+            # The mark before the state: nothing can be written afterwards.
+            self._storage.set_trial_system_attr(trial_id, _LOST, self._worker.id)
             if self._max_retries is not None and _lineage(trial)[1] >= self._max_retries:
                 error = f"its process died {self._max_retries + 1} times while it ran"
                 self._storage.set_trial_user_attr(trial_id, ERROR, error)
             if self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
+                # Read again: a worker that was only slow may have written an error meanwhile.
                 return _is_lost(self._storage.get_trial(trial_id))
         return False
 
     def queue_successor(self, trial: FrozenTrial) -> bool:
         """Queue a lost trial again; False where it had its retries."""
         root, attempt = _lineage(trial)
+        # Again, as whoever lost the trial may have allowed more retries than we do.
         if self._max_retries is not None and attempt >= self._max_retries:
             return False
         attrs: dict[str, Any] = {_ROOT: root, _ATTEMPT: attempt + 1}
@@ -329,6 +307,3 @@ class Slots:
             attrs["fixed_params"] = fixed
         self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
         return True
-
-    def _mark(self, trial_id: int, key: str, value: str | bool) -> None:
-        self._storage.set_trial_system_attr(trial_id, key, value)

@@ -61,7 +61,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         host, _, port = text.removeprefix("grpc://").rstrip("/").rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"storage={text!r} names no proxy: write 'grpc://host:port'.")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        return GrpcStorageProxy(host=host, port=int(port))
     if "://" in text:
         return _open_database(text)
     if not text.endswith((".journal", ".log")):
@@ -82,6 +82,7 @@ def open_journal(path: str) -> JournalStorage:
     lock = _Lock(path)
     # Optuna asks for two methods; the base class that it names is private.
     backend = JournalFileBackend(path, lock_obj=lock)  # type: ignore[arg-type]
+    # First, as the storage reads the whole journal when it is made.
     _cut_torn_line(path, lock)
     return JournalStorage(backend)
 
@@ -119,6 +120,7 @@ class _Lock:
             raise
 
     def release(self) -> None:
+        # In this order: whoever has the kernel's lock takes a link that is there for a dead one's.
         try:
             self._link.release()
         finally:
@@ -139,30 +141,23 @@ def _machine() -> str:
 
 
 def _cut_torn_line(path: str, lock: _Lock) -> None:
+    # Under the lock, as a line without an end may be one that somebody is just writing.
     lock.acquire()
     try:
         with open(path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            if not end:
-                return
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
-                return
-            kept = end
-            while kept:
+            kept, newline = file.seek(0, os.SEEK_END), -1
+            while kept and newline < 0:
                 begin = max(0, kept - 65536)
                 file.seek(begin)
                 newline = file.read(kept - begin).rfind(b"\n")
-                kept = begin + newline + 1 if newline >= 0 else begin
-                if newline >= 0:
-                    break
+                kept = begin + newline + 1
             file.truncate(kept)
     finally:
         lock.release()
 
 
 def _open_database(url: str) -> BaseStorage:
-    if ":memory:" in url or url.rstrip("/") == "sqlite:":
+    if _is_in_memory(url):
         return optuna.storages.get_storage(url)
     if url.startswith("sqlite"):
         return _open_sqlite(url)
@@ -192,6 +187,7 @@ def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
                     f"storage={url!r} cannot be opened: {error.orig}. Check that the server runs, "
                     "or that the file's folder exists, and that this user may write there."
                 ) from error
+        # At random, so that those who collided do not meet again.
         time.sleep(random.uniform(0.01, 0.2))
 
 
@@ -203,6 +199,7 @@ def _free_locks_of_lost_machines(database: RDBStorage) -> None:
         cursor = connection.cursor()
         cursor.execute(f"SET idle_in_transaction_session_timeout = '{_POSTGRESQL_PATIENCE}s'")
         cursor.close()
+        # The setting is part of a transaction, and a rollback would take it back.
         connection.commit()
 
     database.engine.dispose()
@@ -245,7 +242,7 @@ def dashboard_command(storage: BaseStorage) -> str:
     backend = backend_of(storage)
     if isinstance(backend, JournalFileBackend):
         return f"optuna-dashboard {shlex.quote(path_of(backend))}"
-    if isinstance(backend, RDBStorage) and not _is_in_memory(backend):
+    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
         return f"optuna-dashboard {shlex.quote(backend.url)}"
     if isinstance(backend, GrpcStorageProxy):
         raise ValueError(
@@ -260,5 +257,5 @@ def dashboard_command(storage: BaseStorage) -> str:
     )
 
 
-def _is_in_memory(database: RDBStorage) -> bool:
-    return database.url.rstrip("/") == "sqlite:" or ":memory:" in database.url
+def _is_in_memory(url: str) -> bool:
+    return url.rstrip("/") == "sqlite:" or ":memory:" in url

@@ -14,7 +14,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState, create_trial
 
 from hypergrad.checks import choice, integer
 from hypergrad.space.space import Space
@@ -22,7 +22,7 @@ from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
 from hypergrad.study.signature import check_same
-from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, counted, trial_counts
+from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker
 
@@ -100,6 +100,7 @@ def open_study(
     if max_retries is not None:
         max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
+    # Every process lists the grid for itself, in an order that only an equal seed makes the same.
     points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
@@ -118,6 +119,7 @@ def open_study(
     slots = Slots(study, worker, num_trials, points, max_retries)
     randomness = SavedRandomness(engine, seed, worker)
     opened = OpenStudy(study, coordinates, randomness, slots, worker)
+    # The worker has signed by now: of two that open at once, at most one finds itself alone.
     randomness.open(worker.is_alone(), study.get_trials(deepcopy=False))
     opened.recover()
     return opened
@@ -182,6 +184,7 @@ class OpenStudy:
         try:
             proposal.trial.report(float(value), step)
         except UpdateFinishedTrialError:
+            # Taken over by somebody: `finish` or `prune` will say so.
             self._held.discard(proposal.number)
 
     def finish(
@@ -217,14 +220,14 @@ class OpenStudy:
         """
         if math.isnan(value):
             return self.fail(proposal, "ValueError: the trial's value is NaN.")
+        # A pruned trial's value is its last report; Optuna warns of a step that is told twice.
         if step not in frozen(proposal.trial).intermediate_values:
             self.report(proposal, value, step)
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
     def fail(self, proposal: Proposal, error: str) -> bool:
         """Record that a trial failed for good, with its traceback as user attribute `error`."""
-        attrs = {ERROR: error[-_LONGEST_ERROR:]}
-        return self._tell(proposal, TrialState.FAIL, None, None, attrs)
+        return self._tell(proposal, TrialState.FAIL, None, None, {ERROR: error[-_LONGEST_ERROR:]})
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
@@ -243,10 +246,7 @@ class OpenStudy:
         self._coordinates.check(hyper, "hyper", complete=True)
 
     def add_finished(
-        self,
-        hyper: Mapping[str, Any],
-        value: float,
-        attrs: Mapping[str, Any] | None = None,
+        self, hyper: Mapping[str, Any], value: float, attrs: Mapping[str, Any] | None = None
     ) -> bool:
         """Add a finished trial of another study, from which samplers learn; takes no slot.
 
@@ -257,19 +257,17 @@ class OpenStudy:
         self._coordinates.check(hyper, "hyper", complete=True)
         params = self._coordinates.to_study(hyper)
         distributions = {p: d for _, p, d in self._coordinates.parameters() if p in params}
-        return self._slots.add(params, distributions, float(value), dict(attrs or {}))
-
-    def values(self, trial: FrozenTrial) -> dict[str, Any]:
-        """Return a trial's parameters by the space's names, in the user's units."""
-        return self._coordinates.from_study(trial.params)
-
-    def trials(self, added: bool = False) -> list[FrozenTrial]:
-        """Return the trials that count: no lost ones, no cancelled ones; others' with `added`."""
-        return counted(self.study.get_trials(deepcopy=False), added)
+        trial = create_trial(
+            params=params,
+            distributions=distributions,
+            value=float(value),
+            user_attrs=dict(attrs or {}),
+        )
+        return self._slots.add(trial)
 
     def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
-        return trial_counts(self.study.get_trials(deepcopy=False))
+        return trial_counts(self.study)
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.
@@ -284,6 +282,7 @@ class OpenStudy:
         """Give running trials of this process back to the queue and stop its beats."""
         held, self._held = self._held, set()
         try:
+            # Before the worker says that it ended: others would recover the same trials.
             self._slots.give_back(held)
         finally:
             self._worker.close()
@@ -294,36 +293,32 @@ class OpenStudy:
         choices: dict[str, Any] = {}
         start: dict[str, float] = {}
         unrecorded: dict[str, Any] = {}
+        # Optuna's trial asks the study's sampler when it is made, so this is the way to reach it.
         if wanted and not is_grid:
             self.study.sampler = FixedChoices(wanted, sampler)
         try:
             trial = optuna.Trial(self.study, trial_id)
-            self._held.add(trial.number)
+            # One that is queued again brings its point along, unless its first ask was cut short.
             if is_grid and not frozen(trial).system_attrs.get("fixed_params"):
                 fix(trial, self._slots.point(frozen(trial)))
             for name, parameter, distribution in self._coordinates.parameters():
                 if not self.space.is_active(name, choices):
                     continue
-                if name not in self.space.continuous:
+                if name in self.space.discrete:
                     choices[name] = suggest(trial, parameter, distribution)
                     continue
-                if record:
-                    value = suggest(trial, parameter, distribution)
-                else:
-                    value = unrecorded[parameter] = propose(trial, parameter, distribution)
+                value = (suggest if record else propose)(trial, parameter, distribution)
                 start[name] = self._coordinates.value(name, value)
-        except BaseException:
-            # Nobody will tell it: `recover` may take it.
-            self._held.discard(self.storage.get_trial(trial_id).number)
-            raise
+                if not record:
+                    unrecorded[parameter] = value
         finally:
             self.study.sampler = sampler
-        asked: dict[str, Any] = {"params": unrecorded} if unrecorded else {}
-        place = self._randomness.place()
-        if place is not None:
-            asked["random"] = place
+        # Not before: a trial whose ask has failed nobody will tell, so `recover` may take it.
+        self._held.add(trial.number)
+        asked = {"params": unrecorded, "random": self._randomness.place()}
         # Last, and at once: a trial without it is asked for again, from the same random state.
-        self.storage.set_trial_system_attr(trial_id, ASKED, asked)
+        written = {key: value for key, value in asked.items() if value}
+        self.storage.set_trial_system_attr(trial_id, ASKED, written)
         return Proposal(trial, choices, start, record, unrecorded)
 
     def _tell(
@@ -337,6 +332,7 @@ class OpenStudy:
         self._check_refined(proposal, refined)
         trial = proposal.trial
         try:
+            # The state comes last: nothing can be written to a finished trial.
             if not proposal.recorded:
                 self._record(proposal, refined)
                 attrs = {"start": dict(proposal.start), **(attrs or {})}
@@ -344,7 +340,8 @@ class OpenStudy:
                 trial.set_user_attr(key, attr)
             self.study.tell(trial, value, state=state)
         except (UpdateFinishedTrialError, ValueError):
-            # Somebody thought that this process was dead, and has queued the trial again.
+            # Somebody thought that this process was dead, and has queued the trial again: `tell`
+            # says so by a ValueError, which may also be about what was told.
             if not self.storage.get_trial(id_of(trial)).state.is_finished():
                 raise
             return False
@@ -355,13 +352,12 @@ class OpenStudy:
 
     def _record(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
         """Write the Floats that the sampler is to learn from, for which there is one chance."""
+        trial_id = id_of(proposal.trial)
         params = proposal.unrecorded if refined is None else self._coordinates.to_study(refined)
         for name, parameter, distribution in self._coordinates.parameters():
             if name in proposal.start:
                 internal = distribution.to_internal_repr(params[parameter])
-                self.storage.set_trial_param(
-                    id_of(proposal.trial), parameter, internal, distribution
-                )
+                self.storage.set_trial_param(trial_id, parameter, internal, distribution)
 
     def _check_refined(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
         if refined is None:

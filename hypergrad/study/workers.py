@@ -42,18 +42,15 @@ class Worker:
                 f"grace={grace!r} seconds declares a worker dead before it misses two beats: give "
                 f"at least {2 * beat_every!r}, or a smaller beat_every={beat_every!r}."
             )
-        self.id = uuid.uuid4().hex
+        self.id, pid = uuid.uuid4().hex, os.getpid()
         self.storage, self.study_id = storage, study_id
-        self._record = {
-            "place": _place(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "grace": grace,
-        }
-        _open_here[self.id] = os.getpid()
+        started = _process_start(pid)
+        self._record = {"place": _place(), "pid": pid, "started": started, "grace": grace}
+        _open_here[self.id] = pid
         self.beat()
         self._stop = threading.Event()
         self._finalizer = weakref.finalize(self, _forget, self._stop, self.id)
+        # The thread holds the worker weakly: one that is dropped without `close` must not beat on.
         if not isinstance(storage, InMemoryStorage):
             thread = threading.Thread(
                 target=_beat_until,
@@ -70,9 +67,7 @@ class Worker:
     def is_alone(self) -> bool:
         """Say whether no other worker lives."""
         workers = read_workers(self.storage, self.study_id)
-        return all(
-            worker == self.id or is_dead(worker, record) for worker, record in workers.items()
-        )
+        return all(is_dead(w, record) for w, record in workers.items() if w != self.id)
 
     def close(self) -> None:
         """Stop beating and say that this worker ended."""
@@ -122,6 +117,7 @@ def _beat_until(
         # A database that is away for a while must not end the beats.
         with contextlib.suppress(Exception):
             worker.beat()
+        # Or this frame would keep the worker alive during the next wait.
         del worker
 
 
@@ -141,7 +137,7 @@ def _is_running(pid: int, started: str | None) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except OSError:  # It lives, and belongs to another user.
         pass
     now = _process_start(pid)
     # A process id is used again: its start tells. Killed and not yet reaped counts as gone.

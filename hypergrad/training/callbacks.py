@@ -85,12 +85,14 @@ class JSONLines:
 
     def open(self, history: Sequence[Record], update: int) -> None:
         """Write what came before, and nothing of what is to come."""
+        # A run that resumes brings its records along: they take the place of the file's own.
         first = history[0].update if history else update
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         with open(beside, "w") as file:
             file.writelines(line for line in lines if _update_of(line) < first)
             file.writelines(_line(record) for record in history)
+        # In one move: a process that is killed until here leaves the old file.
         os.replace(beside, self._path)
         self._file = open(self._path, "a")  # noqa: SIM115  closed by `close`
 
@@ -191,11 +193,13 @@ class MLflow:
         runs = client.search_runs([experiment], f"attributes.run_name = '{self._name}'")
         run = runs[0] if runs else client.create_run(experiment, run_name=self._name)
         self._client, self._run = client, run.info.run_id
+        # A run that is found again may have been ended.
         client.update_run(self._run, "RUNNING")
         for name, value in self._params.items():
             client.log_param(self._run, name, value)
         logged = client.get_metric_history(self._run, "loss") if runs else []
         self._last = max((metric.step for metric in logged), default=-1)
+        # A killed process may have logged less than its checkpoint holds.
         self._waiting = [record for record in history if record.update > self._last]
 
     def __call__(self, record: Record) -> None:

@@ -7,6 +7,7 @@ when it is complete. What a power failure or a full disk tears all the same is f
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import numpy as np
 
 from hypergrad.checks import integer_field
 from hypergrad.training.history import History
-from hypergrad.training.identity import difference
+from hypergrad.training.identity import difference, is_key
 from hypergrad.trees import Leaf, State, Tree
 
 _log = logging.getLogger("hypergrad")
@@ -77,14 +78,14 @@ class TornError(Exception):
 
 def take_apart(state: State) -> list[np.ndarray]:
     """The leaves of a state on the host; PRNG keys as their integers."""
-    return [np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in jax.tree.leaves(state)]
+    return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(state)]
 
 
 def put_back(arrays: list[np.ndarray], like: Tree) -> Any:
     """A state with the structure and the places of `like`, from what `take_apart` gave."""
 
     def place(leaf: Leaf, array: np.ndarray) -> Any:
-        if _is_key(leaf):
+        if is_key(leaf):
             new = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
         else:
             new = jnp.asarray(array)
@@ -92,10 +93,6 @@ def put_back(arrays: list[np.ndarray], like: Tree) -> Any:
 
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten([place(*pair) for pair in zip(leaves, arrays, strict=True)])
-
-
-def _is_key(leaf: Leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def saved_updates(folder: Path) -> list[int]:
@@ -113,9 +110,8 @@ def save(folder: Path, update: int, arrays: list[np.ndarray], about: dict[str, A
     written = {f"{i:06}": _bytes(x) for i, x in enumerate(arrays) if x.nbytes >= _SMALL}
     small = [_bytes(x) for x in arrays if x.nbytes < _SMALL]
     text = json.dumps({"arrays": entries, "about": about}).encode()
-    head = np.frombuffer(text, np.uint8)
     written["small"] = np.concatenate([*small, np.zeros(1, np.uint8)])  # orbax takes no empty array
-    written["head"] = np.concatenate([head, np.frombuffer(_checksum(text), np.uint8)])
+    written["head"] = np.frombuffer(text + _checksum(text), np.uint8)
     # OCDBT gathers many small arrays in one file; ours are few, and quicker in files of their own.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     with _quiet(), ocp.Checkpointer(handler) as orbax:
@@ -132,6 +128,7 @@ def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
     try:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
             read = {k: np.asarray(v) for k, v in orbax.restore(folder / str(update)).items()}
+        # The head holds the arrays' checksums; its own are its last four bytes.
         text = read["head"].tobytes()
         if _checksum(text[:-4]) != text[-4:]:
             raise TornError("its head has another checksum")
@@ -139,7 +136,7 @@ def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
         begin, arrays = 0, []
         for i, (dtype, shape, checksum) in enumerate(head["arrays"]):
             kind = jnp.dtype(dtype)
-            size = kind.itemsize * int(np.prod(shape, dtype=np.int64))
+            size = kind.itemsize * math.prod(shape)
             own = read.get(f"{i:06}")
             data = read["small"][begin : begin + size] if own is None else own
             begin += size if own is None else 0
@@ -184,12 +181,13 @@ class Saver:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self._keep = checkpoint.path, checkpoint.keep
         self.folder.mkdir(exist_ok=True)
+        # Of killed processes: orbax gives a checkpoint its name when it is complete.
         for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hypergrad-save")
         self._running: Future[None] | None = None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -216,6 +214,7 @@ class Saver:
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
         save(self.folder, update, [*take_apart(state), *columns.values()], about)
+        # Not before the new one is whole.
         for old in saved_updates(self.folder)[self._keep :]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
 
@@ -249,12 +248,8 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
             arrays, stored = load(folder, done)
         except TornError as error:
             _log.warning(
-                "checkpoint: update %d in %s is torn (%s); it is put aside as %d.torn, and the one "
-                "before taken.",
-                done,
-                folder,
-                error,
-                done,
+                f"checkpoint: update {done} in {folder} is torn ({error}); it is put aside as "
+                f"{done}.torn, and the one before taken."
             )
             # Not deleted: it may be somebody else's, if this is the wrong folder.
             shutil.rmtree(folder / f"{done}.torn", ignore_errors=True)
@@ -268,9 +263,10 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
                 f"checkpoint: the run in {str(folder)!r} has done {done} updates, more than the "
                 f"{stop} that num_updates asks for: raise num_updates, or name another folder."
             )
+        # The order of `Saver._save`: the state's leaves, then the history's columns.
         num = len(jax.tree.leaves(start.state))
         columns = dict(zip(stored["columns"], arrays[num:], strict=True))
-        _log.info("checkpoint: going on from update %d in %s", done, folder)
+        _log.info(f"checkpoint: going on from update {done} in {folder}")
         return Resumed(
             state=put_back(arrays[:num], start.state),
             done=done,

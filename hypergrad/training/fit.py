@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -150,25 +149,26 @@ def fit(
     refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
+    asked = range(first, first + num_updates)
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
         about = describe(tuner, state, steps)
-        resumed = restore(checkpoint, resumed, about, first + num_updates)
-    stop = first + num_updates
+        resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
-    complete = resumed.done == stop
+    complete = resumed.done == asked.stop
     positions = {} if complete else resumed.positions
     batches = feed(
         open_source("train", train, steps, positions.get("train")),
         open_source("valid", valid, None, positions.get("valid")),
         resumed.done - complete,
-        stop,
+        asked.stop,
         1 if checkpoint is None else checkpoint.every,
     )
-    run = _Run(tuner, resumed, first, num_updates, steps, about)
+    run = _Run(tuner, resumed, asked, steps, about)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
+        # Without a checkpoint there is nothing to save: SIGTERM then does what it always does.
         terminated = None
         if checkpoint is not None:
             run.saver = stack.enter_context(Saver(checkpoint))
@@ -176,11 +176,13 @@ def fit(
             terminated = stack.enter_context(_on_sigterm())
         ahead = run.prepare(batches)
         for callback in callbacks:
+            # Before `open`, so that one which fails half-way is closed, too.
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
-        run.progress = stack.enter_context(FitProgress(resumed.done, stop, steps))
+        run.progress = stack.enter_context(FitProgress(resumed.done, asked.stop, steps))
         run.through(ahead, terminated)
+    # Only here: at the end of the stack the last save was waited for.
     if terminated is not None and terminated.is_set():
         # A handler of the user's own has its turn; the usual one would end us without cleaning up.
         if callable(signal.getsignal(signal.SIGTERM)):
@@ -208,15 +210,9 @@ class _Run:
     progress: FitProgress
 
     def __init__(
-        self,
-        tuner: Tuner,
-        resumed: Resumed,
-        first: int,
-        num_updates: int,
-        steps: int,
-        about: dict[str, Any],
+        self, tuner: Tuner, resumed: Resumed, asked: range, steps: int, about: dict[str, Any]
     ) -> None:
-        self.tuner, self.first, self.num_updates = tuner, first, num_updates
+        self.tuner, self.asked = tuner, asked
         self.steps, self.about = steps, about
         self.state, self.done, self.history = resumed.state, resumed.done, resumed.history
         self.positions, self.saved_program = resumed.positions, resumed.program
@@ -238,13 +234,11 @@ class _Run:
                 raise refusal(self.saver.folder, self.done, differs)
             if self.saved_program and self.saved_program["jax"] != program["jax"]:
                 _log.warning(
-                    "checkpoint: written under JAX %s, going on under %s: bits may differ.",
-                    self.saved_program["jax"],
-                    program["jax"],
+                    f"checkpoint: written under JAX {self.saved_program['jax']}, going on under "
+                    f"{program['jax']}: bits may differ."
                 )
             self.about["program"] = program
-        complete = self.done == self.first + self.num_updates
-        return iter(()) if complete else itertools.chain([fed], batches)
+        return iter(()) if self.done == self.asked.stop else itertools.chain([fed], batches)
 
     def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
         """All updates, as long as there are data and nobody wants an end."""
@@ -255,6 +249,7 @@ class _Run:
                 loss = getattr(getattr(self.state, "inner", None), "loss", None)
                 self.done, self.positions = self.done + 1, fed.positions
                 due = self.saver is not None and self.done % self.every == 0
+                # A state that is kept cannot be freed, so only those that are saved.
                 kept = self.state if due else None
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
@@ -272,8 +267,10 @@ class _Run:
         """What `fit` returns. Raises FloatingPointError."""
         hyper = self.tuner.best(self.state)
         params = getattr(getattr(self.state, "inner", None), "params", None)
+        # One program for all leaves, not a few for each.
         if not jax.jit(all_finite)((params, hyper)):
             raise self._not_finite("the final parameters or hyperparameters are not finite")
+        # A run that was too short to be hopeless.
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
@@ -287,6 +284,7 @@ class _Run:
         for callback in self.callbacks:
             callback(record)
         self.progress.show(record)
+        # After the callbacks, which are to show this update, and before a save of what is lost.
         if self.bad_in_a_row == _HOPELESS:
             raise self._not_finite(f"{_HOPELESS} updates in a row had no finite loss")
         if pending.state is not None:
@@ -299,22 +297,20 @@ class _Run:
         self.saved = done
 
     def _ran_out(self, reason: RanOut) -> None:
-        if self.done == self.first:
+        if self.done == self.asked.start:
             raise ValueError(
                 f"{reason}: an update takes steps_per_update={self.steps} batches of train and one "
                 "of valid."
             ) from reason
-        made = self.done - self.first
-        _log.warning("%s. The run ends after %d of %d updates.", reason, made, self.num_updates)
+        made = self.done - self.asked.start
+        _log.warning(f"{reason}. The run ends after {made} of {len(self.asked)} updates.")
 
     def _not_finite(self, what: str) -> FloatingPointError:
         last = self.history[-1]
         show = partial(np.array2string, precision=4, threshold=8, edgeitems=2)
         hyper = jax.tree.map(show, last.hyper)
         step = last.first_bad_step
-        where = (
-            f" (its training step {step} was the first bad one)" if step not in (None, -1) else ""
-        )
+        where = "" if step in (None, -1) else f" (its training step {step} was the first bad one)"
         why = f": {REASONS[last.refused]}" if last.refused else ""
         return FloatingPointError(
             f"After update {last.update}{where} {what}{why}. It trained under {hyper}. Either "
@@ -323,6 +319,7 @@ class _Run:
         )
 
 
+# Eight and not all: a compiled update keeps its tuner alive, and the data that it closes over.
 @lru_cache(maxsize=8)
 def _compiled(update: Callable[..., Any]) -> Any:
     """The compiled update, the same for each call of `fit` with one tuner."""
@@ -344,10 +341,7 @@ def _on_sigterm() -> Iterator[threading.Event]:
         yield terminated
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        terminated.set()
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     try:
         yield terminated
     finally:

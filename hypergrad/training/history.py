@@ -123,9 +123,8 @@ class History(Sequence[Record]):
     def hypers(self) -> Hyper:
         """The hyperparameters of all records, leaves `[updates, ...]`."""
         columns = self.columns
-        return self._structure.unflatten(
-            [columns[f"hyper/{i}"] for i in range(self._structure.num_leaves)]
-        )
+        leaves = [columns[f"hyper/{i}"] for i in range(self._structure.num_leaves)]
+        return self._structure.unflatten(leaves)
 
     def __len__(self) -> int:
         return self._length
@@ -193,7 +192,5 @@ def _curves(name: str, values: np.ndarray) -> dict[str, float]:
     if values.size > _MOST_CURVES:
         named = {"mean": values.mean(), "min": values.min(), "max": values.max()}
         return {f"{name}/{part}": float(value) for part, value in named.items()}
-    return {
-        "/".join([name, *map(str, index)]): float(values[index])
-        for index in np.ndindex(values.shape)
-    }
+    places = np.ndindex(values.shape)
+    return {"/".join([name, *map(str, place)]): float(values[place]) for place in places}

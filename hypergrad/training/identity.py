@@ -37,31 +37,32 @@ def describe(tuner: Tuner, state: State, steps_per_update: int) -> dict[str, Any
         "first": int(getattr(state, "updates", 0)),
         "steps_per_update": steps_per_update,
         "leaves": [[name, *_kind(leaf)] for name, leaf in named],
-        "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if _is_key(x)],
+        "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if is_key(x)],
     }
 
 
-def _kind(leaf: Leaf) -> tuple[str, list[int]]:
-    return str(jax.numpy.result_type(leaf) if not _is_key(leaf) else leaf.dtype), [*np.shape(leaf)]
-
-
-def _is_key(leaf: Leaf) -> bool:
+def is_key(leaf: Leaf) -> bool:
+    """Whether a leaf is a typed PRNG key, which NumPy cannot hold."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _kind(leaf: Leaf) -> tuple[str, list[int]]:
+    return str(leaf.dtype if is_key(leaf) else jax.numpy.result_type(leaf)), [*np.shape(leaf)]
+
+
 def _few(hyper: Hyper) -> dict[str, list[float]]:
-    values = {
+    return {
         name: [float(x) for leaf in jax.tree.leaves(part) for x in np.ravel(np.asarray(leaf))]
         for name, part in hyper.items()
         if sum(np.size(leaf) for leaf in jax.tree.leaves(part)) <= _FEW
     }
-    return values
 
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """In words, how the run of a checkpoint differs from this one; None where it does not."""
     if stored.get("format") not in (_FORMAT, _FORMAT_OF_RANGES):
         return "it was written by another version of hypergrad"
+    # What a person would name comes first: much of it shows in the leaves as well.
     for name in stored["hyper"]:
         if name not in now["hyper"]:
             return f"it tunes {name!r}, which this space lacks"
@@ -155,6 +156,7 @@ def _lines(jaxpr: Any) -> Iterator[str]:
         for var in eqn.outvars:
             names[var] = str(len(names))
         outs = " ".join(_type(var.aval) for var in eqn.outvars)
+        # A function that was renamed computes the same.
         settings = [f"{k}={v!r}" for k, v in eqn.params.items() if k != "name" and _is_plain(v)]
         yield f"{eqn.primitive.name} {ins} -> {outs} {sorted(settings)}"
         for _, sub in sorted(_subprograms(eqn.params)):
@@ -162,7 +164,7 @@ def _lines(jaxpr: Any) -> Iterator[str]:
     yield "out " + " ".join(map(name, jaxpr.outvars))
 
 
-@cache
+@cache  # A program has thousands of operations and few types.
 def _type(aval: Any) -> str:
     return aval.str_short()
 

@@ -120,6 +120,7 @@ class FitProgress(ProgressBar):
         ends = self.is_open and done == self._total
         if not self._is_due(_BETWEEN_DRAWINGS if self.is_open else _BETWEEN_LINES) and not ends:
             return
+        # Two updates may be of one tick of the clock.
         rate = (done - self._first) / max(self._clock() - self._begin, 1e-9)
         text = record_line(record, rate, self._steps)
         if self.is_open:
