@@ -8,13 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import num_batches
-from hypergrad.estimators.base import (
-    Estimate,
-    Estimator,
-    ValidateAt,
-    Window,
-    compiled_estimate,
-)
+from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, compiled_estimate
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient

@@ -13,12 +13,7 @@ from hypergrad.estimators.auto import (
     count_of,
     evaluations_of,
 )
-from hypergrad.estimators.base import (
-    Estimator,
-    ValidateAt,
-    Window,
-    compiled_estimate,
-)
+from hypergrad.estimators.base import Estimator, ValidateAt, Window, compiled_estimate
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.problem import Problem

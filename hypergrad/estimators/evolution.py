@@ -9,13 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad import checks
 from hypergrad.data.keys import NOISE
-from hypergrad.estimators.base import (
-    Estimate,
-    Estimator,
-    ValidateAt,
-    Window,
-    summary,
-)
+from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, summary
 from hypergrad.problem.problem import steps_done
 from hypergrad.trees import Hyper, InnerState, Key, Leaf, Scalar, State, path_name, strong, widen
 

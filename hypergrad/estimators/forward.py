@@ -10,14 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad import checks
 from hypergrad.data.batches import step_inputs
-from hypergrad.estimators.base import (
-    Estimate,
-    Estimator,
-    Progress,
-    ValidateAt,
-    Window,
-    summary,
-)
+from hypergrad.estimators.base import Estimate, Estimator, Progress, ValidateAt, Window, summary
 from hypergrad.problem.problem import steps_done
 from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, is_inexact, split_inexact
 
@@ -94,7 +87,8 @@ class Forward(Estimator):
                 return window.loss(window.judged(s), unravel(h), offset)
 
             loss, [entries] = push(error, s, z)  # dE/ds Z_K + dE/dhyper, eq. 15
-            return loss, s, entries.astype(flat.dtype), _inner_of(s, z) if goes_on else []
+            kept = jax.tree.leaves(_as_tree(s, z).inner) if goes_on else []
+            return loss, s, entries.astype(flat.dtype), kept
 
         identity = jnp.eye(flat.size, dtype=flat.dtype)
         z = list(state) if goes_on else []
@@ -143,10 +137,6 @@ def _as_tree(tree: Tree, z: Tangents) -> Tree:
     """The tangents in the structure of `tree`, None where a leaf has none."""
     supply = iter(z)
     return jax.tree.map(lambda x: next(supply) if is_inexact(x) else None, tree)
-
-
-def _inner_of(s: Progress, z: Tangents) -> Tangents:
-    return jax.tree.leaves(_as_tree(s, z).inner)
 
 
 def _with_inner(s: Progress, z: Tangents, carried: Tangents) -> Tangents:

@@ -3,13 +3,7 @@
 from typing import Literal
 
 from hypergrad.estimators.auto import Auto
-from hypergrad.estimators.base import (
-    Estimate,
-    Estimator,
-    ValidateAt,
-    Window,
-    checked_estimate,
-)
+from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, strong

@@ -12,12 +12,7 @@ from hypergrad import checks
 from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batches, num_steps
 from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, Window, summary
-from hypergrad.estimators.linear import (
-    ConjugateGradient,
-    LinearSolver,
-    MatVec,
-    relative_residual,
-)
+from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, MatVec, relative_residual
 from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.problem.structure import StructureError, keeps, reaches
 from hypergrad.trees import (

@@ -14,6 +14,7 @@ from hypergrad.estimators.base import (
     Estimate,
     Estimator,
     Progress,
+    Step,
     ValidateAt,
     Window,
     compiled_estimate,
@@ -163,9 +164,6 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
     return _Tail(judged, within, length, offset, first_bad_step)
 
 
-Step = Callable[[Progress, Any], Progress]
-
-
 def _scan_step(step: Step, progress: Progress, xs: Tree) -> Progress:
     # A scan's body cannot be merged with another's, so that no barrier need slow it down.
     return scan(jax.checkpoint(step, prevent_cse=False), progress, xs)
@@ -228,11 +226,7 @@ def _tap_params(inner: InnerState, probe: jax.Array) -> InnerState:
     """Taps the leaves under `inner.params`, whatever kind of pytree `inner` is."""
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(inner)
     leaves = [leaf for _, leaf in paths_and_leaves]
-    at = [i for i, (path, _) in enumerate(paths_and_leaves) if _is_params(path)]
+    at = [i for i, (path, _) in enumerate(paths_and_leaves) if path_name(path[:1]) == "params"]
     for i, leaf in zip(at, _tap([leaves[i] for i in at], probe), strict=True):
         leaves[i] = leaf
     return treedef.unflatten(leaves)
-
-
-def _is_params(path: tuple[Any, ...]) -> bool:
-    return bool(path) and path_name(path[:1]) == "params"
