@@ -91,7 +91,7 @@ class Unrolled(Estimator):
             params = _tap(tail.window.judged(s), probes.end)
             return tail.window.loss(params, hyper, tail.offset), s  # E(s_T), eq. 3
 
-        # Back along the scan: a_T = dE/ds_T, eq. 9; then g += B_t^T a_t, a_(t-1) = A_t^T a_t, 10 and 8.
+        # Back along the scan: a_T = dE/ds_T (9), then g += B_t^T a_t (10), a_(t-1) = A_t^T a_t (8).
         probes = Probes(jnp.zeros(tail.length), jnp.zeros(()))
         gradient = jax.value_and_grad(error, (0, 1), has_aux=True)
         (loss, end), (grad, squares) = gradient(hyper, probes)
