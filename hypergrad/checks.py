@@ -117,7 +117,7 @@ def _given(name: str, value: object) -> str:
 
 
 def _refuse_other_than_numbers(name: str, value: Any, end: str) -> None:
-    # a JAX scalar is a number in the same sense as a NumPy one
-    scalar = isinstance(value, jax.Array) and value.shape == () and value.dtype != bool
+    # An array without axes is a number in the same sense as a NumPy scalar.
+    scalar = isinstance(value, jax.Array | np.ndarray) and value.shape == () and value.dtype != bool
     if isinstance(value, bool) or not (scalar or isinstance(value, Real)):
         raise WrongTypeError(f"{_given(name, value)} is no number: give a float{end}")

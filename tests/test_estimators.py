@@ -1,5 +1,7 @@
 """Every exact estimator against closed forms, differences, the others, and the contract."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -218,6 +220,38 @@ def test_carried_tangents_make_two_windows_one(chunk: int | None) -> None:
         estimate, state = estimator.estimate(window, oracle.hyper, state)
         inner = estimate.inner
     assert relative_error(estimate.grad, oracle.grad) < 1e-10
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_a_state_whose_constructor_checks_its_parts_carries_tangents(chunk: int | None) -> None:
+    """Tangents were once put into the state's own class, None for what has none."""
+
+    @functools.partial(
+        jax.tree_util.register_dataclass, data_fields=["params", "step"], meta_fields=[]
+    )
+    @dataclasses.dataclass(frozen=True)
+    class Checked:
+        params: jax.Array
+        step: jax.Array
+
+        def __post_init__(self) -> None:
+            if self.step is None:
+                raise ValueError("no step")
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum((w - batch) ** 2) + hyper["l2"] * jnp.sum(w**2)
+
+    def step(inner: Checked, hyper: Any, batch: Any, key: Any) -> Checked:
+        grads = jax.grad(loss)(inner.params, hyper, batch, key)
+        return Checked(inner.params - hyper["rate"] * grads, inner.step + 1)
+
+    problem = hg.Problem(lambda hyper, key: Checked(jnp.ones(2), jnp.int32(0)), step, loss, loss)
+    hyper = {"rate": jnp.float32(0.1), "l2": jnp.float32(0.2)}
+    key = jax.random.key(0)
+    inner = problem.init(hyper, key)
+    arguments = (problem, hyper, inner, jnp.zeros((3, 2)), jnp.full(2, 0.5), key)
+    carried = hg.hypergradient(*arguments, hg.Forward(carry=True, chunk=chunk))
+    assert relative_error(carried.grad, hg.hypergradient(*arguments).grad) < 1e-5
 
 
 @pytest.mark.usefixtures("x64")

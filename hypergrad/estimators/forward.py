@@ -12,7 +12,7 @@ from hypergrad import checks
 from hypergrad.data.batches import step_inputs
 from hypergrad.estimators.base import Estimate, Estimator, Progress, ValidateAt, Window, summary
 from hypergrad.problem.problem import steps_done
-from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, is_inexact, split_inexact
+from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, split_inexact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Forward(Estimator):
             """Loss, end, and the gradient's entries and the tangents along rows of the identity."""
             push = pushforward(flat, directions)
             s, z = push(lambda h, _: window.begin(unravel(h)), (), [])  # Z_0 = ds_0/dhyper
-            z = _with_inner(s, z, carried) if goes_on else z
+            z = z._replace(inner=carried) if goes_on else z
             offset = steps_done(s.inner)
 
             # The step is counted in the carry: indices to scan along would grow with K.
-            def advance(carry: tuple[jax.Array, Progress, Tangents], batch: Batch) -> Any:
+            def advance(carry: tuple[jax.Array, Progress, Progress], batch: Batch) -> Any:
                 t, s, z = carry
 
                 def step(h: jax.Array, s: Progress) -> Progress:
@@ -87,8 +87,7 @@ class Forward(Estimator):
                 return window.loss(window.judged(s), unravel(h), offset)
 
             loss, [entries] = push(error, s, z)  # dE/ds Z_K + dE/dhyper
-            kept = jax.tree.leaves(_as_tree(s, z).inner) if goes_on else []
-            return loss, s, entries.astype(flat.dtype), kept
+            return loss, s, entries.astype(flat.dtype), z.inner if goes_on else []
 
         identity = jnp.eye(flat.size, dtype=flat.dtype)
         z = list(state) if goes_on else []
@@ -113,17 +112,20 @@ Tangents = list[jax.Array]  # one [|hyper|, ...] per inexact leaf, in the order 
 
 def pushforward(
     flat: jax.Array, directions: jax.Array
-) -> Callable[[Callable[..., Any], Tree, Tangents], tuple[Any, Tangents]]:
-    """`(f, tree, z) -> (f(flat, tree), tangents of its inexact leaves)`, along every direction."""
+) -> Callable[[Callable[..., Any], Tree, Tree], tuple[Any, Tree]]:
+    """`(f, tree, z) -> (f(flat, tree), tangents of its inexact leaves)`, along every direction.
 
-    def push(f: Callable[[jax.Array, Tree], Any], tree: Tree, z: Tangents) -> tuple[Any, Tangents]:
-        floats, join = split_inexact(tree)
+    The tangents of a `Progress` stand in another one, a list for each of its parts.
+    """
 
-        def on_floats(h: jax.Array, floats: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+    def push(f: Callable[[jax.Array, Tree], Any], tree: Tree, z: Tree) -> tuple[Any, Tree]:
+        floats, join = _parts(tree)
+
+        def on_floats(h: jax.Array, floats: Tree) -> tuple[Tree, Any]:
             out = f(h, join(floats))
-            return split_inexact(out)[0], out
+            return _parts(out)[0], out
 
-        def along(e: jax.Array, z: Tangents) -> tuple[Any, Tangents]:
+        def along(e: jax.Array, z: Tree) -> tuple[Any, Tree]:
             _, dz, out = jax.jvp(on_floats, (flat, floats), (e, z), has_aux=True)
             return out, dz
 
@@ -133,15 +135,14 @@ def pushforward(
     return push
 
 
-def _as_tree(tree: Tree, z: Tangents) -> Tree:
-    """The tangents in the structure of `tree`, None where a leaf has none."""
-    supply = iter(z)
-    return jax.tree.map(lambda x: next(supply) if is_inexact(x) else None, tree)
-
-
-def _with_inner(s: Progress, z: Tangents, carried: Tangents) -> Tangents:
-    """The tangents of `s` with those of its training state replaced by the last estimate's."""
-    return jax.tree.leaves(_as_tree(s, z)._replace(inner=_as_tree(s.inner, carried)))
+def _parts(tree: Tree) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """`split_inexact`, of a `Progress` part by part, so that each is found by its name."""
+    if not isinstance(tree, Progress):
+        return split_inexact(tree)
+    floats, joins = zip(*map(split_inexact, tree), strict=True)
+    return Progress(*floats), lambda parts: Progress(
+        *(join(part) for join, part in zip(joins, parts, strict=True))
+    )
 
 
 def _in_blocks(tree: Tree, size: int) -> Tree:
