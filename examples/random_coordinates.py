@@ -22,6 +22,7 @@ import hypergrad as hg
 from hypergrad import checks
 from hypergrad.data.keys import NOISE
 from hypergrad.estimators.base import summary
+from hypergrad.problem.problem import steps_done
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class RandomCoordinates(hg.Estimator):
         """Advances training by the K steps of the window; see the class."""
         flat, unravel = ravel_pytree(hyper)
         count = min(self.count, flat.size)
-        draw = jax.random.fold_in(jax.random.fold_in(window.key, NOISE), state)
+        # By the step and by the state: a refused update takes the state back, but never the step.
+        stream = jax.random.fold_in(jax.random.fold_in(window.key, NOISE), state)
+        draw = jax.random.fold_in(stream, steps_done(window.start(hyper)))
         chosen = jax.random.permutation(draw, flat.size)[:count]
 
         def along(index: jax.Array) -> Any:

@@ -31,6 +31,8 @@ def integer(name: str, value: Any, least: int | None = 1, remedy: str = "") -> i
         range_ = "" if least is None else f" of at least {least}"
         raise WrongTypeError(f"{_given(name, value)} is no integer: give an int{range_}{end}")
     if least is not None and value < least:
+        # "or None" goes on with the range; anything else says why there is one.
+        end = end if remedy.startswith("or ") else end.replace(",", ":", 1)
         raise ValueError(f"{_given(name, value)} must be at least {least}{end}")
     return int(value)
 

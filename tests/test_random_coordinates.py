@@ -48,6 +48,20 @@ def test_the_state_counts_estimates() -> None:
     assert int(estimator.estimate(window, oracle.hyper, state)[1]) == 1
 
 
+def test_a_refused_update_draws_other_coordinates() -> None:
+    """A tuner takes the state back then, the count in it too, but never the step."""
+    oracle, estimator = hypergrad.testing.momentum_quadratic(3), RandomCoordinates(1)
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    drawn = set()
+    for step in range(0, 24, 3):
+        window = hypergrad.Window(
+            oracle.problem, inner._replace(step=step), oracle.train, oracle.valid, oracle.key
+        )
+        grad = estimator.estimate(window, oracle.hyper, jnp.int32(1))[0].grad
+        drawn.add(int(np.flatnonzero(ravel_pytree(grad)[0])[0]))
+    assert len(drawn) > 2
+
+
 def test_no_coordinate_is_refused() -> None:
     with pytest.raises(ValueError, match="count=0 must be at least 1"):
         RandomCoordinates(0)

@@ -10,7 +10,7 @@ from hypergrad.data.keys import SHUFFLE
 from hypergrad.trees import Batch, Key, Train, Tree, leaf_names
 
 # Why a number must be a Python integer.
-FIXES_A_SHAPE = "as it fixes a shape of the compiled program"
+FIXES_A_SHAPE = "it fixes a shape of the compiled program"
 # A Feistel cipher's rounds. Four give a pseudo-random permutation in theory; the halves of a small
 # data set's index have few bits, so that more rounds are needed before all orders look alike.
 _ROUNDS = 8

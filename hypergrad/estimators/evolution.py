@@ -113,7 +113,7 @@ class Evolution(Estimator):
     perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        checks.integer_field(self, "pairs", remedy="the antithetic pairs, for instance 16")
+        checks.integer_field(self, "pairs", remedy="antithetic pairs of particles, for instance 16")
         checks.positive("std", self.std, "in the coordinates of hyper, for instance 0.01")
         checks.choice("method", self.method, get_args(Method))
 

@@ -77,7 +77,7 @@ class Forward(Estimator):
                 def step(h: jax.Array, s: Progress) -> Progress:
                     return window.one_step(unravel(h), offset)(s, (t, batch))
 
-                return (t + 1, *push(step, s, z)), None  # Z_t = A_t Z_(t-1) + B_t, eq. 13
+                return (t + 1, *push(step, s, z)), None  # Z_t = A_t Z_(t-1) + B_t
 
             begun = (jnp.zeros((), jnp.int32), s, z)
             batches = step_inputs(window.train)[1]
@@ -86,7 +86,7 @@ class Forward(Estimator):
             def error(h: jax.Array, s: Progress) -> Scalar:
                 return window.loss(window.judged(s), unravel(h), offset)
 
-            loss, [entries] = push(error, s, z)  # dE/ds Z_K + dE/dhyper, eq. 15
+            loss, [entries] = push(error, s, z)  # dE/ds Z_K + dE/dhyper
             kept = jax.tree.leaves(_as_tree(s, z).inner) if goes_on else []
             return loss, s, entries.astype(flat.dtype), kept
 

@@ -34,6 +34,7 @@ Of = Literal["stationary", "fixed_point"]
 Batches = Literal["all", "last"]
 # z, or a vector of its space: inexact arrays of one dtype of at least float32
 Vector = list[jax.Array]
+Mask = list[jax.Array]  # booleans of its shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,27 +119,27 @@ class Implicit(Estimator):
         start = window.begin(hyper)
         offset = steps_done(start.inner)
         end = window.through(hyper, start, offset)
-        residual = _residual(self, window, end.inner, offset)  # F
-        z = residual.z
+        condition = _condition(self, window, end.inner, offset)  # F
+        z = condition.z
 
         def error(z: Vector, hyper: Hyper) -> Scalar:
-            return window.loss(residual.inner_at(z).params, hyper, offset)
+            return window.loss(condition.inner_at(z).params, hyper, offset)
 
         loss, (v, direct) = jax.value_and_grad(error, (0, 1))(z, hyper)  # dE/dz, dE/dhyper
-        value, product = residual.transposed(hyper)  # F, and x -> (dF/dz)^T x
+        value, product = condition.transposed(hyper)  # F, and x -> (dF/dz)^T x
         key = jax.random.fold_in(jax.random.fold_in(window.key, SOLVER), offset)
-        moves = residual.moves(hyper, product)
+        moves = condition.moves(hyper, product)
         v, matvec = _only(moves, v), _regular(product, moves, self.solver.krylov)
         x, state = self.solver.solve(matvec, v, key, state)  # (dF/dz)^T x = v
         x = _only(moves, x)
-        (indirect,) = jax.vjp(lambda hyper: residual(z, hyper), hyper)[1](x)
+        (indirect,) = jax.vjp(lambda hyper: condition(z, hyper), hyper)[1](x)
         grad = jax.tree.map(jnp.subtract, direct, indirect)  # Bengio eq. 14
 
         info = summary(loss, grad, end.first_bad_step)
         info["residual"] = relative_residual(matvec, x, v)
         name = "inner_gradient_norm" if self.of == "stationary" else "update_norm"
         # of the parameters alone: the state also holds the last loss, which is never at rest
-        info[name] = norm(residual.inner_at(_only(moves, value)).params)
+        info[name] = norm(condition.inner_at(_only(moves, value)).params)
         gain = inner_product(x, value)
         info["unconverged"] = jnp.abs(gain)
         info["converged_loss"] = loss - gain.astype(loss.dtype)
@@ -150,10 +151,10 @@ class Implicit(Estimator):
         if self.of == "fixed_point":
             return
         start = window.start(hyper)
-        residual = _residual(self, window, start, steps_done(start))
+        condition = _condition(self, window, start, steps_done(start))
 
         def stationarity(hyper: Hyper) -> Scalar:
-            return _total(residual(residual.z, hyper))
+            return _total(condition(condition.z, hyper))
 
         def trained(hyper: Hyper) -> Scalar:
             return _total(window.objective(hyper)[1].inner.params)
@@ -172,7 +173,7 @@ class Implicit(Estimator):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Residual:
+class _Condition:
     """F(z, hyper), which training brings to 0.
 
     Attributes:
@@ -205,7 +206,7 @@ class _Residual:
         value, pull_back = jax.vjp(lambda z: self(z, hyper), self.z)
         return value, lambda x: pull_back(x)[0]
 
-    def moves(self, hyper: Hyper, product: MatVec) -> Vector:
+    def moves(self, hyper: Hyper, product: MatVec) -> Mask:
         """Which entries of z training moves, and for "stationary" the training loss depends on.
 
         Frozen parameters, batch statistics, the rows of an embedding that no batch holds: they do
@@ -217,7 +218,7 @@ class _Residual:
         # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
         t = [_scattered(x, seed) for seed, x in enumerate(self.z)]
 
-        def answers(f: Callable[[Vector, Hyper], Vector]) -> Vector:
+        def answers(f: Callable[[Vector, Hyper], Vector]) -> Mask:
             return [d != 0 for d in jax.jvp(lambda z: f(z, hyper), (self.z,), (t,))[1]]
 
         if self.of == "stationary":
@@ -248,13 +249,13 @@ class _Residual:
         return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(lambda x: f(*x), examples))
 
 
-def _residual(
+def _condition(
     estimator: Implicit, window: Window, inner: InnerState, offset: jax.typing.ArrayLike
-) -> _Residual:
+) -> _Condition:
     """F around the training state `inner`, on the batches that the estimator takes it on."""
     z, inner_at = _vector_of(inner, estimator.of, offset)
     batches, keys = _examples(window.train, window.key, offset, estimator.batches)
-    return _Residual(window.problem, estimator.of, z, inner_at, batches, keys)
+    return _Condition(window.problem, estimator.of, z, inner_at, batches, keys)
 
 
 def _vector_of(
@@ -301,11 +302,11 @@ def _examples(
     return data, jax.vmap(lambda t: jax.random.fold_in(key, offset + t))(jnp.arange(count))
 
 
-def _only(moves: Vector, x: Vector) -> Vector:
+def _only(moves: Mask, x: Vector) -> Vector:
     return jax.tree.map(lambda m, x: jnp.where(m, x, 0), moves, x)
 
 
-def _regular(product: MatVec, moves: Vector, krylov: bool) -> MatVec:
+def _regular(product: MatVec, moves: Mask, krylov: bool) -> MatVec:
     """`product` on the entries that training moves, the identity elsewhere: a regular matrix."""
 
     def matvec(x: Vector) -> Vector:

@@ -32,8 +32,8 @@ Checkpoint = Literal["none", "step", "sqrt", "auto"]
 class Unrolled(Estimator):
     """Reverse mode through the last `window` of the K steps, exact where the window is all of them.
 
-    With a = dE/dparams at the end, walking back: grad += B_t^T a, a <- A_t^T a, where A_t and B_t
-    are the derivatives of step t in the state and in `hyper`.
+    With a = dE/dstate at the end and grad = dE/dhyper, walking back: grad += B_t^T a, a <- A_t^T a,
+    where A_t and B_t are the derivatives of step t in the state and in `hyper`.
 
     Args:
       window: how many of the last steps are differentiated; None for all K. Truncation biases by
@@ -52,10 +52,11 @@ class Unrolled(Estimator):
     Cost in gradient evaluations per differentiated step: 3, with "step" or "sqrt" 4; memory
     O(window |inner|), or O(sqrt(window) |inner|) with "sqrt"; independent of |hyper|.
 
-    `info["growth"]` is the largest norm of the adjoint a along the way over its first one:
-    above 1 and growing with the window means chaos, which the loss does not show.
+    `info["growth"]` is the largest norm of the adjoint a (of its part in the parameters) along the
+    way over its first one: above 1 and growing with the window means chaos, which the loss does not
+    show.
 
-    Source: Franceschi et al. 2017, eq. 7-8; truncation: Shaban et al. 2019; mixed mode: Kemaev et
+    Source: Franceschi et al. 2017, eq. 8-10; truncation: Shaban et al. 2019; mixed mode: Kemaev et
     al. 2025.
     """
 
@@ -67,6 +68,8 @@ class Unrolled(Estimator):
     def __post_init__(self) -> None:
         if self.window is not None:
             checks.integer_field(self, "window", remedy="or None for all K steps")
+        if self.memory_limit is not None:
+            checks.positive("memory_limit", self.memory_limit, "bytes")
         checks.choice("checkpoint", self.checkpoint, (*_SCANS, "auto"))
         if self.memory_limit is not None and self.checkpoint != "auto":
             raise ValueError(
@@ -88,7 +91,7 @@ class Unrolled(Estimator):
             params = _tap(tail.window.judged(s), probes.end)
             return tail.window.loss(params, hyper, tail.offset), s  # E(s_T), eq. 3
 
-        # Back along the scan, eq. 7-8: a_T = dE/ds_T, then g += B_t^T a_t, a_(t-1) = A_t^T a_t.
+        # Back along the scan: a_T = dE/ds_T (9), then g += B_t^T a_t (10), a_(t-1) = A_t^T a_t (8).
         probes = Probes(jnp.zeros(tail.length), jnp.zeros(()))
         gradient = jax.value_and_grad(error, (0, 1), has_aux=True)
         (loss, end), (grad, squares) = gradient(hyper, probes)
@@ -149,7 +152,7 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
             f"window={length} exceeds the K={steps} steps in train. Choose a smaller window or "
             "give more steps per estimate."
         )
-    judged = window.judging(estimator.validate_at, within=length)
+    tail = window.judging(estimator.validate_at, within=length)
     inputs = step_inputs(window.train)
     before = jax.tree.map(lambda x: x[: steps - length], inputs)
     within = jax.tree.map(lambda x: x[steps - length :], inputs)
@@ -159,9 +162,9 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
         ahead = window.begin(hyper)
         offset = steps_done(ahead.inner)
         ahead = scan(window.one_step(hyper, offset), ahead, before)
-        judged = dataclasses.replace(judged, inner=ahead.inner)
+        tail = dataclasses.replace(tail, inner=ahead.inner)
         first_bad_step = ahead.first_bad_step
-    return _Tail(judged, within, length, offset, first_bad_step)
+    return _Tail(tail, within, length, offset, first_bad_step)
 
 
 def _scan_step(step: Step, progress: Progress, xs: Tree) -> Progress:

@@ -165,7 +165,8 @@ class EstimatorContract:
         """At the oracle's own number of steps."""
         oracle = self.oracle()
         estimate = self._estimate(oracle)
-        assert relative_error(estimate.grad, oracle.grad) <= self.float32_tolerance
+        error = relative_error(estimate.grad, oracle.grad)
+        assert error <= self.float32_tolerance, f"relative error {error:.3g}"
         np.testing.assert_allclose(estimate.loss, oracle.loss, rtol=1e-4)
 
     def test_training_advances_as_rollout_does(self) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad.checks import positive
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
@@ -91,6 +92,7 @@ def alternating(
     True
     """
     estimator = as_estimator(estimator, validate_at=0.8)
+    positive("max_move", max_move, "a share of the range", infinite=True)
     # Chosen among some sixty settings, see docs/experiments.md.
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 

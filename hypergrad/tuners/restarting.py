@@ -84,6 +84,7 @@ def restarting(
     True
     """
     num_seeds = checks.integer("num_seeds", num_seeds)
+    checks.positive("max_move", max_move, "a share of the range", infinite=True)
     estimator = as_estimator(estimator)
     optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
 

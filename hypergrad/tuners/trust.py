@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.checks import integer_field
+from hypergrad.checks import integer_field, positive
 from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
 from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.space.space import Space
@@ -79,6 +79,8 @@ class Trust:
 
     def __post_init__(self) -> None:
         integer_field(self, "warm_up", 0)
+        for name in ("max_spike", "max_growth", "max_loss", "max_residual"):
+            positive(name, getattr(self, name), "infinity never refuses", infinite=True)
 
 
 class TrustState(NamedTuple):
