@@ -166,8 +166,8 @@ def black_box(name: str) -> Callable[[Cell, str, int], Iterator[Row]]:
             study.tell(trial, float(min(losses[0], 1e30)))
             found.append((losses[0], losses, hyper))
         best = min(found, key=lambda entry: entry[0])
-        yield row(f"{name}-20: own", best[1], cell.trials)
-        yield row(f"{name}-20: frozen", cell.frozen(best[2]), cell.trials + JUDGES)
+        yield row(f"{name}-{cell.trials}: own", best[1], cell.trials)
+        yield row(f"{name}-{cell.trials}: frozen", cell.frozen(best[2]), cell.trials + JUDGES)
 
     return search
 
@@ -311,7 +311,7 @@ def summary(rows: list[Row]) -> dict[str, Row]:
     worse: dict[str, int] = defaultdict(int)
     for name in tasks:
         found = table(rows, name)
-        searched = [c["median"] for (what, _), c in found.items() if what.startswith("TPE-20")]
+        searched = [c["median"] for (what, _), c in found.items() if what.startswith("TPE-")]
         defaults = {what: c for (what, start), c in found.items() if start == "default"}
         order = sorted(defaults, key=lambda what: defaults[what]["median"])
         for what, cell in defaults.items():
