@@ -29,6 +29,7 @@ NAMES = (
     "fit",
     "resume",
     "mixed_sweep",
+    "gauntlet",
     "arena",
 )
 
