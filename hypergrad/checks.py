@@ -48,15 +48,19 @@ def is_integer(value: object) -> bool:
 
 
 def positive(
-    name: str, value: Any, remedy: str = "", *, zero: bool = False, infinite: bool = False
-) -> float:
+    name: str, value: Leaf, remedy: str = "", *, zero: bool = False, infinite: bool = False
+) -> Leaf:
     """`value`, a finite number above 0; with `zero` also 0 itself, with `infinite` infinity too.
+
+    Of a traced value nothing is known, and it passes.
 
     >>> positive("step_size", -1)
     Traceback (most recent call last):
         ...
     ValueError: step_size=-1 must be positive and finite.
     """
+    if isinstance(value, jax.core.Tracer):
+        return value
     end = f": {remedy}." if remedy else "."
     _refuse_other_than_numbers(name, value, end)
     if not ((value > 0 or (zero and value == 0)) and (infinite or math.isfinite(value))):

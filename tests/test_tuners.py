@@ -339,3 +339,26 @@ def test_a_hyperparameter_that_is_missing_is_named() -> None:
     tuner = hg.alternating(problem, hg.Space({"rate": hg.Float(1e-3, 1.0, scale="log")}))
     with pytest.raises(ValueError, match=r"reads hyper\['learning_rate'\], which hyper lacks"):
         tuner.init({"rate": 0.1}, jax.random.key(0))
+
+
+def test_the_largest_move_may_be_traced_but_not_negative() -> None:
+    """One compiled update for several step sizes, as examples/tiny_transformer.py does it."""
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((w - batch) ** 2)
+
+    problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    space = hg.Space({"lr": hg.Float(1e-3, 1.0, scale="log")})
+    state = hg.alternating(problem, space).init({"lr": 0.01}, jax.random.key(0))
+
+    @jax.jit
+    def moved(largest: jax.Array) -> jax.Array:
+        tuner = hg.alternating(problem, space, outer_optimizer=optax.sgd(1e3), max_move=largest)
+        after, _ = tuner.update(state, jnp.ones((5, 3)), jnp.ones(3))
+        return after.now.unit["lr"] - state.now.unit["lr"]
+
+    for largest in (0.01, 0.02):
+        assert float(moved(jnp.float32(largest))) == pytest.approx(largest, rel=1e-3)
+    for make in (hg.alternating, hg.restarting):
+        with pytest.raises(ValueError, match=r"max_move=-1 must be positive"):
+            make(problem, space, max_move=-1)
