@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.core
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -515,3 +516,17 @@ def test_the_mean_of_many_bfloat16_parameters_keeps_growing() -> None:
     arguments = (problem, {"lr": 0.0}, None, jnp.zeros((600, 1)), jnp.zeros(1), KEY)
     estimate = hg.hypergradient(*arguments, hg.FiniteDifference(validate_at="mean"))
     assert float(estimate.loss) == 1.0
+
+
+def test_a_model_without_streams_splits_no_key() -> None:
+    """A split into no keys would change the traced program, by which checkpoints know their own."""
+    net, x = flax.linen.Dense(1), jnp.ones((2, 3))
+
+    def loss(model: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean(model(batch) ** 2)
+
+    problem = hg.nn.linen_problem(
+        net, lambda key: net.init(key, x), loss, loss, lambda hyper: optax.sgd(0.1), rngs=()
+    )
+    inner = problem.init({}, jax.random.key(0))
+    assert "random_split" not in str(jax.make_jaxpr(problem.step)(inner, {}, x, jax.random.key(1)))

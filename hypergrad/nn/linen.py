@@ -72,7 +72,8 @@ def linen_problem(
     def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
         # Mutable is what the model leaves behind, not the parameters: those the optimiser moves.
         others = sorted(set(variables) - {"params"})
-        streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True))
+        # A split into no keys would still be traced, and be another program to a checkpoint.
+        streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True)) if rngs else {}
         run = linen.apply(train_loss, module, mutable=others)
         loss, left = run(variables, hyper, batch, key, rngs=streams)
         return loss, _unfrozen(dict(left))

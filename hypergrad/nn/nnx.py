@@ -182,7 +182,7 @@ def _split(model: nnx.Module, wrt: Filter) -> tuple[nnx.GraphDef, Params, Tree]:
 def _streams(like: Tree, key: Key) -> Tree:
     """An nnx model's random streams, all from `key`: another one each, counted from 0."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
+    keys = jax.random.split(key, len(leaves)) if leaves else ()
 
     def start(leaf: jax.Array, key: Key) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
