@@ -417,7 +417,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=9 exceeds the 8 examples"):
         _members(valid_batch_size=9)
     with pytest.raises(ValueError, match=r"steps_per_update=5 .*\(10\): leave it out"):
-        _members(Refine(), steps_per_update=5)
+        _members(Refine(steps_per_update=10), steps_per_update=5)
     with pytest.raises(ValueError, match="steps_per_update=0 must be at least 1"):
         _members(steps_per_update=0)
     with pytest.raises(ValueError, match=r"steps_per_update=2\.0 is no integer"):

@@ -246,7 +246,7 @@ def test_bad_input_is_named(tmp_path: Any) -> None:
             refine=hg.Refine(),
         )
     with pytest.raises(ValueError, match=r"num_steps=25 is no multiple of steps_per_update=10"):
-        run(refine=hg.Refine(), num_steps=25)
+        run(refine=hg.Refine(steps_per_update=10), num_steps=25)
     with pytest.raises(ValueError, match=r"population=0"):
         run(population=0)
     with pytest.raises(ValueError, match=r"would maximise the validation loss"):

@@ -14,6 +14,8 @@ import pytest
 import hypergrad as hg
 from hypergrad.training.history import LARGE, History, Record, observe, scalars
 from hypergrad.training.progress import FitProgress
+from hypergrad.tuners.alternating import horizon
+from hypergrad.tuners.learned import remarks
 
 SPACE = hg.Space({"rate": hg.Float(1e-4, 2.0, scale="log"), "l2": hg.Float(1e-6, 1.0, scale="log")})
 START = {"rate": 1e-3, "l2": np.full(2, 1e-3, np.float32)}
@@ -81,6 +83,55 @@ def test_fit_is_the_plain_loop() -> None:
     assert result.schedule.steps_per_update == 3
     assert_same_bits(result.schedule.values, learned.values)
     np.testing.assert_array_equal(result.schedule.of("rate")(35), infos[-1].hyper["rate"])
+
+
+def test_the_length_of_a_run_gives_the_horizon() -> None:
+    steps = hg.fit(TUNER, _start(), BATCHES, BATCHES, num_steps=100)
+    assert steps.schedule.steps_per_update == horizon(100) == 10
+    assert len(steps.history) == 10 and int(steps.state.inner.step) == 100
+    # data with an axis K of their own keep it
+    arrays = hg.fit(TUNER, _start(), ARRAYS, VALID, num_steps=100)
+    assert arrays.schedule.steps_per_update == 3 and len(arrays.history) == 33
+    with pytest.raises(ValueError, match=r"num_updates=None and num_steps=None: give one of them"):
+        hg.fit(TUNER, _start(), ARRAYS, VALID)
+    with pytest.raises(ValueError, match=r"num_updates=3 and num_steps=9"):
+        hg.fit(TUNER, _start(), ARRAYS, VALID, 3, num_steps=9)
+    with pytest.raises(ValueError, match=r"num_steps=2 is less than one update of K=3"):
+        hg.fit(TUNER, _start(), ARRAYS, VALID, num_steps=2)
+    with pytest.raises(ValueError, match=r"num_steps=7 is too short"):
+        hg.fit(TUNER, _start(), BATCHES, VALID, num_steps=7)
+
+
+def test_a_run_that_was_mostly_refused_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    tuner = hg.alternating(PROBLEM, SPACE, trust=hg.Trust(max_growth=1e-9))
+    with caplog.at_level(logging.WARNING, "hypergrad"):
+        result = hg.fit(tuner, tuner.init(START, jax.random.key(0)), ARRAYS, VALID, 12)
+    [remark] = [text for text in result.remarks if "not to be trusted" in text]
+    assert "12 of the last 12 updates were refused" in remark and "the adjoint grew" in remark
+    assert result.history[-1].refusals == 12
+    assert caplog.text.count("updates were refused") == 1
+    caplog.clear()
+    tuner.best(result.state)
+    assert "12 of the last 12 updates were refused" in caplog.text
+    caplog.clear()
+    hg.settled_schedule(SPACE, result.history, 3)
+    assert "12 of the last 12 updates were refused" in caplog.text
+    caplog.clear()
+    jax.jit(tuner.best)(result.state)
+    assert not caplog.text
+
+
+def test_a_hyperparameter_on_its_bound_or_on_its_way_is_named() -> None:
+    space = hg.Space({"a": hg.Float(0.0, 1.0), "b": hg.Float(0.0, 1.0), "c": hg.Float(0.0, 1.0)})
+    way = np.linspace(0.1, 0.9, 20)
+    values = {"a": np.minimum(2 * way, 1.0), "b": way, "c": 0.5 + 0.1 * np.sin(np.arange(20))}
+    bound, drift = remarks(space, jax.tree.map(jnp.asarray, values))
+    assert bound.startswith("a ended on the upper bound") and "horizon" in bound
+    assert drift.startswith("b moved one way through the whole run")
+    settled = {"b": np.minimum(0.1 + 0.1 * np.arange(20), 0.7)}
+    assert remarks(hg.Space({"b": space["b"]}), settled) == ()
+    many = {"a": np.stack([values["a"], values["c"]], 1)}
+    assert "(1 of its 2 numbers)" in remarks(hg.Space({"a": space["a"]}), many)[0]
 
 
 def test_fit_goes_on_from_an_earlier_result() -> None:

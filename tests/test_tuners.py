@@ -1,5 +1,6 @@
 """Both tuners: they descend, compile once, survive what diverges, and say what they did."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.trees import norm
+from hypergrad.tuners.alternating import steady_adam
 from hypergrad.tuners.restarting import combine
 from hypergrad.tuners.trust import (
     ADJOINT_GROWTH,
@@ -97,7 +99,7 @@ def test_alternating_goes_on_with_training() -> None:
     assert int(state.inner.step) == 10
 
 
-def test_a_bad_batch_is_refused_and_undone() -> None:
+def test_a_bad_batch_costs_its_own_update_and_no_earlier_one() -> None:
     tuner = hg.alternating(_problem(), SPACE)
     update = jax.jit(tuner.update)
     state, _ = update(tuner.init(START, jax.random.key(0)), TRAIN, VALID)
@@ -108,19 +110,61 @@ def test_a_bad_batch_is_refused_and_undone() -> None:
     assert int(info.first_bad_step) == 3
     assert float(info.worth) == 0
     assert float(info.step_scale) == 0.5
-    # back where the last trusted hypergradient was taken, as one piece, but for the step count
-    for a, b in zip(
-        jax.tree.leaves((state.now.unit, state.inner.params, state.now.outer_state)),
-        jax.tree.leaves(
-            (trusted.trusted.unit, trusted.trusted.inner.params, trusted.trusted.outer_state)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    # where the bad update began, as one piece, but for the step count
+    for name in ("unit", "outer_state"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(state.now, name), getattr(trusted.now, name)
+        )
+    np.testing.assert_array_equal(state.inner.params, trusted.inner.params)
     assert int(state.inner.step) == 18
-    state, info = update(state, TRAIN, VALID)
-    assert int(info.refused) == 0
-    assert bool(jnp.isfinite(state.inner.params).all())
+    assert int(info.refusals) == 1
+    good, info = update(state, TRAIN, VALID)
+    assert int(info.refused) == 0 and float(info.step_scale) == 1
+    assert bool(jnp.isfinite(good.inner.params).all())
+    # a second one in a row goes back to where the last trusted hypergradient was taken
+    state, info = update(state, TRAIN.at[3].set(jnp.nan), VALID)
+    assert int(info.refusals) == 2
+    np.testing.assert_array_equal(state.now.unit["momentum"], trusted.trusted.unit["momentum"])
+    np.testing.assert_array_equal(state.inner.params, trusted.trusted.inner.params)
+
+
+def _cycle(reasons: list[int]) -> list[float]:
+    """How far one coordinate stands from its start after updates with these verdicts."""
+    problem = _problem()
+    # The estimator is a puppet: its growth or loss says what the verdict is to be.
+    verdicts = iter(reasons)
+
+    class Puppet(hg.Estimator):
+        def estimate(self, window: Any, hyper: Any, state: Any) -> Any:
+            verdict = window.train[0, 0]
+            grad = jax.tree.map(jnp.ones_like, hyper)
+            info = {
+                "finite": verdict != NOT_FINITE,
+                "first_bad_step": jnp.int32(-1),
+                "growth": jnp.where(verdict == ADJOINT_GROWTH, 9.0, 0.1),
+            }
+            return hg.Estimate(jnp.float32(1.0), grad, window.inner, info), state
+
+    tuner = hg.alternating(problem, SPACE, Puppet())
+    update = jax.jit(tuner.update)
+    state = tuner.init(START, jax.random.key(0))
+    places = []
+    for verdict in verdicts:
+        state, _ = update(state, jnp.full((2, 2), float(verdict)), VALID)
+        places.append(float(state.now.unit["momentum"]))
+    return places
+
+
+@pytest.mark.parametrize(
+    ("reason", "pattern"),
+    [(ADJOINT_GROWTH, "r"), *itertools.product([ADJOINT_GROWTH, NOT_FINITE], ["tr", "ttr", "trr"])],
+)
+def test_refusals_of_any_pattern_leave_nothing_standing(reason: int, pattern: str) -> None:
+    """Wherever every second or third hypergradient is refused, hyperparameters still move."""
+    verdicts = [reason if step == "r" else 0 for step in 20 * pattern]
+    places = _cycle(verdicts)
+    late = places[len(places) // 2 :]
+    assert max(late) - min(late) > 0.005 * len(late) / len(pattern) ** 2 or min(places) == 0
 
 
 def test_alternating_finds_its_way_from_a_start_that_diverges() -> None:
@@ -226,6 +270,7 @@ def test_trust_by_norm_and_growth() -> None:
     assert int(judge(trust, state, jnp.float32(1.0), lost)) == ADJOINT_GROWTH
     after = remember(state, jnp.float32(50.0), spike, 6)
     assert float(after.scale) == 0.5
+    assert float(after.median) == float(state.median)
     # a lasting change of scale is accepted in the end
     for _ in range(5):
         after = remember(after, jnp.float32(50.0), judge(trust, after, jnp.float32(50.0), calm), 6)
@@ -316,6 +361,29 @@ def test_settled_schedule_forgets_the_way_from_the_start() -> None:
     np.testing.assert_allclose(rates, [0.1] * 6 + [0.2, 0.4], rtol=1e-4)
     with pytest.raises(ValueError, match="history has 3 updates"):
         hg.settled_schedule(space, history[:3], 5)
+
+
+@pytest.mark.parametrize("outliers", [[47.7], [410.0, 160.0, 0.67]])
+def test_outliers_of_the_first_updates_neither_move_nor_freeze(outliers: list[float]) -> None:
+    optimizer = steady_adam(0.1)
+    usual = [0.002, 0.0021, 0.0019, 0.002, 0.0022, 0.002]
+    place, state = jnp.zeros(()), optimizer.init(jnp.zeros(()))
+    for grad in outliers:
+        move, state = optimizer.update(jnp.float32(grad), state)
+        place += move
+    move, state = optimizer.update(jnp.float32(usual[0]), state)
+    assert float(place + move) == pytest.approx(0, abs=1e-6)
+    for grad in usual[1:]:
+        move, state = optimizer.update(jnp.float32(grad), state)
+        assert -0.12 < float(move) < -0.08
+    adam, theirs = optax.adam(0.1, b1=0.3, b2=0.99, eps=0), optax.adam(0.1).init(jnp.zeros(()))
+    state = optimizer.init(jnp.zeros(()))
+    for grad in (1.0, 0.8, -0.5, 0.3, 1e-3, 0.7, 0.0):
+        move, state = optimizer.update(jnp.float32(grad), state)
+        expected, theirs = adam.update(jnp.float32(grad), theirs)
+        assert float(move) == pytest.approx(float(expected), rel=1e-4)
+    nothing, _ = optimizer.update(jnp.zeros(()), optimizer.init(jnp.zeros(())))
+    assert float(nothing) == 0
 
 
 def test_norm_adam_keeps_proportions() -> None:

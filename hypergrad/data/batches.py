@@ -52,7 +52,7 @@ class Minibatches:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
             checks.integer_field(self, name, remedy=FIXES_A_SHAPE)
-        size = _num_examples(self.arrays)
+        size = num_examples(self.arrays)
         if size < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} exceeds the {size} examples in arrays. Choose a "
@@ -61,7 +61,7 @@ class Minibatches:
 
     def batch(self, step: jax.typing.ArrayLike, key: Key) -> Batch:
         """The batch of step `step` (an int32, traced or not) of the stream that `key` shuffles."""
-        size = _num_examples(self.arrays)
+        size = num_examples(self.arrays)
         # Unsigned numbers and an index known to be valid spare the program the handling of negative
         # ones: a third of its instructions.
         start = jnp.asarray(step, jnp.uint32) * jnp.uint32(self.batch_size)
@@ -86,7 +86,8 @@ def _unflatten(integers: tuple[int, int], children: tuple[Tree]) -> Minibatches:
 jax.tree_util.register_pytree_with_keys(Minibatches, _flatten, _unflatten)
 
 
-def _num_examples(arrays: Tree) -> int:
+def num_examples(arrays: Tree) -> int:
+    """The first axis that all leaves share. Raises ValueError."""
     shapes = _shapes(arrays)
     if not shapes or () in shapes.values():
         raise ValueError(

@@ -219,17 +219,23 @@ def open_source(
     return Stream(name, data, group, position)
 
 
+def has_no_axis(train: Train) -> bool:
+    """Whether `train` is an iterable of single batches: nothing in it says how many a K is."""
+    return not isinstance(train, Minibatches) and not _is_arrays(train)
+
+
 def steps_of(train: Train, steps_per_update: int | None) -> int:
     """K, from the axis that `train` has, or as given where it is an iterable of single batches."""
     if steps_per_update is not None:
         steps_per_update = checks.integer(
             "steps_per_update", steps_per_update, remedy=FIXES_A_SHAPE
         )
-    if not isinstance(train, Minibatches) and not _is_arrays(train):
+    if has_no_axis(train):
         if steps_per_update is None:
             raise ValueError(
                 f"train is a {type(train).__name__} of single batches, and fit cannot know how "
-                "many steps K an update takes: give steps_per_update=10, or so."
+                "many steps K an update takes: give steps_per_update=10, or so, or the length of "
+                "the run as num_steps=."
             )
         return steps_per_update
     steps = num_steps(train)

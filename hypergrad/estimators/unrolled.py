@@ -96,8 +96,11 @@ class Unrolled(Estimator):
         gradient = jax.value_and_grad(error, (0, 1), has_aux=True)
         (loss, end), (grad, squares) = gradient(hyper, probes)
         info = summary(loss, grad, end.first_bad_step)
-        # maximum and division keep NaN: an adjoint that is not finite must not look calm
-        info["growth"] = jnp.sqrt(jnp.max(squares.steps) / squares.end)
+        # maximum and division keep NaN: an adjoint that is not finite must not look calm. Only one
+        # that is 0 all along (a perfect fit) has not grown, where the division would say NaN.
+        most = jnp.max(squares.steps)
+        still = (most == 0) & (squares.end == 0)
+        info["growth"] = jnp.sqrt(jnp.where(still, 0.0, most / jnp.where(still, 1.0, squares.end)))
         return Estimate(loss, grad, end.inner, info), state
 
     def resolve(self, window: Window, hyper: Hyper) -> Estimator:

@@ -24,6 +24,7 @@ from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import Population, width_for
 from hypergrad.tuners.population.refine import Refine
+from hypergrad.tuners.trust import REASONS
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
@@ -91,7 +92,8 @@ class Programs:
 
     def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
         train, valid, test = self.data
-        steps = None if refine is not None else self.steps_per_update
+        own = None if refine is None else refine.steps_per_update
+        steps = self.steps_per_update if own is None else None
         return Population(
             problem, space, refine, train, valid, self.batch_size, steps_per_update=steps, test=test
         )
@@ -315,6 +317,9 @@ class Cohort:
                     **{n: _rounded(v[i][used]) for n, v in report.trail.items()},
                 },
             }
+            doubt = _doubt(report.reasons[i])
+            if doubt is not None:
+                attrs["doubt"] = doubt
             if report.test_score is not None:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
@@ -360,3 +365,12 @@ def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
 def _rounded(values: np.ndarray) -> list[float]:
     """To the digits of a float32: as JSON they are half as long, and MySQL's texts are limited."""
     return [float(f"{value:.7g}") for value in values]
+
+
+def _doubt(reasons: np.ndarray) -> str | None:
+    """What is to be said of a trial that had more than a third of its updates refused."""
+    updates, refused = int(reasons.sum()), int(reasons[1:].sum())
+    if updates < 4 or 3 * refused <= updates:
+        return None
+    most = REASONS[1 + int(np.argmax(reasons[1:]))]
+    return f"{refused} of its {updates} updates were refused, mostly because {most}"

@@ -187,7 +187,7 @@ def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
     if refine is None:
         # Members train by whole updates: of the usual 10 steps, or of as many as divide a full run.
         return max(k for k in range(1, 11) if num_steps % k == 0)
-    steps = refine.steps_per_update
+    steps = refine.steps(num_steps)
     if num_steps % steps:
         raise ValueError(
             f"num_steps={num_steps} is no multiple of steps_per_update={steps}: choose one that is."
@@ -266,6 +266,8 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
         if fate == "diverged":
             opened.fail(proposal, f"ValueError: the score is {score} after {news.steps} steps.")
             continue
+        if "doubt" in attrs:
+            _log.warning(f"#{proposal.number}: {attrs['doubt']}.")
         opened.report(proposal, score, news.steps)
         values = None if proposal.recorded else refined
         if fate == "finished":

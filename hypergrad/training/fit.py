@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from hypergrad.checks import integer
 from hypergrad.data.prefetch import Fed, feed
-from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
+from hypergrad.data.streams import RanOut, has_no_axis, open_source, refuse_missing_axis, steps_of
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.callbacks import check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
@@ -25,8 +25,11 @@ from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import FitProgress
 from hypergrad.trees import Batch, Leaf, State, Train, all_finite
+from hypergrad.tuners.alternating import horizon
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.trust import REASONS
+from hypergrad.tuners.learned import remarks
+from hypergrad.tuners.refusals import refusals_in
+from hypergrad.tuners.trust import LATELY, REASONS
 
 _log = logging.getLogger("hypergrad")
 
@@ -47,12 +50,35 @@ class FitResult(NamedTuple):
         the updates before it too.
       schedule: the values of each update for its K training steps, to replay or as optax schedules;
         for the run of an `alternating` tuner. `settled_schedule` leaves its way from the start out.
+      remarks: what is odd about the run, a sentence each: refusals, hyperparameters that ended on a
+        bound or moved one way throughout.
     """
 
     state: Any
     hyper: Any
     history: History
     schedule: Schedule
+    remarks: tuple[str, ...] = ()
+
+
+def _lengths(
+    train: Train, num_updates: int | None, num_steps: int | None, steps_per_update: int | None
+) -> tuple[int, int]:
+    """(K, updates) of a run."""
+    if (num_updates is None) == (num_steps is None):
+        raise ValueError(
+            f"num_updates={num_updates} and num_steps={num_steps}: give one of them, the length of "
+            "the run in updates or in training steps."
+        )
+    if num_updates is not None:
+        return steps_of(train, steps_per_update), integer("num_updates", num_updates)
+    num_steps = integer("num_steps", num_steps)
+    if steps_per_update is None and has_no_axis(train):
+        steps_per_update = horizon(num_steps)
+    steps = steps_of(train, steps_per_update)
+    if num_steps < steps:
+        raise ValueError(f"num_steps={num_steps} is less than one update of K={steps} steps.")
+    return steps, num_steps // steps
 
 
 def _check_types(tuner: Any, state: State, train: Train) -> None:
@@ -77,13 +103,15 @@ def fit(
     state: State,
     train: Train,
     valid: Batch,
-    num_updates: int,
+    num_updates: int | None = None,
     *,
+    num_steps: int | None = None,
     steps_per_update: int | None = None,
     callbacks: Sequence[Callable[[Record], Any]] = (),
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    progress: bool = True,
 ) -> FitResult:
-    """Runs `num_updates` updates of a tuner, and can be killed at any time and started again.
+    """Runs `num_updates` of a tuner, or `num_steps`, and can be killed and started again.
 
     The result is that of the plain loop over `jax.jit(tuner.update)`. The device is kept busy: data
     are stacked and moved by a thread, and the host looks at an update when four more are under way.
@@ -101,13 +129,15 @@ def fit(
         started anew when it ends. A list is always one of batches: give a tuple or a dict instead
         where you mean one batch.
       num_updates: updates from `state` on, those done before a resume included.
-      steps_per_update: K, for an iterable `train`.
+      num_steps: instead, the training steps of the run; a last update that is cut off is left out.
+      steps_per_update: K, for an iterable `train`; None for what the length of the run says, where
+        `num_steps` gives it (`hypergrad.tuners.alternating.horizon`).
       callbacks: functions of one `Record`, or objects, see `hypergrad.callbacks`.
       checkpoint: a folder, or a `hypergrad.Checkpoint`: every 100 updates, at the end, and on
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
 
-    On a terminal a progress bar; elsewhere a line a minute, see `hypergrad.training.progress`.
+      progress: on a terminal a bar, elsewhere a line a minute (`hypergrad.training.progress`).
 
     Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
     nothing else. An iterable must give the same batches again when it is started anew in a new
@@ -120,6 +150,10 @@ def fit(
     A checkpoint of another problem, space or start is refused; one that is torn is dropped for the
     one before. SIGTERM saves, then ends the process as its earlier handler does, else with exit
     status 143; only where `fit` runs in the main thread.
+
+    A run that ends with more than a third of its last updates refused, with a hyperparameter on a
+    bound or one that moved one way throughout says so: the logger "hypergrad" gets a warning, the
+    result has it in `remarks`.
 
     Cost over the loop: see docs/benchmarks.md (`python -m benchmarks.fit`).
 
@@ -141,11 +175,10 @@ def fit(
     (8, True)
     """
     _check_types(tuner, state, train)
-    num_updates = integer("num_updates", num_updates)
+    steps, num_updates = _lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = Checkpoint(checkpoint)
-    steps = steps_of(train, steps_per_update)
     refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
@@ -180,7 +213,9 @@ def fit(
             stack.callback(getattr(callback, "close", lambda: None))
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
-        run.progress = stack.enter_context(FitProgress(resumed.done, asked.stop, steps))
+        run.progress = stack.enter_context(
+            FitProgress(resumed.done, asked.stop, steps, enabled=progress)
+        )
         run.through(ahead, terminated)
     # Only here: at the end of the stack the last save was waited for.
     if terminated is not None and terminated.is_set():
@@ -265,7 +300,8 @@ class _Run:
 
     def result(self) -> FitResult:
         """What `fit` returns. Raises FloatingPointError."""
-        hyper = self.tuner.best(self.state)
+        # Compiled it is silent about refusals, of which more is known here.
+        hyper = jax.jit(self.tuner.best)(self.state)
         params = getattr(getattr(self.state, "inner", None), "params", None)
         # One program for all leaves, not a few for each.
         if not jax.jit(all_finite)((params, hyper)):
@@ -274,7 +310,19 @@ class _Run:
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
-        return FitResult(self.state, hyper, self.history, schedule)
+        return FitResult(self.state, hyper, self.history, schedule, self._remarks())
+
+    def _remarks(self) -> tuple[str, ...]:
+        if not len(self.history):
+            return ()
+        refused = refusals_in([int(r.refused or 0) for r in self.history[-LATELY:]])
+        found = [] if refused is None else [f"What the run leaves behind {refused}"]
+        space, hypers = self.tuner.space, self.history.hypers
+        if space is not None and isinstance(hypers, Mapping) and hasattr(self.state, "now"):
+            found += remarks(space, {n: v for n, v in hypers.items() if n in space.continuous})
+        for remark in found:
+            _log.warning(remark)
+        return tuple(found)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)

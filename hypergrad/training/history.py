@@ -14,7 +14,16 @@ LARGE = 10_000
 # Of a hyperparameter of more numbers than this, trackers get the mean and the extremes.
 _MOST_CURVES = 16
 
-_NUMBERS = ("loss", "norm", "worth", "step_scale", "refused", "first_bad_step", "finite")
+_NUMBERS = (
+    "loss",
+    "norm",
+    "worth",
+    "step_scale",
+    "refused",
+    "refusals",
+    "first_bad_step",
+    "finite",
+)
 
 
 class Record(NamedTuple):
@@ -31,6 +40,7 @@ class Record(NamedTuple):
       norm: its Euclidean norm, of all.
       worth: the decrease of the validation loss that the outer step promised, to first order.
       refused: 0 for a trusted step, else an index into `hypergrad.tuners.trust.REASONS`.
+      refusals: how many of the last 16 updates were refused.
       step_scale: what outer steps are multiplied with after refusals, at most 1.
       finite: whether loss and hypergradient were.
       first_bad_step: the first training step of this update that was not finite; -1 if none.
@@ -47,6 +57,7 @@ class Record(NamedTuple):
     norm: float | None = None
     worth: float | None = None
     refused: int | None = None
+    refusals: int | None = None
     step_scale: float | None = None
     finite: bool | None = None
     first_bad_step: int | None = None

@@ -106,14 +106,19 @@ class FitProgress(ProgressBar):
         steps_per_update: int,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        enabled: bool = True,
     ) -> None:
         super().__init__(first, total, file=file, clock=clock, text="compiling")
+        self._file = self._file if enabled else None
+        self._enabled = enabled
         self._steps = steps_per_update
         self._begin: float | None = None
 
     def show(self, record: Record) -> None:
         """Takes one record; costs next to nothing where nothing is due."""
         done = record.update + 1
+        if not self._enabled:
+            return
         if self._begin is None:
             # What compiles is the first update, and no measure of the others.
             self._begin, self._first = self._clock(), done

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.space.space import Space
-from hypergrad.trees import Hyper, InnerState, Scalar, State, Unit
+from hypergrad.trees import Hyper, InnerState, Key, Scalar, State, Unit
 
 
 class Tuner(NamedTuple):
@@ -39,7 +39,9 @@ class Info(NamedTuple):
       worth: the decrease of the validation loss that the outer step promises, to first order; 0
         for a refused step.
       refused: int32, 0 for a trusted step, else an index into `hypergrad.tuners.trust.REASONS`.
-      step_scale: what outer steps are multiplied with after refusals, at most 1.
+      refusals: int32, how many of the last 16 updates were refused, this one included. Above a
+        third, values that this run leaves behind are not to be trusted.
+      step_scale: what outer steps are multiplied with after refusals, from 1/8 to 1.
       finite: whether loss and hypergradient are.
       first_bad_step: the first training step of this update that was not finite; -1 if none.
       estimate: the estimator's own `info`.
@@ -51,6 +53,7 @@ class Info(NamedTuple):
     norm: Scalar
     worth: Scalar
     refused: jax.Array
+    refusals: jax.Array
     step_scale: Scalar
     finite: jax.Array
     first_bad_step: jax.Array
@@ -74,3 +77,51 @@ class Average(NamedTuple):
 
     unit: Unit
     seen: jax.Array
+
+
+class TrustState(NamedTuple):
+    """The history that trust is judged against.
+
+    Attributes:
+      median: running median of the trusted norms.
+      bar: what a spike's limit is raised by; doubles at a refusal, and falls as the median rises.
+      seen: trusted estimates so far.
+      scale: what steps along trusted hypergradients are multiplied with, from 1/8 to 1; a refusal
+        halves the next.
+      shortened: how many times the horizon is quartered; 0 once anything was trusted.
+      ground: where this estimate stands: `AHEAD`, `AGAIN`, `BACK` or `LEAVING`.
+      refusals: uint32, a bit for each of the last 32 updates, set where it was refused.
+    """
+
+    median: jax.Array
+    bar: jax.Array
+    seen: jax.Array
+    scale: jax.Array
+    shortened: jax.Array
+    ground: jax.Array
+    refusals: jax.Array
+
+
+class TunerState(NamedTuple):
+    """The state of `alternating` and of `restarting`.
+
+    Attributes:
+      now: where tuning stands.
+      trusted: the last position whose hypergradient was trusted.
+      trust: the history that trust is judged against.
+      average: the running mean of trusted iterates.
+      key: the run's key, or the seeds'; never restored.
+      updates: int32, updates done; never restored.
+    """
+
+    now: Position
+    trusted: Position
+    trust: TrustState
+    average: Average
+    key: Key
+    updates: jax.Array
+
+    @property
+    def inner(self) -> InnerState:
+        """The training state, for evaluation or for training on; `()` of `restarting`."""
+        return self.now.inner

@@ -1,17 +1,22 @@
 """What a run learned, as a schedule to keep: replayed by the library or by plain optax."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hypergrad.checks import integer
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
 from hypergrad.space.space import Space
-from hypergrad.trees import InnerState, Key, Train
+from hypergrad.trees import Hyper, InnerState, Key, Train, leaf_names
+from hypergrad.tuners.refusals import refusals_in
+
+_log = logging.getLogger("hypergrad")
 
 
 def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
@@ -36,7 +41,8 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
 
     Args:
       space: the tuner's space.
-      history: the `info.hyper` of the run's updates, in order.
+      history: the `info.hyper` of the run's updates, in order; or the infos themselves (the
+        `history` of `fit`), which know what was refused: above a third a warning is logged.
       steps_per_update: K, the training steps of one update.
 
     Raises:
@@ -44,6 +50,11 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     """
     if len(history) < 4:
         raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
+    if hasattr(history[0], "refused"):
+        refused = refusals_in([int(info.refused or 0) for info in history])
+        if refused is not None:
+            _log.warning(f"settled_schedule: this run {refused}")
+        history = [info.hyper for info in history]
     # The last quarter is left out of the mean: there values anneal towards the run's own end.
     half, last = len(history) // 2, 3 * len(history) // 4
     unit = space.to_unit(learned_schedule(history, steps_per_update).values)
@@ -67,3 +78,39 @@ def replay(problem: Problem, schedule: Schedule, inner: InnerState, train: Train
         return training_steps(problem, hyper, train, key, start)(inner, *x), None
 
     return jax.lax.scan(body, inner, step_inputs(train))[0]
+
+
+def remarks(space: Space, values: Hyper) -> tuple[str, ...]:
+    """What is odd about the way that hyperparameters went: a sentence for each odd one.
+
+    Args:
+      space: the tuner's space.
+      values: in the user's units, one per update, leaves `[updates, ...]`; continuous ones only.
+    """
+    units = jax.device_get(space.to_unit(values))
+    found = []
+    for name, way in zip(leaf_names(units), jax.tree.leaves(units), strict=True):
+        way = np.asarray(way, np.float64).reshape(len(way), -1)
+        for side, ends in (("lower", way[-1] < 1e-3), ("upper", way[-1] > 1 - 1e-3)):
+            if ends.any() and len(way) > 1 and np.ptp(way, 0)[ends].max() > 0:
+                found.append(
+                    f"{name} ended on the {side} bound of its range{_share(ends)}: the best value "
+                    "may lie beyond it, or the horizon is too short to see what it is good for (a "
+                    "longer one: more steps per update)."
+                )
+        moves = np.diff(way, axis=0)
+        net, path = np.abs(moves.sum(0)), np.abs(moves).sum(0)
+        inside = (way[-1] > 1e-3) & (way[-1] < 1 - 1e-3)
+        drifts = inside & (net > 0.3) & (net > 0.9 * path)
+        # One that settled has made its way in the first half.
+        drifts &= np.abs(moves[len(moves) // 2 :].sum(0)) > net / 3
+        if len(way) >= 8 and drifts.any():
+            found.append(
+                f"{name} moved one way through the whole run{_share(drifts)} and has not settled: "
+                "go on from where it ended, or see whether the horizon is too short."
+            )
+    return tuple(found)
+
+
+def _share(which: np.ndarray) -> str:
+    return "" if which.size == 1 else f" ({which.sum()} of its {which.size} numbers)"

@@ -16,11 +16,11 @@ from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
-from hypergrad.tuners.base import Info, Position, Tuner
+from hypergrad.tuners.base import Info, Position, Tuner, TunerState
+from hypergrad.tuners.refusals import warn_of_state
 from hypergrad.tuners.trust import (
     NOT_LEARNED,
     Trust,
-    TunerState,
     first_state,
     include,
     info_of,
@@ -64,7 +64,7 @@ def restarting(
         loss falls smoothly, on these seeds; True follows the expected loss, noisily.
       max_move: the most a unit coordinate moves in one update.
       trust: when a hypergradient is refused, a run that learned too little included. A refused
-        update returns to the last trusted hyperparameters and halves the outer steps.
+        update returns to the last trusted hyperparameters, see `Trust`.
 
     Cost per update: that of the estimator, times `num_seeds`; 3 K gradient evaluations with the
     default. Memory: the estimator's.
@@ -120,14 +120,17 @@ def restarting(
         learned = loss <= trust.max_loss * jnp.median(untrained)
         whole = state.trust.shortened == 0
         refused = jnp.where((refused == 0) & whole & ~learned, NOT_LEARNED, refused)
-        outer = outer_update(optimizer, space, max_move, state, grad, refused, steps)
+        # Not again at the same place: it would cost a whole run, under the same seeds for nothing.
+        outer = outer_update(optimizer, space, max_move, state, grad, refused, steps, retries=False)
         ahead = Position(outer.unit, outer.outer_state, (), memory)
         back = select(outer.moves_on, ahead, state.trusted)
-        new = next_state(state, outer, ahead, back)
+        new = next_state(state, outer, ahead, now, back)
         about |= {"agreement": agreement, "shortened": state.trust.shortened}
         return new, info_of(loss, hyper, grad, refused, outer, about)
 
     def best(state: TunerState) -> Hyper:
+        if not isinstance(state.trust.refusals, jax.core.Tracer):
+            warn_of_state(state)
         # The position reached counts as one more iterate: nothing after it could distrust it.
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))

@@ -29,10 +29,17 @@ from hypergrad.trees import (
     select,
     widen,
 )
-from hypergrad.tuners.base import Average, Info, Position
+from hypergrad.tuners.base import Average, Info, Position, TrustState, TunerState
+
+# Updates that the share of refusals is taken over.
+LATELY = 16
 
 # Why a step was refused; `info.refused` holds one of them.
 TRUSTED, NOT_FINITE, NORM_SPIKE, ADJOINT_GROWTH, NOT_LEARNED, NOT_SOLVED = range(6)
+
+# Where an estimate stands, `TrustState.ground`: ahead of the trusted position; at the same place
+# again after a refusal; back at the trusted position; one step on from there.
+AHEAD, AGAIN, BACK, LEAVING = range(4)
 
 REASONS = (
     "trusted",
@@ -48,11 +55,15 @@ REASONS = (
 class Trust:
     """When a hypergradient is refused.
 
-    A refused step returns to the last trusted position and halves the outer steps. A hypergradient
-    that is refused there too, or before anything was trusted, leaves nothing to return to (a start
-    whose learning rate diverges): if finite, its direction is followed as the only guide there is,
-    at the length of a usual one, and training starts over from the trusted parameters. Before
-    anything was trusted it is then taken over a quarter of the steps, a sixteenth, ....
+    What is refused leaves no trace in the training state. A run that goes on (`alternating`) stands
+    for one update first, as the cause may be a bad batch; refused again, or because the adjoint
+    grew, it returns to the last trusted position, and the next step from there is a half as long.
+    If that one is refused as well it goes the other way, in full: what is trusted there does not
+    see the chaos beside it. A hypergradient that is refused at the trusted position itself, or
+    before anything was trusted, leaves nothing to return to (a start whose learning rate diverges):
+    if finite, its direction is followed as the only guide there is, at the length of a usual one,
+    and training starts over from the trusted parameters. Before anything was trusted it is then
+    taken over a quarter of the steps, a sixteenth, ....
 
     Args:
       max_spike: refuse a norm (in unit coordinates) above this multiple of its running median.
@@ -83,53 +94,11 @@ class Trust:
             positive(name, getattr(self, name), "infinity never refuses", infinite=True)
 
 
-class TrustState(NamedTuple):
-    """The history that trust is judged against.
-
-    Attributes:
-      median: running median of the trusted norms.
-      seen: trusted estimates so far.
-      scale: what outer steps are multiplied with; halves at a refusal, recovers slowly.
-      shortened: how many times the horizon is quartered; 0 once anything was trusted.
-      returned: whether the last estimate was refused, so that this one stands on trusted ground.
-    """
-
-    median: jax.Array
-    seen: jax.Array
-    scale: jax.Array
-    shortened: jax.Array
-    returned: jax.Array
-
-
-class TunerState(NamedTuple):
-    """The state of `alternating` and of `restarting`.
-
-    Attributes:
-      now: where tuning stands.
-      trusted: the last position whose hypergradient was trusted.
-      trust: the history that trust is judged against.
-      average: the running mean of trusted iterates.
-      key: the run's key, or the seeds'; never restored.
-      updates: int32, updates done; never restored.
-    """
-
-    now: Position
-    trusted: Position
-    trust: TrustState
-    average: Average
-    key: Key
-    updates: jax.Array
-
-    @property
-    def inner(self) -> InnerState:
-        """The training state, for evaluation or for training on; `()` of `restarting`."""
-        return self.now.inner
-
-
 def initial_trust(dtype: jnp.dtype) -> TrustState:
     """No history, full steps, full horizon."""
     none = jnp.zeros((), jnp.int32)
-    return TrustState(jnp.zeros((), dtype), none, jnp.ones((), dtype), none, jnp.zeros((), bool))
+    one, no_bits = jnp.ones((), dtype), jnp.zeros((), jnp.uint32)
+    return TrustState(jnp.zeros((), dtype), one, none, one, none, none, no_bits)
 
 
 def first_state(now: Position, key: Key) -> TunerState:
@@ -141,7 +110,7 @@ def first_state(now: Position, key: Key) -> TunerState:
 
 def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
     """Why the hypergradient is refused, as an int32 index into `REASONS`; 0 if it is trusted."""
-    spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.median)
+    spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.bar * state.median)
     # gradients that were 0 so far are no measure of the next one
     spike &= state.median > 0
     # negated, so that a growth of NaN is refused
@@ -154,24 +123,46 @@ def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Arr
     return jnp.where(finite, reason, NOT_FINITE).astype(jnp.int32)
 
 
-def remember(state: TrustState, norm: Scalar, refused: jax.Array, steps: int) -> TrustState:
-    """The history after one more estimate over `steps` steps."""
+def stands(state: TrustState, refused: jax.Array) -> jax.Array:
+    """Whether a refused estimate is taken again at the same place, with other batches.
+
+    Not where the adjoint grew: that is the doing of the hyperparameters, not of a batch.
+    """
+    of_a_batch = (refused == NOT_FINITE) | (refused == NORM_SPIKE)
+    return of_a_batch & (state.seen > 0) & (state.ground == AHEAD)
+
+
+def remember(
+    state: TrustState,
+    norm: Scalar,
+    refused: jax.Array,
+    steps: int,
+    again: jax.Array | bool = False,
+) -> TrustState:
+    """The history after one more estimate over `steps` steps, which is taken `again` or not."""
+    bits = (state.refusals << 1) | (refused > 0).astype(jnp.uint32)
+    state = state._replace(refusals=bits)
     # A step of 1.2 per estimate towards the sample's side: its rest point is the median, and one
     # outlier moves it no further than any other value does.
     towards = state.median * jnp.where(norm > state.median, 1.2, 1 / 1.2)
     trusted = TrustState(
         median=jnp.where(state.median == 0, norm, towards),
+        bar=jnp.maximum(1.0, state.bar / 1.2),
         seen=state.seen + 1,
-        scale=jnp.minimum(1.0, 1.1 * state.scale),
+        # Whole again as soon as a step from returned ground was trusted: a product of halvings that
+        # recovers slowly stands still where every third step is refused.
+        scale=jnp.where(state.ground == BACK, state.scale, 1.0),
         shortened=state.shortened,
-        returned=jnp.zeros((), bool),
+        ground=jnp.where(state.ground == BACK, LEAVING, AHEAD).astype(state.ground.dtype),
+        refusals=bits,
     )
     longer = state._replace(shortened=state.shortened - 1)
     back = state._replace(
-        # Refusals in a row raise the bar, so that a lasting change of scale is accepted in the end.
-        median=2 * state.median,
-        scale=jnp.where(state.returned, state.scale, state.scale / 2),
-        returned=jnp.ones((), bool),
+        # A lasting change of scale is accepted in the end. Not by way of the median, which is also
+        # the length of the steps that follow a refused hypergradient.
+        bar=2 * state.bar,
+        scale=jnp.maximum(state.scale / 2, 0.125),
+        ground=jnp.where(again, AGAIN, BACK).astype(state.ground.dtype),
     )
     # 16 steps still tell what a learning rate does; fewer only where those overflow.
     limit = jnp.where(refused == NOT_FINITE, _quarterings(steps), _quarterings(steps // 16))
@@ -185,9 +176,25 @@ def remember(state: TrustState, norm: Scalar, refused: jax.Array, steps: int) ->
     )
 
 
+def recent_refusals(state: TrustState) -> jax.Array:
+    """How many of the last 16 updates were refused, int32."""
+    last = state.refusals & jnp.uint32(2**LATELY - 1)
+    return jax.lax.population_count(last).astype(jnp.int32)
+
+
 def gropes(state: TrustState, refused: jax.Array) -> jax.Array:
     """Whether to follow a refused hypergradient, for want of trusted ground to return to."""
-    return (refused > 0) & (refused != NOT_FINITE) & ((state.seen == 0) | state.returned)
+    lost = (state.seen == 0) | (state.ground == BACK)
+    return (refused > 0) & (refused != NOT_FINITE) & lost
+
+
+def retreats(state: TrustState, refused: jax.Array) -> jax.Array:
+    """Whether the step from the trusted position was refused twice, and goes the other way now.
+
+    To go back once more would take the same step again, for ever. Nor is the refused hypergradient
+    a guide: where the adjoint grows a hundredfold its sign is chance.
+    """
+    return (refused > 0) & (state.seen > 0) & (state.ground == LEAVING)
 
 
 def temper(grad: Unit, norm: Scalar, state: TrustState, refused: jax.Array) -> Unit:
@@ -278,6 +285,7 @@ class Outer(NamedTuple):
       outer_state: the outer optimiser's state after it.
       trust: the history with this hypergradient in it.
       accepted: go on from here: the hypergradient is trusted and the run was whole.
+      stands: stand where this update began, hyperparameters and all.
       moves_on: go back to the trusted position, but with the new hyperparameters.
       worth: the decrease of the validation loss that the step promises, to first order.
     """
@@ -286,6 +294,7 @@ class Outer(NamedTuple):
     outer_state: State
     trust: TrustState
     accepted: jax.Array
+    stands: jax.Array
     moves_on: jax.Array
     worth: Scalar
 
@@ -298,35 +307,49 @@ def outer_update(
     grad: Unit,
     refused: jax.Array,
     steps: int,
+    *,
+    retries: bool,
 ) -> Outer:
-    """One projected step in unit coordinates along a hypergradient that has been judged."""
+    """One projected step in unit coordinates along a hypergradient that has been judged.
+
+    `retries`: a refused one may be taken again at the same place.
+    """
     trust, unit = state.trust, state.now.unit
     size = norm(grad)
-    history = remember(trust, size, refused, steps)
+    again = stands(trust, refused) & retries
+    history = remember(trust, size, refused, steps, again)
     step_grad = temper(grad, size, trust, refused)
     updates, outer_state = optimizer.update(step_grad, state.now.outer_state, unit)
     # The limit holds per coordinate and after the scale: Adam's first step has the length of its
     # rate whatever the gradient, and a user's optimiser may take any.
-    moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
+    scale = jnp.where(gropes(trust, refused), 1.0, history.scale)
+    moves = jax.tree.map(lambda u: jnp.clip(scale * u, -max_move, max_move), updates)
     moved = space.project(optax.apply_updates(unit, moves))
+    # Away from chaos by a whole step, as towards it they are shortened (by this scale): else the
+    # trusted hypergradient, which does not see it, would undo each step away.
+    mirrored = jax.tree.map(lambda t, u: t + (t - u) / trust.scale, state.trusted.unit, unit)
+    away = retreats(trust, refused)
+    moved, outer_state = select(
+        away, (space.project(mirrored), state.trusted.outer_state), (moved, outer_state)
+    )
     whole = trust.shortened == 0
     accepted = (refused == 0) & whole
-    moves_on = ((refused == 0) & ~whole) | gropes(trust, refused)
+    moves_on = ((refused == 0) & ~whole) | gropes(trust, refused) | away
     worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
     worth = jnp.where(accepted, worth, 0.0)
-    return Outer(moved, outer_state, history, accepted, moves_on, worth)
+    return Outer(moved, outer_state, history, accepted, again, moves_on, worth)
 
 
 def next_state(
-    state: TunerState, outer: Outer, ahead: Position, back: Position, power: int = 0
+    state: TunerState, outer: Outer, ahead: Position, here: Position, back: Position, power: int = 0
 ) -> TunerState:
-    """On from `ahead` where the hypergradient was trusted, else from `back`; `power`: `include`.
+    """On from `ahead` where the hypergradient was trusted, else from `here` again or from `back`.
 
-    A select, not a branch: under `vmap` both sides would run anyway.
+    Selects, not branches: under `vmap` all sides would run anyway. `power`: see `include`.
     """
     return TunerState(
-        now=select(outer.accepted, ahead, back),
-        trusted=select(outer.accepted, state.now, back),
+        now=select(outer.accepted, ahead, select(outer.stands, here, back)),
+        trusted=select(outer.accepted, state.now, select(outer.stands, state.trusted, back)),
         trust=outer.trust,
         average=include(state.average, state.now.unit, outer.accepted, power),
         key=state.key,
@@ -361,6 +384,7 @@ def info_of(
         norm=norm(grad),
         worth=outer.worth,
         refused=refused,
+        refusals=recent_refusals(outer.trust),
         step_scale=outer.trust.scale,
         finite=about["finite"],
         first_bad_step=about["first_bad_step"],

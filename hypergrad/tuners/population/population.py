@@ -65,7 +65,7 @@ class Population:
       train: arrays `[examples, ...]`, drawn from in the program.
       valid: arrays, one batch for `valid_loss`.
       batch_size: examples per training step.
-      steps_per_update: K of plain training; None for 10. A `Refine` has its own.
+      steps_per_update: K of plain training, or of a `Refine` that names none; None for 10.
       test: arrays of a held-out split for the report, or None.
       valid_batch_size: examples per hypergradient's validation; None for all. Scores use all.
       mode: "vmap" runs members side by side, "map" one after another (memory of one member at
@@ -119,10 +119,11 @@ class Population:
         trail: int = 32,
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
-        if refine is not None and steps_per_update is not None:
+        own = None if refine is None else refine.steps_per_update
+        if own is not None and steps_per_update is not None:
             raise ValueError(
                 f"steps_per_update={steps_per_update} is given beside a Refine, which has its own "
-                f"({refine.steps_per_update}): leave it out."
+                f"({own}): leave it out."
             )
         choice("mode", mode, ("auto", "vmap", "map"))
         trail = integer("trail", trail, least=2)
@@ -133,7 +134,7 @@ class Population:
             runs, steps = PlainRuns(plain(problem, space), space), steps_per_update
         else:
             runs = RefinedRuns(refine.tuner(problem, space), space)
-            steps = refine.steps_per_update
+            steps = steps_per_update if own is None else own
         steps = 10 if steps is None else integer("steps_per_update", steps)
         self.steps_per_update = steps
         self.execution = Execution(None if mode == "auto" else mode)

@@ -12,10 +12,10 @@ from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.space.space import Space
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Unit
-from hypergrad.tuners.alternating import alternating
-from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.trust import Trust, TunerState
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, Train, Unit
+from hypergrad.tuners.alternating import alternating, horizon
+from hypergrad.tuners.base import Tuner, TunerState
+from hypergrad.tuners.trust import Trust
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Refine:
       estimator: as of `alternating`, "auto" included, which fits one member into the memory: under
         "vmap" give `hypergrad.estimators.auto.Auto(memory_limit=...)` a member's share.
       outer_optimizer: any optax optimiser over unit coordinates; None for `alternating`'s.
-      steps_per_update: K, the training steps between two outer steps.
+      steps_per_update: K, the training steps between two outer steps; None for what the length of
+        the run says (`hypergrad.tuners.alternating.horizon`).
       max_move: the most a unit coordinate moves in one update.
       trust: when a hypergradient is refused.
 
@@ -41,14 +42,19 @@ class Refine:
 
     estimator: Estimator | Literal["auto"] = Unrolled(validate_at=0.8)  # noqa: RUF009  frozen
     outer_optimizer: optax.GradientTransformation | None = None
-    steps_per_update: int = 10
-    max_move: float = 0.05
+    steps_per_update: int | None = None
+    max_move: float = 0.07
     trust: Trust = Trust()  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        integer_field(self, "steps_per_update", remedy="the training steps of one update")
+        if self.steps_per_update is not None:
+            integer_field(self, "steps_per_update", remedy="the training steps of one update")
         remedy = "give a share of the range, or refine=None for plain training"
         positive("max_move", self.max_move, remedy, infinite=True)
+
+    def steps(self, num_steps: int) -> int:
+        """K in a run of `num_steps`."""
+        return horizon(num_steps) if self.steps_per_update is None else self.steps_per_update
 
     def tuner(self, problem: Problem, space: Space) -> Tuner:
         """The tuner of one problem."""
@@ -120,8 +126,16 @@ class PlainRuns:
 
 
 class Untuned(NamedTuple):
-    """What an update has to say that follows no hypergradient: 0, as of a trusted step."""
+    """What an update has to say that follows no hypergradient; cf. `Info`.
 
+    Attributes:
+      loss: the training loss of the last step; 0 where the training state shows none.
+      hyper: the hyperparameters, in the user's units.
+      refused: 0, as of a trusted step.
+    """
+
+    loss: Scalar
+    hyper: Hyper
     refused: int = 0
 
 
@@ -135,9 +149,46 @@ def plain(problem: Problem, space: Space) -> Tuner:
     def update(run: Plain, train: Train, valid: Batch) -> tuple[Plain, Untuned]:
         key = run_key(run.key, run.inner, run.updates)
         inner = rollout(problem, run.hyper, run.inner, train, key)
-        return run._replace(inner=inner, updates=run.updates + 1), Untuned()
+        info = Untuned(getattr(inner, "loss", jnp.zeros(())), run.hyper)
+        return run._replace(inner=inner, updates=run.updates + 1), info
 
     return Tuner(init, update, lambda run: run.hyper, space)
+
+
+class Replay(NamedTuple):
+    """A run under a learned schedule; cf. `Plain`.
+
+    Attributes:
+      values: in the user's units, one for each block of K training steps, leaves `[blocks, ...]`.
+      inner: the training state.
+      key: the run's key.
+      updates: int32, blocks done.
+    """
+
+    values: Hyper
+    inner: InnerState
+    key: Key
+    updates: jax.Array
+
+
+def replaying(problem: Problem, space: Space) -> Tuner:
+    """Training under a learned schedule, in the shape of a tuner; it starts from the values."""
+
+    def hyper_at(values: Hyper, updates: jax.Array) -> Hyper:
+        return jax.tree.map(lambda x: x[updates], values)
+
+    def init(values: Hyper, key: Key) -> Replay:
+        none = jnp.zeros((), jnp.int32)
+        return Replay(values, problem.init(hyper_at(values, none), key), key, none)
+
+    def update(run: Replay, train: Train, valid: Batch) -> tuple[Replay, Untuned]:
+        key = run_key(run.key, run.inner, run.updates)
+        hyper = hyper_at(run.values, run.updates)
+        inner = rollout(problem, hyper, run.inner, train, key)
+        info = Untuned(getattr(inner, "loss", jnp.zeros(())), hyper)
+        return run._replace(inner=inner, updates=run.updates + 1), info
+
+    return Tuner(init, update, lambda run: hyper_at(run.values, run.updates - 1), space)
 
 
 Runs = RefinedRuns | PlainRuns
