@@ -106,6 +106,7 @@ _LATER = {
     "SuccessiveHalving": "search.schedulers",
     "fit": "training.fit",
     "sweep": "search.sweep",
+    "tune": "search.tune",
 }
 _MODULES = {
     "callbacks": "training.callbacks",

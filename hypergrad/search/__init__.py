@@ -3,3 +3,5 @@
 from hypergrad.search.result import Audit, SweepResult
 from hypergrad.search.schedulers import Hyperband, PopulationBasedTraining, SuccessiveHalving
 from hypergrad.search.sweep import sweep
+from hypergrad.search.tune import tune
+from hypergrad.search.tuned import TuneResult

@@ -1,0 +1,316 @@
+"""What `tune` chooses among: runs of several kinds, each by `fit`, counted and judged alike."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad.data.batches import Minibatches, num_examples
+from hypergrad.data.splits import Splits
+from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.optim.schedules import Schedule
+from hypergrad.problem.compressed import compressed
+from hypergrad.problem.problem import Problem, validation_loss
+from hypergrad.space.space import Space
+from hypergrad.training.fit import FitResult, fit
+from hypergrad.trees import Batch, Hyper, InnerState, Params
+from hypergrad.tuners.alternating import alternating, horizon, steady_adam
+from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.learned import settled_schedule
+from hypergrad.tuners.population.refine import plain, replaying
+from hypergrad.tuners.restarting import restarting
+
+_log = logging.getLogger("hypergrad")
+
+# Parts of the validation split, whose spread gives the error of a single network's loss.
+_PARTS = 10
+# Outer steps of an alternating run, and their size. Of these half as many as by default, and longer
+# ones, see more of a decay; no number is best everywhere (docs/experiments.md).
+UPDATES = (20, 40)
+_RATES = {20: 0.05, 40: 0.04}
+# The validation gradients of one alternating run may cost so much of a plain run.
+_GUIDANCE = 0.1
+# A stream of seeds for runs that are no candidates.
+_FRESH = 2**31
+# Bytes of training states that a whole run may hold for its way back; beyond it recomputes.
+_HELD = 1 << 28
+
+
+class Candidate(NamedTuple):
+    """One trained network, and what it was trained with.
+
+    Attributes:
+      kind: "untuned", "alternating", "frozen" (values of another run, retrained), "settled" (a
+        learned schedule, retrained) or "whole runs" (values by whole-run steps, retrained).
+      start: where the run that found its values began, in the user's units.
+      horizon: training steps between two outer steps of that run; 0 where nothing was tuned.
+      score: the validation loss of the network; infinite if it diverged.
+      std_error: of the score, from the spread over parts of the validation split.
+      evaluations: gradient evaluations of this training and, in it, of its hypergradients.
+      hyper: the values it was trained with; of a schedule those of its run's `best`.
+      schedule: the same as a schedule.
+    """
+
+    kind: str
+    start: Hyper
+    horizon: int
+    score: float
+    std_error: float
+    evaluations: float
+    hyper: Hyper
+    schedule: Schedule
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the hyperparameters stood still."""
+        return jax.tree.leaves(self.schedule.values)[0].shape[0] == 1
+
+
+@dataclasses.dataclass
+class Workshop:
+    """Trains candidates, and keeps their count, their cost and the best network.
+
+    Attributes:
+      problem, space, data, num_steps, batch_size, seed, progress: as of `tune`.
+      folder: where each run has its checkpoints, or None.
+      spent: gradient evaluations so far.
+      candidates: in the order in which they were trained.
+      best: the training state of the lowest score.
+      remarks: what the alternating runs had to say, see `FitResult.remarks`.
+    """
+
+    problem: Problem
+    space: Space
+    data: Splits
+    num_steps: int
+    batch_size: int
+    seed: int
+    progress: bool = True
+    folder: Path | None = None
+    spent: float = 0.0
+    candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    best: InnerState | None = None
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lowest = np.inf
+        self._stages = 0
+        self._tuners = _shared_tuners(self.problem, self.space, self.num_steps)
+        self._judge = jax.jit(self._losses)
+        size = num_examples(self.data.valid)
+        updates = self.num_steps // self.horizon(UPDATES[-1])
+        affordable = int(_GUIDANCE * self.num_steps * self.batch_size / updates)
+        self._guide: Batch = self.data.valid
+        self._guide_size = min(size, max(affordable, self.batch_size))
+        if self._guide_size < size:
+            self._guide = Minibatches(self.data.valid, self._guide_size)
+
+    def lowest_constant(self) -> Candidate:
+        """Of the networks trained under constant values, the one with the lowest score."""
+        return min((c for c in self.candidates if c.is_constant), key=lambda c: c.score)
+
+    def plain_run(self, hyper: Hyper, seed: int) -> InnerState:
+        """The training state of a whole run under constant values; no candidate."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _FRESH), seed)
+        tuner, steps = self._plain()
+        train = Minibatches(self.data.train, self.batch_size, steps)
+        updates, start = self.num_steps // steps, tuner.init(hyper, key)
+        return fit(tuner, start, train, self._guide, updates, progress=False).state.inner
+
+    def test_loss(self, hyper: Hyper, seed: int) -> float:
+        """The loss on the test split after such a run; infinite if it diverged."""
+        try:
+            params = self.plain_run(hyper, seed).params
+        except FloatingPointError:
+            return float("inf")
+        loss = float(self._judge(params, hyper, self.data.test)[0])
+        return loss if np.isfinite(loss) else float("inf")
+
+    def cost(self, steps: int, updates: int = 0) -> float:
+        """Gradient evaluations of a run of so many steps with so many hypergradients through all.
+
+        A training step counts 1, its way back 2, a validation gradient by its examples.
+        """
+        return steps * (3 if updates else 1) + updates * self._guide_size / self.batch_size
+
+    def horizon(self, updates: int = UPDATES[0], stride: int = 1) -> int:
+        """K of an alternating run with about so many updates, of a `stride`-th of the steps."""
+        return horizon(max(self.num_steps // stride, 8), updates, 5)
+
+    def plain_cost(self) -> float:
+        """Of a whole run under values that stand still, or under a schedule."""
+        return self.cost(self.num_steps)
+
+    def alternating_cost(self, updates: int = UPDATES[0], stride: int = 1) -> float:
+        """Of an alternating run with about so many updates, of a `stride`-th of the steps."""
+        steps = self.num_steps // stride
+        return self.cost(steps, steps // self.horizon(updates, stride))
+
+    def whole_runs_cost(self, stride: int, updates: int) -> float:
+        """Of so many whole-run steps on runs of a `stride`-th of the steps."""
+        return updates * self.cost(self.num_steps // stride, 1)
+
+    def train(self, kind: str, hyper: Hyper, start: Hyper, k: int = 0) -> Candidate:
+        """A whole run under constant values, as a candidate."""
+        tuner, steps = self._plain()
+        result = self._fit(tuner, hyper, steps, self.num_steps // steps)
+        schedule = constant(hyper, self.num_steps)
+        return self._add(kind, start, k, self.plain_cost(), hyper, schedule, result)
+
+    def replay(self, schedule: Schedule, hyper: Hyper, start: Hyper) -> Candidate:
+        """A whole run under a learned schedule, as a candidate."""
+        steps = schedule.steps_per_update
+        tuner = self._tuner("replay", lambda: replaying(self.problem, self.space))
+        result = self._fit(tuner, schedule.values, steps, self.num_steps // steps)
+        cost = self.plain_cost()
+        return self._add("settled", start, steps, cost, hyper, schedule, result)
+
+    def alternate(self, start: Hyper, updates: int = UPDATES[0], stride: int = 1) -> "Found | None":
+        """An alternating run from `start`; a candidate where it is a whole one, `stride` 1."""
+        steps, k = self.num_steps // stride, self.horizon(updates, stride)
+
+        def make() -> Tuner:
+            rate = _RATES[updates]
+            problem, outer = compressed(self.problem, stride), steady_adam(rate)
+            return alternating(problem, self.space, outer_optimizer=outer, max_move=2 * rate)
+
+        tuner = self._tuner(("alternating", updates, stride), make)
+        result = self._fit(tuner, start, k, steps // k)
+        cost = self.alternating_cost(updates, stride)
+        if stride > 1:
+            self.spent += cost
+        else:
+            hyper, schedule = start, constant(start, self.num_steps)
+            if result is not None:
+                hyper, schedule = result.hyper, result.schedule
+                self.remarks += result.remarks
+            self._add("alternating", start, k, cost, hyper, schedule, result)
+        if result is None:
+            return None
+        settled = None
+        if set(result.schedule.values) == set(result.hyper):
+            history = [record.hyper for record in result.history]
+            settled = settled_schedule(self.space, history, k)
+        return Found(result.hyper, settled, k)
+
+    def whole_runs(self, start: Hyper, stride: int, updates: int) -> Hyper | None:
+        """The values after whole-run steps on runs of a `stride`-th of the steps."""
+        steps = self.num_steps // stride
+
+        def make() -> Tuner:
+            problem = compressed(self.problem, stride)
+            inner = jax.eval_shape(problem.init, start, jax.random.key(0))
+            held = steps * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inner))
+            how: Any = "none" if held < _HELD else "sqrt"
+            estimator = Unrolled(checkpoint=how, validate_at=min(10, steps))
+            return restarting(problem, self.space, estimator, fresh_seeds=True)
+
+        result = self._fit(self._tuner(("whole", stride), make), start, steps, updates)
+        self.spent += self.whole_runs_cost(stride, updates)
+        if result is None:
+            return None
+        return jax.device_get(self.space.from_unit(self.space.project(result.state.now.unit)))
+
+    def _plain(self) -> tuple[Tuner, int]:
+        """Training under constant values, and the steps between two of its checkpoints."""
+        steps = max(n for n in range(1, 101) if self.num_steps % n == 0)
+        return self._tuner("plain", lambda: plain(self.problem, self.space)), steps
+
+    def _tuner(self, name: Any, make: Callable[[], Tuner]) -> Tuner:
+        if name not in self._tuners:
+            self._tuners[name] = make()
+        return self._tuners[name]
+
+    def _fit(self, tuner: Tuner, start: Any, steps: int, updates: int) -> FitResult | None:
+        """One run; None if it diverged, which is a result like any other."""
+        self._stages += 1
+        key = jax.random.fold_in(jax.random.key(self.seed), self._stages)
+        train = Minibatches(self.data.train, self.batch_size, steps)
+        folder = None if self.folder is None else self.folder / f"{self._stages:02}"
+        try:
+            return fit(
+                tuner,
+                tuner.init(start, key),
+                train,
+                self._guide,
+                updates,
+                checkpoint=folder,
+                progress=self.progress,
+            )
+        except FloatingPointError as error:
+            _log.info(f"run {self._stages} diverged: {error}")
+            return None
+
+    def _add(
+        self,
+        kind: str,
+        start: Hyper,
+        k: int,
+        cost: float,
+        hyper: Hyper,
+        schedule: Schedule,
+        result: FitResult | None,
+    ) -> Candidate:
+        self.spent += cost
+        score, error = np.inf, np.nan
+        if result is not None:
+            inner = result.state.inner
+            last = jax.tree.map(lambda x: x[-1], schedule.values)
+            score, error = self._scored(inner.params, last)
+            if score < self._lowest:
+                self._lowest, self.best = score, inner
+        found = Candidate(kind, start, k, score, error, cost, hyper, schedule)
+        self.candidates.append(found)
+        _log.info(f"{kind}: validation loss {score:.4g}, {self.spent / self.num_steps:.2f} runs")
+        return found
+
+    def _scored(self, params: Params, hyper: Hyper) -> tuple[float, float]:
+        whole, parts = jax.device_get(self._judge(params, hyper, self.data.valid))
+        score = float(whole) if np.isfinite(whole) else np.inf
+        if len(parts) < 2:
+            return score, float("nan")
+        return score, float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
+
+    def _losses(self, params: Params, hyper: Hyper, valid: Batch) -> tuple[jax.Array, jax.Array]:
+        """The loss on the whole split, and on each of up to ten parts of it."""
+        size = num_examples(valid)
+        count = min(_PARTS, size)
+        split = lambda x: x[: size // count * count].reshape(count, -1, *x.shape[1:])  # noqa: E731
+
+        def loss(batch: Batch) -> jax.Array:
+            return validation_loss(self.problem, params, hyper, batch, jax.random.key(0), 0)
+
+        return loss(valid), jax.lax.map(loss, jax.tree.map(split, valid))
+
+
+# Two and not all: a compiled update keeps its tuner alive, and what the problem closes over.
+@functools.lru_cache(maxsize=2)
+def _shared_tuners(problem: Problem, space: Space, num_steps: int) -> dict[Any, Tuner]:
+    """The tuners of one problem, by name: other calls of `tune` need not compile theirs anew."""
+    del problem, space, num_steps
+    return {}
+
+
+class Found(NamedTuple):
+    """What an alternating run leaves beside its network.
+
+    Attributes:
+      hyper: its `best`, the values to keep.
+      settled: its settled schedule; None where a hyperparameter is too large for a history.
+      horizon: K.
+    """
+
+    hyper: Hyper
+    settled: Schedule | None
+    horizon: int
+
+
+def constant(hyper: Hyper, num_steps: int) -> Schedule:
+    """The schedule that never changes."""
+    return Schedule(jax.tree.map(lambda x: jnp.asarray(x)[None], hyper), num_steps)

@@ -1,0 +1,195 @@
+"""One call for who has a model and a default: tuned hyperparameters and a trained network."""
+
+import itertools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypergrad.checks import integer, positive
+from hypergrad.data.batches import Minibatches, num_examples
+from hypergrad.data.splits import Splits
+from hypergrad.problem.problem import Problem
+from hypergrad.search.candidates import UPDATES, Workshop
+from hypergrad.search.tuned import TuneResult
+from hypergrad.space.space import Space
+from hypergrad.trees import Hyper
+from hypergrad.tuners.alternating import horizon
+
+_log = logging.getLogger("hypergrad")
+
+# Runs that only look for values take a quarter of the steps.
+_STRIDE = 4
+# Whole-run steps at a time.
+_STEPS = 2
+
+
+def tune(
+    problem: Problem,
+    space: Space,
+    data: Splits,
+    start: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    num_steps: int,
+    batch_size: int,
+    budget: float = 6.0,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> TuneResult:
+    """A trained network and tuned hyperparameters, at the cost of `budget` plain training runs.
+
+    No kind of run is best everywhere, so several compete: the start as it is; alternating runs,
+    one from what a short one found; the values that they leave, retrained; steps over whole short
+    runs. Validation tells which network is kept, and the untuned start is always among them.
+
+    Args:
+      problem: what is trained and judged.
+      space: the ranges; all continuous. What has no gradient is for `hypergrad.sweep`.
+      data: the splits; `test` is used by `result.audit` alone.
+      start: values to begin with, or a list of such; None for the middle of the space.
+      num_steps: training steps of a full run.
+      batch_size: examples per training step.
+      budget: in plain runs of `num_steps`, choosing included: a training step counts 1, its way
+        back 2, a validation gradient n_valid / batch_size. About 5 for the first tuned network
+        beside the untuned one; more buys more runs from better places.
+      seed: of all training.
+      progress: shows each run as it goes, see `fit`; the logger "hypergrad" gets a line per run.
+      checkpoint: a folder: killed, the same call goes on from it.
+
+    Validation gradients take all of `valid` where that is cheap, else minibatches of it. A run
+    that diverges is a candidate that lost.
+
+    Cost: at most `budget * num_steps` gradient evaluations, and the compilation of up to five
+    programs, which on tiny models takes longer than the runs: there plain black-box search
+    (`hypergrad.sweep`) is quicker on the clock. Memory: two training states for each alternating
+    run, and the best network.
+
+    Raises:
+      ValueError: a budget below one run, too few steps for any horizon, a start outside of the
+        space, a space without a Float or with choices, a batch larger than the data, no
+        validation split.
+      FloatingPointError: every candidate diverged.
+
+    >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
+    >>> def loss(w, hyper, batch, key):
+    ...     return jnp.mean((w - batch) ** 2)
+    >>> problem = hg.bilevel(lambda key: jnp.zeros(()), loss, loss, lambda h: optax.sgd(h["lr"]))
+    >>> space = hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")})
+    >>> data = hg.Splits(jnp.ones(8), jnp.ones(4), jnp.ones(4))
+    >>> result = hg.tune(problem, space, data, {"lr": 1e-3}, num_steps=40, batch_size=4)
+    >>> bool(result.score < result.candidates[0].score), result.best.kind != "untuned"
+    (True, True)
+    """
+    starts = _checked_starts(space, start)
+    num_steps, batch_size = integer("num_steps", num_steps), integer("batch_size", batch_size)
+    horizon(num_steps)  # refuses a run that is too short
+    positive("budget", budget, "plain runs, at least 1")
+    if budget < 1:
+        raise ValueError(
+            f"budget={budget} is less than one plain run, which the untuned start takes: give 6, "
+            "or at least 1."
+        )
+    _check_data(data, batch_size)
+    folder = None if checkpoint is None else _made(checkpoint)
+    data = Splits(*(jax.tree.map(jax.numpy.asarray, split) for split in data))
+    shop = Workshop(problem, space, data, num_steps, batch_size, integer("seed", seed, 0))
+    shop.progress, shop.folder = progress, folder
+    _spend(shop, starts, budget * num_steps)
+    if shop.best is None:
+        raise FloatingPointError(
+            f"Every candidate diverged, from start={start!r} on: lower its learning rate, or see "
+            "hypergrad.check_hypergradient for the step and the likely cause."
+        )
+    return TuneResult.of(shop)
+
+
+def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
+    """Trains candidates as long as the budget affords one.
+
+    First a short alternating run, which finds its way from far at a quarter of the cost, then
+    a whole one from there: its network. What it leaves is retrained; steps over whole short
+    runs go on from it, as they see the decay that alternating ones do not. Then once more.
+    """
+
+    def affords(*costs: float) -> bool:
+        return shop.spent + sum(costs) <= budget
+
+    plain = shop.plain_cost()
+    steps = shop.whole_runs_cost(_STRIDE, _STEPS)
+    for start in starts:
+        if affords(plain):
+            shop.train("untuned", start, start)
+    place = shop.lowest_constant().hyper
+    if affords(shop.alternating_cost(stride=_STRIDE), plain):
+        found = shop.alternate(place, stride=_STRIDE)
+        if found is not None:
+            place = found.hyper
+            if not affords(shop.alternating_cost()):
+                shop.train("frozen", place, shop.lowest_constant().hyper, found.horizon)
+    for updates in itertools.cycle(UPDATES):
+        if not affords(shop.alternating_cost(updates)):
+            break
+        found = shop.alternate(place, updates)
+        if found is not None:
+            if affords(plain):
+                shop.train("frozen", found.hyper, place, found.horizon)
+            if affords(steps, plain):
+                values = shop.whole_runs(found.hyper, _STRIDE, _STEPS)
+                if values is not None:
+                    shop.train("whole runs", values, found.hyper, shop.num_steps // _STRIDE)
+            if found.settled is not None and affords(plain):
+                shop.replay(found.settled, found.hyper, place)
+        place = shop.lowest_constant().hyper
+    while affords(plain):
+        shop.train("frozen", shop.lowest_constant().hyper, place)
+
+
+def _checked_starts(space: Any, start: Any) -> list[Hyper]:
+    if not isinstance(space, Space):
+        raise TypeError(f"space is a {type(space).__name__}: give a hypergrad.Space.")
+    if space.discrete:
+        raise ValueError(
+            f"space holds the choices {list(space.discrete)}, which have no gradient: fix them, or "
+            "search them with hypergrad.sweep."
+        )
+    if not space.continuous:
+        raise ValueError("space holds no Float, so there is nothing to tune: add one.")
+    if start is None:
+        middle = {name: np.float32(0.5) for name in space.continuous}
+        return [jax.device_get(space.from_unit(middle))]
+    starts = [start] if isinstance(start, Mapping) else list(start)
+    if not starts:
+        raise ValueError(f"start={start!r} is empty: give values, or None for the middle.")
+    return [space.validate(dict(values)) for values in starts]
+
+
+def _check_data(data: Any, batch_size: int) -> None:
+    if not isinstance(data, Splits):
+        raise TypeError(
+            f"data is a {type(data).__name__}: give hypergrad.Splits(train, valid, test)."
+        )
+    Minibatches(data.train, batch_size)  # refuses a batch larger than the data
+    if data.valid is None:
+        raise ValueError("data.valid=None: tuning needs a split that is not trained on.")
+    if num_examples(data.valid) == 1:
+        _log.warning(
+            "data.valid holds one example: what is tuned on it says little about others. Give more."
+        )
+
+
+def _made(checkpoint: str | os.PathLike[str]) -> Path:
+    if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
+        raise TypeError(f"checkpoint={checkpoint!r} is no path: give a folder's name.")
+    folder = Path(checkpoint).expanduser().absolute()
+    if not folder.parent.is_dir():
+        raise ValueError(
+            f"checkpoint={str(folder)!r} lies in {str(folder.parent)!r}, which is no folder: make "
+            "it."
+        )
+    folder.mkdir(exist_ok=True)
+    return folder

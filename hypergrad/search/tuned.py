@@ -1,0 +1,146 @@
+"""What `tune` found: a trained network, the values to keep, and every run on the way."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from hypergrad.checks import integer
+from hypergrad.optim.schedules import Schedule
+from hypergrad.search.candidates import Candidate, Workshop
+from hypergrad.search.result import Audit
+from hypergrad.trees import Hyper, InnerState, Params
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TuneResult:
+    """What `tune` returns.
+
+    Attributes:
+      state: the training state of the network with the lowest validation loss.
+      hyper: the values to keep: of the constant ones that were trained, those whose network has
+        the lowest validation loss.
+      schedule: the values that `state` was trained with, to replay or as optax schedules; with one
+        entry where they stood still.
+      score: the validation loss of `state`: the lowest of several, so that it flatters a little.
+      std_error: of the score, from the spread over parts of the validation split.
+      candidates: every trained network, in order, see `hypergrad.search.candidates.Candidate`.
+      evaluations: gradient evaluations in all: a training step counts 1, its way back 2, a
+        validation gradient by its examples; a plain run of `num_steps` is the unit of `budget`.
+      remarks: what is odd about the runs, a sentence each.
+    """
+
+    state: InnerState
+    hyper: Hyper
+    schedule: Schedule
+    score: float
+    std_error: float
+    candidates: tuple[Candidate, ...]
+    evaluations: float
+    remarks: tuple[str, ...]
+    _workshop: Workshop
+
+    @classmethod
+    def of(cls, shop: Workshop) -> Self:
+        """The result of a workshop that has trained at least one network."""
+        assert shop.best is not None
+        best = min(shop.candidates, key=lambda candidate: candidate.score)
+        return cls(
+            state=shop.best,
+            hyper=shop.lowest_constant().hyper,
+            schedule=best.schedule,
+            score=best.score,
+            std_error=best.std_error,
+            candidates=tuple(shop.candidates),
+            evaluations=shop.spent,
+            remarks=tuple(shop.remarks),
+            _workshop=shop,
+        )
+
+    @property
+    def params(self) -> Params:
+        """The parameters of `state`."""
+        return self.state.params
+
+    def __repr__(self) -> str:
+        return f"<TuneResult: {self.best.kind}, validation loss {self.score:.4g}>"
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate that trained `state`."""
+        return min(self.candidates, key=lambda candidate: candidate.score)
+
+    def table(self) -> str:
+        """Every candidate as text, the best first."""
+        unit = self._workshop.num_steps
+        lines = [
+            f"{'kind':12}{'horizon':>8}{'valid loss':>12}{'± s.e.':>10}{'runs':>7}  trained with"
+        ]
+        for c in sorted(self.candidates, key=lambda candidate: candidate.score):
+            lines.append(
+                f"{c.kind:12}{c.horizon or '':>8}{c.score:12.4g}{c.std_error:10.2g}"
+                f"{c.evaluations / unit:7.2f}  {_shown(c)}"
+            )
+        return "\n".join([*lines, f"{self.evaluations / unit:.2f} runs in all"])
+
+    def retrain(self, hyper: Mapping[str, Any] | None = None, seed: int = 0) -> InnerState:
+        """The training state of a whole run under constant values; None for `hyper`.
+
+        Raises:
+          ValueError: values that are not those of the space.
+          FloatingPointError: the run diverges.
+        """
+        return self._workshop.plain_run(self._checked(hyper), integer("seed", seed, 0))
+
+    def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
+        """Constant values retrained in full on `seeds` fresh seeds, scored on the test split.
+
+        The trained network that `params` holds is often better than a retraining of `hyper`, as
+        hyperparameters moved while it trained; this is what the values are worth by themselves.
+
+        Args:
+          seeds: how many; `tune` has used none of them.
+          hyper: the values, such as an untuned default to compare with; None for `self.hyper`.
+
+        Raises:
+          ValueError: the data have no test split; values that are not those of the space; no seeds.
+        """
+        seeds = integer("seeds", seeds)
+        if self._workshop.data.test is None:
+            raise ValueError(
+                "data.test=None: an audit is taken on a split that nothing was tuned on. Give "
+                "hypergrad.Splits(train, valid, test)."
+            )
+        values = self._checked(hyper)
+        losses = np.array([self._workshop.test_loss(values, i) for i in range(seeds)])
+        error = float(losses.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
+        return Audit(losses, float(losses.mean()), error)
+
+    def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Writes pictures of the candidates and of the schedule into `folder` as PNG.
+
+        Returns their paths. Needs matplotlib (extra `plots`).
+        """
+        # Loaded on use, as tuning needs no matplotlib.
+        from hypergrad.plotting.tuned import save_candidates
+
+        shop = self._workshop
+        return save_candidates(self.candidates, shop.space, shop.num_steps, folder)
+
+    def _checked(self, hyper: Mapping[str, Any] | None) -> Hyper:
+        return self._workshop.space.validate(dict(self.hyper if hyper is None else hyper))
+
+
+def _shown(candidate: Candidate) -> str:
+    if not candidate.is_constant:
+        return "a schedule"
+    leaves = jax.tree_util.tree_leaves_with_path(candidate.hyper)
+    return ", ".join(
+        f"{'/'.join(str(getattr(k, 'key', k)) for k in path)} {float(x):.3g}"
+        for path, x in leaves
+        if np.size(x) == 1
+    )

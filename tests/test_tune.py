@@ -1,0 +1,214 @@
+"""`hg.tune`: the budget is kept, the untuned start competes, what is found is what was trained."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.problem.compressed import compressed
+from hypergrad.search.candidates import Workshop
+
+SPACE = hg.Space(
+    {
+        "rate": hg.Float(1e-3, 2.0, scale="log"),
+        "l2": hg.Float(1e-5, 1.0, scale="log"),
+    }
+)
+START = {"rate": 0.01, "l2": 1e-3}
+STEPS, BATCH = 40, 8
+
+
+def _data(key: int = 0, valid: int = 24) -> hg.Splits:
+    rng = np.random.default_rng(key)
+    weights = rng.normal(size=5)
+    x = rng.normal(size=(120, 5)).astype(np.float32)
+    y = (x @ weights + rng.normal(size=120)).astype(np.float32)
+    ends = ((0, 32), (32, 32 + valid), (80, 120))
+    return hg.Splits(*((x[i:j], y[i:j]) for i, j in ends))
+
+
+DATA = _data()
+
+
+def _square(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)
+
+
+def _penalised(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return _square(params, hyper, batch, key) + hyper["l2"] * jnp.sum(params["w"] ** 2)
+
+
+def _problem(optimizer: Any = None) -> hg.Problem:
+    def init(key: Any) -> Any:
+        return {"w": 0.3 * jax.random.normal(key, (5,))}
+
+    return hg.bilevel(init, _penalised, _square, optimizer or (lambda h: optax.sgd(h["rate"])))
+
+
+def _tune(problem: Any = None, start: Any = START, data: Any = DATA, **options: Any) -> Any:
+    options = {"num_steps": STEPS, "batch_size": BATCH, "progress": False} | options
+    return hg.tune(problem or _problem(), SPACE, data, start, **options)
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return _tune(budget=12)
+
+
+def test_a_tuned_network_beats_the_untuned_start(found: Any) -> None:
+    kinds = [candidate.kind for candidate in found.candidates]
+    assert kinds[0] == "untuned" and {"alternating", "frozen"} <= set(kinds)
+    assert found.score < 0.9 * found.candidates[0].score
+    assert found.score == min(c.score for c in found.candidates) == found.best.score
+    score = _square(found.params, None, tuple(map(jnp.asarray, DATA.valid)), None)
+    assert float(score) == pytest.approx(found.score, rel=1e-6)
+    assert 0 < found.std_error < found.score
+
+
+def test_the_budget_is_kept_and_counted(found: Any) -> None:
+    assert sum(c.evaluations for c in found.candidates) <= found.evaluations <= 12 * STEPS
+    for budget in (1, 2.5, 4, 6):
+        result = _tune(budget=budget)
+        assert result.evaluations <= budget * STEPS
+        assert result.candidates[0].kind == "untuned"
+    # an alternating run: 40 steps forth and twice back, and eight validation gradients of 8
+    own = next(c for c in found.candidates if c.kind == "alternating")
+    assert own.horizon == 5 and own.evaluations == 3 * STEPS + 8
+
+
+def test_what_to_keep_is_of_a_constant_candidate(found: Any) -> None:
+    constant = [c for c in found.candidates if c.is_constant]
+    lowest = min(constant, key=lambda c: c.score)
+    for name in SPACE:
+        assert float(found.hyper[name]) == pytest.approx(float(lowest.hyper[name]))
+    np.testing.assert_array_equal(found.schedule(0)["rate"], found.best.schedule(0)["rate"])
+    state = found.retrain(seed=3)
+    again = found.retrain(seed=3)
+    np.testing.assert_array_equal(state.params["w"], again.params["w"])
+    assert int(state.step) == STEPS
+    assert np.any(state.params["w"] != found.retrain(seed=4).params["w"])
+
+
+def test_an_audit_is_on_the_test_split_under_fresh_seeds(found: Any) -> None:
+    audit, untuned = found.audit(seeds=4), found.audit(seeds=4, hyper=START)
+    assert audit.test_losses.shape == (4,) and audit.mean < untuned.mean
+    with pytest.raises(ValueError, match=r"data\.test=None"):
+        _tune(data=DATA._replace(test=None), budget=1).audit()
+    with pytest.raises(ValueError, match="rate"):
+        found.audit(hyper={"l2": 0.1})
+
+
+def test_table_and_pictures(found: Any, tmp_path: Path) -> None:
+    lines = found.table().splitlines()
+    assert len(lines) == len(found.candidates) + 2 and "untuned" in found.table()
+    assert lines[1].startswith(found.best.kind)
+    assert all(path.stat().st_size > 5000 for path in found.save_pictures(tmp_path / "made"))
+
+
+def test_the_same_call_finds_the_same() -> None:
+    first, second = _tune(budget=6), _tune(budget=6)
+    assert [c.score for c in first.candidates] == [c.score for c in second.candidates]
+    assert first.score != _tune(budget=6, seed=1).score
+
+
+def test_a_killed_call_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    code = f"""
+    import os, sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    import test_tune as t
+    import hypergrad.search.candidates as candidates
+    fit, runs = candidates.fit, []
+    def killed(*args, **options):
+        runs.append(0)
+        if len(runs) == 3:
+            os.kill(os.getpid(), {int(signal.SIGKILL)})
+        return fit(*args, **options)
+    candidates.fit = killed
+    t._tune(budget=6, checkpoint={str(folder)!r})
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(folder.iterdir())) == 2
+    resumed, whole = _tune(budget=6, checkpoint=folder), _tune(budget=6)
+    # Another process, and other compiler options: not to the last bit.
+    scores = [[c.score for c in result.candidates] for result in (resumed, whole)]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    with pytest.raises(ValueError, match="checkpoint"):
+        _tune(budget=6, checkpoint=folder, start={"rate": 0.02, "l2": 1e-3})
+
+
+def test_starts() -> None:
+    several = _tune(start=[START, {"rate": 0.3, "l2": 1e-3}], budget=2)
+    assert [c.kind for c in several.candidates] == ["untuned", "untuned"]
+    assert float(several.hyper["rate"]) == pytest.approx(0.3)
+    middle = _tune(start=None, budget=1).candidates[0].hyper
+    assert float(middle["rate"]) == pytest.approx((1e-3 * 2.0) ** 0.5, rel=1e-4)
+
+
+def test_a_run_that_diverges_is_a_candidate_that_lost() -> None:
+    result = _tune(start=[{"rate": 2.0, "l2": 1.0}, START], budget=6, num_steps=200)
+    assert result.candidates[0].score == np.inf
+    assert np.isfinite(result.score)
+    with pytest.raises(FloatingPointError, match=r"Every candidate diverged.*'rate': 2\.0"):
+        _tune(start={"rate": 2.0, "l2": 1.0}, budget=1, num_steps=200)
+
+
+def test_validation_gradients_of_a_large_split_are_cheap() -> None:
+    big = DATA._replace(valid=jax.tree.map(lambda x: np.repeat(x, 100, 0), DATA.valid))
+    shop = Workshop(_problem(), SPACE, big, 1000, BATCH, 0)
+    assert 3 * 1000 < shop.alternating_cost() <= 3.1 * 1000
+
+
+def test_a_compressed_run_goes_through_the_whole_decay() -> None:
+    decay = optax.scale_by_schedule(lambda count: -0.1 * jnp.where(count < 20, 1.0, 0.1))
+    problem = _problem(lambda h: optax.chain(optax.scale_by_adam(), decay))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:8]), DATA.train)
+    for stride, made in ((4, compressed(problem, 4)), (1, compressed(problem, 1))):
+        inner = problem.init(START, jax.random.key(0))
+        for _ in range(3):
+            inner = made.step(inner, START, batch, jax.random.key(0))
+        adam, scheduled = inner.opt_state
+        assert int(scheduled.count) == 3 * stride
+        assert int(adam.count) == 3 and int(inner.step) == 3
+
+
+def test_wrong_arguments_are_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    for options, text in (
+        ({"budget": 0.5}, r"budget=0\.5 is less than one plain run"),
+        ({"budget": -1}, "budget=-1"),
+        ({"start": {"rate": 5.0, "l2": 1e-3}}, "rate"),
+        ({"start": {"rate": 0.1}}, "l2"),
+        ({"start": []}, r"start=\[\] is empty"),
+        ({"num_steps": 6}, "num_steps=6 is too short"),
+        ({"num_steps": 2.5}, "num_steps=2.5"),
+        ({"batch_size": 99}, "batch_size=99 exceeds the 32 examples"),
+        ({"seed": None}, "seed=None"),
+        ({"data": DATA._replace(valid=None)}, r"data\.valid=None"),
+        ({"checkpoint": tmp_path / "no" / "where"}, "which is no folder"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=text):
+            _tune(**options)
+    with pytest.raises(TypeError, match="data is a tuple"):
+        _tune(data=(1, 2))
+    with pytest.raises(TypeError, match="checkpoint=3"):
+        _tune(checkpoint=3)
+    with pytest.raises(ValueError, match="holds no Float"):
+        hg.tune(_problem(), hg.Space({}), DATA, num_steps=40, batch_size=8)
+    mixed = hg.Space({**SPACE, "act": hg.Categorical(["relu", "tanh"])})
+    with pytest.raises(ValueError, match=r"\['act'\].*hypergrad\.sweep"):
+        hg.tune(_problem(), mixed, DATA, START, num_steps=40, batch_size=8)
+    with caplog.at_level(logging.WARNING, "hypergrad"):
+        _tune(data=DATA._replace(valid=jax.tree.map(lambda x: x[:1], DATA.valid)), budget=1)
+    assert "holds one example" in caplog.text
