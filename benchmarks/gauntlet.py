@@ -33,6 +33,7 @@ import optuna
 
 import hypergrad as hg
 from benchmarks.gauntlet_tasks import DECAYS, FREE, NAMES, Task, task
+from hypergrad.tuners.alternating import horizon
 
 # XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
 COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
@@ -178,7 +179,7 @@ def alternating(name: str, **options: Any) -> Callable[[Cell, str, int], Iterato
     def run_one(cell: Cell, start: str, seed: int) -> Iterator[Row]:
         this = cell.task
         tuner = hg.alternating(this.problem, this.space, **options)
-        length = 10
+        length = horizon(this.steps)
         updates = this.steps // length
         train = hg.Minibatches(this.data.train, this.batch, length)
 
@@ -231,6 +232,31 @@ def restarting(cell: Cell, start: str, seed: int) -> Iterator[Row]:
     yield row("restarting: best", cell.frozen(best), cost) | refusals
 
 
+def tuned(budget: int) -> Callable[[Cell, str, int], Iterator[Row]]:
+    """`hg.tune`: the network that it returns, and its constant values retrained."""
+
+    def run(cell: Cell, start: str, seed: int) -> Iterator[Row]:
+        this = cell.task
+        result = hg.tune(
+            this.problem,
+            this.space,
+            this.data,
+            this.starts[start],
+            num_steps=this.steps,
+            batch_size=this.batch,
+            budget=budget,
+            seed=seed,
+            progress=False,
+        )
+        cost = result.evaluations / this.steps
+        own = finite(cell.judged(this.problem, result.params, result.hyper))
+        kind = {"kind": result.best.kind}
+        yield row(f"tune-{budget}: network", own, cost) | kind
+        yield row(f"tune-{budget}: frozen", cell.frozen(result.hyper), cost) | kind
+
+    return run
+
+
 METHODS: dict[str, Callable[[Cell, str, int], Iterator[Row]]] = {
     "untuned": untuned,
     **{name: tuning_free(name) for name in TUNING_FREE},
@@ -240,6 +266,8 @@ METHODS: dict[str, Callable[[Cell, str, int], Iterator[Row]]] = {
     # The cheapest mode there is: only the last of ten steps is differentiated.
     "window 1": alternating("window 1", estimator=hg.Unrolled(window=1)),
     "restarting": restarting,
+    "tune-6": tuned(6),
+    "tune-20": tuned(20),
 }
 # These know no start.
 STARTLESS = {*TUNING_FREE, "random", "TPE"}

@@ -45,15 +45,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout: Any, deterministic: bool) -> jax.Array:
-        """x: [batch, 64]; returns logits [batch, 10]."""
+        """x: [batch, inputs]; returns logits [batch, 10]."""
         for rate in dropout:
             x = getattr(nn, self.activation)(nn.Dense(self.width)(x))
             x = LinenDropout(rate)(x, deterministic=deterministic)
         return nn.Dense(10)(x)
 
 
-def make_problem(choices: dict[str, Any]) -> hg.Problem:
-    """The problem of one architecture and optimiser."""
+def make_problem(choices: dict[str, Any], inputs: int = 64) -> hg.Problem:
+    """The problem of one architecture and optimiser, on examples of so many numbers."""
     model = MLP(choices["width"], choices["activation"])
 
     def train_loss(params: Any, hyper: Any, batch: Any, key: jax.Array) -> jax.Array:
@@ -74,7 +74,7 @@ def make_problem(choices: dict[str, Any]) -> hg.Problem:
         return optax.adamw(hyper["learning_rate"])
 
     def init(key: jax.Array) -> Any:
-        return model.init(key, jnp.zeros((1, 64)), (0.0, 0.0), True)
+        return model.init(key, jnp.zeros((1, inputs)), (0.0, 0.0), True)
 
     return hg.bilevel(init, train_loss, valid_loss, optimizer)
 
