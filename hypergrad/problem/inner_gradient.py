@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.problem.rules import declared_rules
 from hypergrad.trees import Leaf, Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
@@ -23,7 +24,9 @@ _Zero = jax.custom_derivatives.SymbolicZero
 NAME = "hypergrad_inner_gradient"
 
 
-def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[jax.Array, Tree]]]:
+def inner_gradient(
+    loss: Callable[..., Any], *, mixed_mode: bool = True
+) -> Callable[..., tuple[Tree, tuple[jax.Array, Tree]]]:
     """The gradient of `loss` in its first argument, ready to be differentiated in every mode.
 
     `loss(params, hyper, *rest)` returns a scalar or `(scalar, aux)`; the result maps the same
@@ -36,6 +39,12 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
     into `rest` (batch, key): what depends on hyperparameters, a learned batch or batch statistics,
     goes into `hyper`. The result can be differentiated once, and the loss must not close over a
     traced value: both are errors, never wrong numbers (JAX's own where we cannot name them).
+
+    Mixed mode transposes a symmetric second derivative. That of a loss which calls a function with
+    a declared rule (`custom_vjp`, or a `custom_jvp` of the user's) need not be symmetric, and such
+    a loss gets plain `jax.grad`, as every loss does under `mixed_mode=False`: right for any rule,
+    at any order, forward mode where the rules permit it, and none of the savings above
+    (`checkpoint="step"` brings the memory back).
 
     Raises:
       ValueError: the loss is not a scalar, or `rest` carries a derivative.
@@ -62,7 +71,9 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
             return with_aux(loss)(params, hyper, *rest)
 
         rest = (param_constants, hyper_constants, rest)
-        grads, value_aux = _differentiable_once(on_floats)(param_floats, hyper_floats, rest)
+        arguments = (param_floats, hyper_floats, rest)
+        differentiated = _differentiation(mixed_mode, on_floats, *arguments)
+        grads, value_aux = differentiated(on_floats)(*arguments)
         # Integer leaves have no gradient; zeros keep the structure that optimisers expect.
         zeros = jax.tree.map(jnp.zeros_like, params)
         return split_inexact(zeros)[1](grads), value_aux
@@ -70,14 +81,37 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
     return gradient
 
 
-def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiation(mixed_mode: bool, loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Which of the three below the gradient of `loss` takes, by what its program calls."""
+    try:
+        rules = declared_rules(loss, *args)
+    except jax.errors.ConcretizationTypeError:
+        return _plain  # an eager call that branches on values: unknown
+    if NAME in rules:
+        return _not_differentiable
+    return _plain if rules or not mixed_mode else _differentiable_once
+
+
+def _plain(loss: Callable[..., Any]) -> Callable[..., Any]:
     """(p, h, rest) -> (grad_p loss, (value, aux)) for lists p, h of inexact arrays."""
 
     def hypergrad_inner_gradient(p: list[Any], h: list[Any], rest: Tree) -> Any:
         value_aux, grads = jax.value_and_grad(loss, has_aux=True)(p, h, rest)
         return grads, value_aux
 
-    primal = hypergrad_inner_gradient
+    return hypergrad_inner_gradient
+
+
+def _not_differentiable(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain` of a loss that holds an inner gradient in mixed mode."""
+    call = jax.custom_jvp(_plain(loss))
+    call.defjvp(_refuse_third_derivative)
+    return call
+
+
+def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain`, whose transpose is forward over reverse."""
+    primal = _plain(loss)
     # Under custom_vjp this would be one line, but jvp, and with it forward mode, would be refused.
     call = jax.custom_jvp(primal)
 
@@ -178,17 +212,18 @@ def _refuse_derivative_of_rest(rest: Tree, tangents: Tree) -> None:
             )
 
 
+def _refuse_third_derivative(*_: Any) -> Any:
+    raise ValueError(
+        "A third derivative through inner_gradient: its rule can be differentiated once. Give "
+        "bilevel (or inner_gradient) mixed_mode=False where higher orders are needed."
+    )
+
 @jax.custom_jvp
 def _once(x: Any, at: Any) -> Any:
     return x
 
 
-@_once.defjvp
-def _refuse_third_derivative(*_: Any) -> Any:
-    raise ValueError(
-        "A third derivative through inner_gradient: its rule can be differentiated once. Use "
-        "jax.grad in `step` where higher orders are needed."
-    )
+_once.defjvp(_refuse_third_derivative)
 
 
 def _name(f: Callable[..., Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.problem.rules import declared_rules, function_name
 from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
@@ -39,6 +40,25 @@ def naming_missing(hyper: Hyper) -> Iterator[None]:
         raise StructureError(
             f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
             f"{list(hyper)}. Give it a value, or take it out of the problem."
+        ) from error
+
+
+class NoForwardModeError(StructureError):
+    """A function on the way that declares a backward rule alone."""
+
+
+@contextlib.contextmanager
+def naming_backward_rules(function: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Turns JAX's refusal of a forward derivative of `function(*args)` into one that says whose."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise NoForwardModeError(
+            "Forward mode has no way through "
+            f"{', '.join(declared_rules(function, *args, backward=True))}: a custom_vjp rule is for "
+            "reverse mode alone. Use Unrolled(), or declare the rule by jax.custom_jvp."
         ) from error
 
 
@@ -198,15 +218,10 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _propagate(getattr(inner, "jaxpr", inner), inputs)
     # Any other custom rule is taken at its word below: all that goes in reaches all that comes out.
-    if name == "custom_jvp_call" and _function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
+    if name == "custom_jvp_call" and function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
         return _propagate(params["call_jaxpr"].jaxpr, inputs)
     merged = _join(inputs)
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
-
-
-def _function_name(jaxpr: Any) -> str:
-    # "name at file:line", or the bare name, as JAX records it for error messages
-    return str(jaxpr.debug_info.func_src_info).split(" at ")[0].rsplit(".", 1)[-1]
 
 
 def _output(merged: _Taint, name: str, dtype: Any) -> _Taint:
