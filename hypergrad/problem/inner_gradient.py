@@ -82,14 +82,16 @@ def inner_gradient(
 
 
 def _differentiation(mixed_mode: bool, loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Which of the three below the gradient of `loss` takes, by what its program calls."""
+    """Which of those below the gradient of `loss` takes, by what its program calls."""
     try:
         rules = declared_rules(loss, *args)
     except jax.errors.ConcretizationTypeError:
         return _plain  # an eager call that branches on values: unknown
     if NAME in rules:
         return _not_differentiable
-    return _plain if rules or not mixed_mode else _differentiable_once
+    if not mixed_mode:
+        return _plain
+    return _guarded if rules else _differentiable_once
 
 
 def _plain(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,6 +109,41 @@ def _not_differentiable(loss: Callable[..., Any]) -> Callable[..., Any]:
     call = jax.custom_jvp(_plain(loss))
     call.defjvp(_refuse_third_derivative)
     return call
+
+
+def _guarded(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain`, whose transpose maps an exact zero to zero."""
+    primal = _plain(loss)
+
+    def call(p: list[Any], h: list[Any], rest: Tree) -> Any:
+        (p, h), probe = _entrance(((p, h), jnp.zeros(())))
+        floats, join = split_inexact(primal(p, h, rest))
+        return join(_exit((floats, probe))[0])
+
+    return call
+
+
+def _linear_identity(transpose: Callable[[Tree, jax.Array], Tree]) -> Callable[[Tree], Tree]:
+    """`(tree, probe) -> (tree, probe)`, whose tangent map has this transpose."""
+
+    @jax.custom_jvp
+    def identity(x: Tree) -> Tree:
+        return x
+
+    def rule(primals: Tree, tangents: Tree) -> Tree:
+        (x,), (dx,) = primals, tangents
+        out = jax.lax.custom_linear_solve(
+            lambda x: x, _all_linear(dx, x), lambda _, b: b, lambda _, c: transpose(*c)
+        )
+        return x, out
+
+    identity.defjvp(rule, symbolic_zeros=True)
+    return identity
+
+
+# On the way back the exit's probe tells the entrance whether any cotangent was not zero.
+_exit = _linear_identity(lambda c, probe: (c, _any_nonzero(c).astype(probe.dtype)))
+_entrance = _linear_identity(lambda c, probe: (_zero_unless(probe != 0, c), probe))
 
 
 def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,13 +183,12 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
 
             one = jnp.ones_like(value_aux[0])
             cp, ch = jax.jvp(tilted, (jnp.zeros_like(one),), (one,))[1]
+            cp, ch = _zero_unless(_any_nonzero((c, cfloats)), (cp, ch))
             return cp, ch, [jnp.zeros_like(x) for x in floats]
 
         # A zero that is linear in the tangents: transposition needs every input to be so.
-        nothing = sum(jnp.sum(t.ravel()[:0]) for t in (*dp, *dh) if type(t) is not _Zero)
-        dp = [_filled(t, x, nothing) for t, x in zip(dp, p, strict=True)]
-        dh = [_filled(t, x, nothing) for t, x in zip(dh, h, strict=True)]
-        dout = [_filled(None, x, nothing) for x in floats]
+        none = [None] * len(floats)
+        dp, dh, dout = _all_linear((dp, dh, none), (p, h, floats))
         dgrads, _, dfloats = jax.lax.custom_linear_solve(
             lambda x: _once(x, (p, h)), (dp, dh, dout), forward, transpose
         )
@@ -186,10 +222,28 @@ def _partition(tree: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], l
     return floats, [x for x, flag in zip(leaves, constant, strict=True) if flag], join
 
 
-def _filled(tangent: Leaf, primal: Leaf, nothing: Leaf) -> jax.Array:
-    if tangent is None or type(tangent) is _Zero:
-        return jnp.zeros_like(primal) + jnp.asarray(nothing, jnp.result_type(primal))
-    return tangent
+def _all_linear(tangents: Tree, primals: Tree) -> Tree:
+    """`tangents`, in which None and symbolic zeros are zeros that depend on the others."""
+    is_zero = lambda t: t is None or type(t) is _Zero  # noqa: E731
+    leaves, treedef = jax.tree.flatten(tangents, is_leaf=is_zero)
+    nothing = sum(jnp.sum(t.ravel()[:0]) for t in leaves if not is_zero(t))
+    filled = [
+        jnp.zeros_like(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
+        for t, x in zip(leaves, jax.tree.leaves(primals), strict=True)
+    ]
+    return treedef.unflatten(filled)
+
+
+# A step that is skipped (optax.apply_if_finite) sends back a cotangent of exact zeros, and may have
+# a NaN for its gradient: the product with its Hessian, 0 NaN, is none of what the step did. Not a
+# branch, which a GPU would wait for in every step.
+def _any_nonzero(cotangents: Tree) -> jax.Array:
+    leaves = jax.tree.leaves(cotangents)
+    return functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in leaves], jnp.bool_(False))
+
+
+def _zero_unless(condition: jax.Array, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
 
 
 def _with_integer_tangents(out: Tree, dfloats: list[Any]) -> Tree:
