@@ -18,7 +18,7 @@ ROOMS = {
     "checks": "",
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
-    "optim": "transforms schedules",
+    "optim": "transforms proximal schedules",
     "problem": "rules inner_gradient problem noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
