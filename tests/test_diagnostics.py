@@ -19,12 +19,13 @@ def check(oracle: Any, **kwargs: Any) -> Any:
     return hg.check_hypergradient(*arguments, **kwargs)
 
 
-def test_a_right_problem_prints_its_table(dtype: Any, capsys: Any) -> None:
+def test_a_right_problem_is_a_table(dtype: Any, capsys: Any) -> None:
     """Raw coordinates, array entries by index, against the closed form; no false alarm."""
     oracle = momentum_quadratic(20)
     report = check(oracle)
+    print(report)
     printed = capsys.readouterr().out
-    assert printed == f"{report}\n"
+    assert printed == f"{report}\n" and printed.count("validation loss") == 1
     entries = [f"target[{i}]" for i in range(4)]
     assert [row.name for row in report.rows] == ["learning_rate", "momentum", *entries]
     assert {row.verdict for row in report.rows} == {"agrees"}
@@ -44,7 +45,7 @@ def test_a_right_problem_prints_its_table(dtype: Any, capsys: Any) -> None:
     assert lines[-1].split()[0] == "target[3]"
 
 
-def test_unit_coordinates(dtype: Any, capsys: Any) -> None:
+def test_unit_coordinates(dtype: Any) -> None:
     """The chain rule of a log and a linear scale, and an unbounded one, by hand."""
     oracle = momentum_quadratic(20)
     space = hg.Space(
@@ -61,7 +62,6 @@ def test_unit_coordinates(dtype: Any, capsys: Any) -> None:
     for name, slope in chain.items():
         np.testing.assert_allclose(rows[name].estimate, slope * rows[name].raw, rtol=rtol)
         assert rows[name].raw != 0
-    assert "unit" in capsys.readouterr().out
 
 
 def scalar_problem(train_loss: Any, valid_loss: Any = None) -> hg.Problem:
@@ -128,12 +128,12 @@ def test_a_biased_estimator_disagrees_with_its_bias() -> None:
         check(momentum_quadratic(10), estimator=hg.Unrolled(window=1))
 
 
-def test_an_exact_zero_warns_in_the_table(capsys: Any) -> None:
+def test_an_exact_zero_warns_in_the_table() -> None:
     """A barrier that these weights never touch: a path by structure, without a slope here."""
     problem = scalar_problem(lambda w, h: h["barrier"] * jnp.sum(jnp.maximum(w - 100, 0)))
     report = check_scalar(problem, {"barrier": 0.5, "lr": 0.1})
     assert [row.verdict for row in report.rows] == ["warning: exactly 0 here", "agrees"]
-    assert "warning: exactly 0" in capsys.readouterr().out
+    assert "warning: exactly 0" in str(report)
 
 
 def test_at_most_max_entries_are_checked() -> None:
@@ -163,7 +163,7 @@ def test_a_nan_batch_is_named_by_step_and_leaf() -> None:
         oracle.problem.valid_loss,
         lambda hyper: optax.sgd(0.1),
     )
-    with pytest.raises(ValueError, match=r"step 0 of 6.*the data holds .* in leaf y\."):
+    with pytest.raises(ValueError, match=r"step 0 of 6.*the data, .* step 0, holds .* in leaf y\."):
         check(oracle._replace(problem=problem, train=data))
 
 
@@ -239,7 +239,7 @@ def test_a_derivative_lost_later_is_dated() -> None:
 def test_a_derivative_lost_in_the_start_is_found() -> None:
     problem = adam_like(hg.nonzero_gradient, lambda hyper: jnp.sqrt(hyper["start"]) * jnp.ones(3))
     hyper = {"lr": 0.1, "decay": 0.9, "start": 0.0}
-    with pytest.raises(ValueError, match=r"of start is not finite.*in 'start' is lost at step 0"):
+    with pytest.raises(ValueError, match=r"of start is not finite.*in 'start' is lost at step 0, in problem.init"):
         hg.check_hypergradient(problem, hyper, None, jnp.ones((2, 3)), jnp.ones(3), KEY)
 
 

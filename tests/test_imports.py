@@ -29,7 +29,7 @@ ROOMS = {
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers cohort result sweep",
     "nn": "dropout linen nnx",
-    "testing": "contract check",
+    "testing": "contract causes check",
     "cli": "",
 }
 ORDER = [

@@ -40,7 +40,7 @@ REASONS = (
     "the hypergradient's norm is far above its running median",
     "the adjoint grew along the unroll: training is chaotic here",
     "training did not get far enough below the untrained validation loss (Trust.max_loss)",
-    "the linear system of an implicit estimator is not solved",
+    "an implicit estimator's linear system is not solved, or training is not at rest (or at a kink)",
 )
 
 
@@ -62,6 +62,9 @@ class Trust:
         Whole runs under Adam with a warm-up have been seen at 2.3: raise it there.
       max_residual: refuse a linear system whose residual is above this (`info["residual"]` of
         `Implicit`): 1 is no solution at all, a diverged Neumann series is far above.
+      max_unconverged: refuse an implicit hypergradient where converging would change the validation
+        loss by more than this share of it (`info["unconverged_share"]`), as at a kink (an L1
+        penalty: see `hypergrad.prox`). This and `max_residual` rewind nothing: training goes on.
       warm_up: estimates before the running median is believed.
       max_loss: `restarting` refuses a run whose validation loss does not end below this share of
         the untrained one (a diverged network can look calm: it is dead). Raise it, up to
@@ -76,10 +79,11 @@ class Trust:
     warm_up: int = 3
     max_loss: float = 0.8
     max_residual: float = 10.0
+    max_unconverged: float = 0.1
 
     def __post_init__(self) -> None:
         integer_field(self, "warm_up", 0)
-        for name in ("max_spike", "max_growth", "max_loss", "max_residual"):
+        for name in ("max_spike", "max_growth", "max_loss", "max_residual", "max_unconverged"):
             positive(name, getattr(self, name), "infinity never refuses", infinite=True)
 
 
@@ -147,6 +151,7 @@ def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Arr
     # negated, so that a growth of NaN is refused
     chaotic = ~(info.get("growth", jnp.zeros(())) <= trust.max_growth)
     unsolved = ~(info.get("residual", jnp.zeros(())) <= trust.max_residual)
+    unsolved |= ~(info.get("unconverged_share", jnp.zeros(())) <= trust.max_unconverged)
     finite = info["finite"] & jnp.isfinite(norm)
     # From the mildest to the gravest, each over the one before: NaN must not pass for a spike.
     reason = jnp.where(unsolved, NOT_SOLVED, TRUSTED)
@@ -305,12 +310,16 @@ def outer_update(
     history = remember(trust, size, refused, steps)
     step_grad = temper(grad, size, trust, refused)
     updates, outer_state = optimizer.update(step_grad, state.now.outer_state, unit)
+    # What is not at rest yet trains on from here, and moves nothing else.
+    waits = refused == NOT_SOLVED
+    history, outer_state = select(waits, (trust, state.now.outer_state), (history, outer_state))
+    updates = jax.tree.map(lambda u: jnp.where(waits, 0, u), updates)
     # The limit holds per coordinate and after the scale: Adam's first step has the length of its
     # rate whatever the gradient, and a user's optimiser may take any.
     moves = jax.tree.map(lambda u: jnp.clip(history.scale * u, -max_move, max_move), updates)
     moved = space.project(optax.apply_updates(unit, moves))
     whole = trust.shortened == 0
-    accepted = (refused == 0) & whole
+    accepted = ((refused == 0) & whole) | waits
     moves_on = ((refused == 0) & ~whole) | gropes(trust, refused)
     worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
     worth = jnp.where(accepted, worth, 0.0)
