@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.data.keys import SHUFFLE
 from hypergrad.testing import momentum_quadratic, ridge
 
 KEY = jax.random.key(0)
@@ -252,3 +253,74 @@ def test_a_loss_that_breaks_only_in_validation() -> None:
         ValueError, match=r"no tangent is lost.*valid_loss.*jnp\.where does not take"
     ):
         check_scalar(problem, {"lr": 0.1})
+
+
+def test_adams_first_steps_are_no_alarm() -> None:
+    """They are nearly signs: the steps that float32 needs flip some of many, and smoothly so."""
+
+    def loss(w: jax.Array, hyper: Any, batch: jax.Array, key: Any) -> jax.Array:
+        return jnp.sum((w - hyper["shift"]) ** 2 * batch)
+
+    problem = hg.bilevel(
+        lambda key: 0.1 + 3e-6 * (jnp.arange(2000) - 999.5),
+        loss,
+        lambda w, h, b, k: jnp.mean((w - 1) ** 2) + h["shift"] * b,
+        lambda h: optax.adam(0.01),
+    )
+    train, valid = jnp.ones((1, 1)), jnp.ones(())
+    report = hg.check_hypergradient(problem, {"shift": 0.1}, None, train, valid, KEY)
+    (row,) = report.rows
+    assert abs(row.difference / row.estimate - 1) > 0.1
+    assert row.verdict.startswith("agrees, at a step of 1e-0") and "not smooth" in row.verdict
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kink_at_the_very_point_is_no_alarm() -> None:
+    """Both modes take one side's slope, a central difference the mean of both."""
+    valid = lambda w, h, b, k: jnp.mean((w - b) ** 2) + jnp.maximum(h["l2"] - 0.5, 0)  # noqa: E731
+    problem = scalar_problem(lambda w, h: 0.3 * jnp.abs(h["l2"] - 0.5) * jnp.sum(w), valid)
+    report = check_scalar(problem, {"lr": 0.1, "l2": 0.5})
+    assert [row.verdict for row in report.rows] == [
+        "not smooth here: differences do not settle; both modes agree",
+        "agrees",
+    ]
+
+
+def test_a_wrong_rule_on_which_both_modes_agree_is_named(dtype: Any) -> None:
+    """Differences settle, on another number: training is smooth, and the rule is wrong."""
+
+    @jax.custom_jvp
+    def tripled(x: jax.Array) -> jax.Array:
+        return 1.0 * x
+
+    tripled.defjvp(lambda x, t: (tripled(*x), 3.0 * t[0]))
+    problem = scalar_problem(lambda w, h: tripled(h["l2"]) * jnp.sum(w**2))
+    with pytest.raises(ValueError, match=r"hypergradient of l2 .*disagrees with differences"):
+        check_scalar(problem, {"lr": 0.1, "l2": 0.5})
+
+
+def causes(loss: Any, start: Any, data: Any, hyper: Any = None) -> str:
+    problem = hg.bilevel(
+        lambda key: start, loss, lambda w, h, b, k: jnp.mean(w**2), lambda h: optax.sgd(h["lr"])
+    )
+    with pytest.raises(ValueError, match="is not finite") as found:
+        hg.check_hypergradient(problem, hyper or {"lr": 0.1}, None, data, jnp.ones(2), KEY)
+    return str(found.value)
+
+
+def test_the_cause_that_is_named_is_the_true_one() -> None:
+    plain = lambda w, h, b, k: jnp.mean((w - b) ** 2)  # noqa: E731
+    data, zero = jnp.ones((5, 2)), jnp.zeros(2)
+    assert "init_params" in causes(plain, zero.at[1].set(jnp.nan), data)
+    assert "batch of step 3" in causes(plain, zero, data.at[3, 0].set(jnp.inf))
+    root = lambda w, h, b, k: plain(w, h, b, k) + jnp.sqrt(jnp.sum(w**2))  # noqa: E731
+    assert "infinite slope of train_loss" in causes(root, zero, data)
+    early = lambda w, h, b, k: plain(w, h, b, k) + jnp.sqrt(w[0])  # noqa: E731
+    assert "train_loss, which is not finite at parameters" in causes(early, -jnp.ones(2), data)
+    assert "value of lr" in causes(plain, zero, data, {"lr": jnp.float32(jnp.nan)})
+    # The bad example is never drawn: divergence is the cause, and not the data.
+    rows = hg.Minibatches(jnp.arange(1000), 2, 60)
+    drawn = {int(i) for t in range(60) for i in rows.batch(t, jax.random.fold_in(KEY, SHUFFLE))}
+    bad = min(set(range(1000)) - drawn)
+    broken = hg.Minibatches(jnp.ones((1000, 2)).at[bad].set(jnp.nan), 2, 60)
+    assert "training diverges" in causes(plain, zero, broken, {"lr": 1e6})
