@@ -463,7 +463,8 @@ def test_a_kink_is_refused_and_prox_is_right() -> None:
     )()
     fixed_point = hg.Implicit(hg.GMRES(), of="fixed_point")
     found = hg.hypergradient(right, hyper, end, *arguments, estimator=fixed_point)
-    wrong = hg.hypergradient(trap, hyper, end, *arguments, estimator=hg.Implicit())
+    cg = hg.Implicit(hg.ConjugateGradient(60))
+    wrong = hg.hypergradient(trap, hyper, end, *arguments, estimator=cg)
     differences = hg.hypergradient(
         right, hyper, None, jnp.zeros((500, 1)), *arguments[1:], estimator=hg.FiniteDifference(1e-6)
     )
