@@ -1,14 +1,16 @@
 """Measure hypergradients of random programs against plain `jax.grad` and float64 differences.
 
-Run: `python -m benchmarks.programs [--quick] [--count 5000] [--seed 0] [--out FILE]` (about a
-second for each program on one core; quick: 100).
+Run: `python -m benchmarks.programs [--quick] [--count 5000] [--seed 0] [--out FILE]` (two to four
+seconds for each program of 8 examples on one core; quick: 80 examples).
 
-A program is a chain of 1 to 4 of the optax transformations in PARTS, in a wrapper or not, an
-activation with or without kinks, and with or without a function whose derivative rule is its own,
-at a random position of its hyperparameters, bounds included. Two training steps of a small network,
-in float64. For each, `Unrolled()` is compared with plain `jax.grad` of the same loop (its gradients
-lifted by `hypergrad.nonzero_gradient`, as `bilevel` does), with `Forward()`, and, unless a rule is
-declared, with central differences along a random direction, the nearest of several step sizes.
+An example is a program at a random position of its hyperparameters, bounds included; 8 positions of
+a program are judged in one compiled call. A program is a chain of 1 to 4 of the optax
+transformations in PARTS, in a wrapper or not, an activation with or without kinks, and with or
+without a function whose derivative rule is its own: two training steps of a small network, in
+float64. For each example, `Unrolled()` is compared with plain `jax.grad` of the same loop (its
+gradients lifted by `hypergrad.nonzero_gradient`, as `bilevel` does), with `Forward()`, and, unless
+a rule is declared, with central differences along a random direction, the nearest of several step
+sizes.
 
 Prints the median, the 99th percentile and the worst relative error of each comparison, and every
 disagreement above 1e-4 with its cause: a kink (the slopes to both sides differ), a step of
@@ -18,6 +20,7 @@ flagged; a value that is not finite while `finite` is True would be named.
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -31,6 +34,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from hypergrad.problem.structure import reaches
 
 STEPS = 2
 TOLERANCE = 1e-4
@@ -50,6 +54,7 @@ RANGES = {
     "bound": (0.05, 2.0),
     "coefficient": (0.0, 0.1),
 }
+MIDDLE = {name: (low + high) / 2 for name, (low, high) in RANGES.items()}
 PARTS: dict[str, Maker] = {
     "adam": lambda h: optax.scale_by_adam(h["rate"], h["decay"]),
     "nesterov adam": lambda h: optax.scale_by_adam(h["rate"], h["decay"], nesterov=True),
@@ -157,27 +162,21 @@ RULES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Program:
-    """A random program; `positions` are those of RANGES, in [0, 1]."""
+    """A random program, its structure: compiled once for all positions."""
 
     parts: tuple[str, ...]
     wrapper: str
     activation: str
     rule: str
     checkpoint: str
-    positions: tuple[float, ...]
     seed: int
 
-    @property
-    def hyper(self) -> Hyper:
-        """The values at the positions, of what the program reads."""
-        pairs = zip(RANGES.items(), self.positions, strict=True)
-        values = {name: low + p * (high - low) for (name, (low, high)), p in pairs}
-        read = _Reading(values)
-        for part in self.parts:
-            PARTS[part](read)
-        if "schedule" in self.parts:
-            read.names.add("decay")
-        return {name: jnp.asarray(values[name]) for name in sorted({"lr", "l2", *read.names})}
+    def hyper(self, positions: np.ndarray) -> Hyper:
+        """The values at positions [n, |RANGES|] in [0, 1], of what has a derivative here."""
+        pairs = zip(RANGES.items(), positions.T, strict=True)
+        values = {name: jnp.asarray(low + p * (high - low)) for (name, (low, high)), p in pairs}
+        smooth = {r.name for r in reaches(self.plain, MIDDLE) if r.differentiable}
+        return {name: value for name, value in values.items() if name in smooth}
 
     def init(self, key: jax.Array) -> Any:
         """The network's start, its biases 0."""
@@ -187,11 +186,13 @@ class Program:
 
     def optimizer(self, h: Hyper) -> optax.GradientTransformation:
         """The chain, wrapped."""
+        h = {**MIDDLE, **h}
         chain = optax.chain(*(PARTS[part](h) for part in self.parts), optax.scale(-h["lr"]))
         return WRAPPERS[self.wrapper](chain)
 
     def train_loss(self, p: Any, h: Hyper, batch: Any, key: jax.Array) -> jax.Array:
         """Squares of the network's errors, a penalty, and the declared rule on the hidden units."""
+        h = {**MIDDLE, **h}
         hidden = RULES[self.rule](ACTIVATIONS[self.activation](batch[0] @ p["w"] + p["b"]), h["lr"])
         return jnp.mean((hidden @ p["v"] - batch[1]) ** 2) + h["l2"] * jnp.sum(p["w"] ** 2)
 
@@ -217,61 +218,93 @@ class Program:
         return self.valid_loss(params, h, (VALID, TARGET), None)
 
 
-class _Reading(dict):
-    """Hyperparameters that note which of them are read."""
-
-    def __init__(self, values: Hyper) -> None:
-        super().__init__(values)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-
 class Outcome(NamedTuple):
-    """Relative errors of one program, None where not compared, and the cause of a large one."""
+    """Relative errors of one example, None where not compared, and the cause of a large one."""
 
     program: Program
+    values: dict[str, float]
     plain: float | None
     forward: float | None
     differences: float | None
     cause: str
 
 
-def judge(program: Program, forward: bool = True) -> Outcome:
-    """Compares; with 64-bit types enabled. Under `jax.disable_jit` it compiles nothing."""
-    hyper = program.hyper
-    arguments = program.problem(), hyper, None, (X, Y), (VALID, TARGET), jax.random.key(0)
-    names = sorted(hyper)
-    flat = lambda tree: np.array([float(tree[name]) for name in names])  # noqa: E731
+STEP_SIZES = (1e-5, 1e-6, 1e-7, 1e-8)
+
+
+def judge(program: Program, positions: np.ndarray, forward: bool = True) -> list[Outcome]:
+    """Compares at positions [n, |RANGES|]; with 64-bit types enabled."""
+    hyper = program.hyper(positions)
+    names, problem = sorted(hyper), program.problem()
+    rng = np.random.default_rng(program.seed)
+    sizes = np.array([RANGES[name][1] - RANGES[name][0] for name in names])
+    directions = sizes * rng.choice([-1.0, 1.0], (len(positions), len(names)))
+
+    def flat(tree: Hyper) -> jax.Array:
+        return jnp.stack([tree[name] for name in names])
+
+    def gradient(h: Hyper, estimator: hg.Estimator) -> tuple[jax.Array, jax.Array]:
+        arguments = (X, Y), (VALID, TARGET), jax.random.key(0), estimator
+        estimate = hg.hypergradient(problem, h, None, *arguments)
+        return flat(estimate.grad), estimate.info["finite"]
+
+    def moved(h: Hyper, direction: jax.Array, t: jax.Array) -> jax.Array:
+        return program.plain({n: h[n] + t * d for n, d in zip(names, direction, strict=True)})
+
+    @jax.jit
+    @jax.vmap
+    def run(h: Hyper, direction: jax.Array) -> tuple[Any, ...]:
+        steps = jnp.array([0.0, *(sign * d for d in STEP_SIZES for sign in (1, -1))])
+        losses = jax.lax.map(lambda t: moved(h, direction, t), steps)
+        found, finite = gradient(h, hg.Unrolled(checkpoint=program.checkpoint))
+        return found, finite, flat(jax.grad(program.plain)(h)), losses
+
     try:
-        estimate = hg.hypergradient(*arguments, hg.Unrolled(checkpoint=program.checkpoint))
+        found, finite, want, losses = map(np.asarray, run(hyper, directions))
     except ValueError as error:
-        return Outcome(program, None, None, None, f"refused: {str(error)[:120]}")
-    found, finite = flat(estimate.grad), bool(estimate.info["finite"])
-    if finite != bool(np.isfinite(found).all()):
-        return Outcome(program, np.inf, None, None, "UNEXPLAINED: finite is wrong")
-    want = flat(jax.grad(program.plain)(hyper))
-    if not finite:
-        cause = "flagged" if not np.isfinite(want).all() else "UNEXPLAINED: plain jax.grad is finite"
-        return Outcome(program, None, None, None, cause)
-    to_plain = _relative(found, want) if np.isfinite(want).all() else None
-    cause = "" if (to_plain or 0) <= TOLERANCE else "UNEXPLAINED: plain jax.grad differs"
-    to_forward = None
+        return [Outcome(program, {}, None, None, None, f"refused: {str(error)[:120]}")]
+    tangents = np.full_like(found, np.nan)
     if forward:
-        try:
-            tangents = flat(hg.hypergradient(*arguments, hg.Forward()).grad)
-            to_forward = _relative(tangents, found) if np.isfinite(tangents).all() else None
-        except ValueError:  # a rule without a forward mode
-            pass
-        if (to_forward or 0) > TOLERANCE:
-            reversible = program.rule in ("none", "straight-through", "custom_jvp")
-            cause = cause or ("UNEXPLAINED: forward differs" if reversible else "declared rule")
+        with contextlib.suppress(ValueError):  # a rule without a forward mode
+            tangents = np.asarray(jax.jit(jax.vmap(lambda h: gradient(h, hg.Forward())[0]))(hyper))
+    rows = zip(found, finite, want, tangents, losses, directions, strict=True)
+    values = [{n: float(hyper[n][i]) for n in names} for i in range(len(positions))]
+    return [_outcome(program, v, *row) for v, row in zip(values, rows, strict=True)]
+
+
+def _outcome(
+    program: Program,
+    values: dict[str, float],
+    found: np.ndarray,
+    finite: bool,
+    want: np.ndarray,
+    tangents: np.ndarray,
+    losses: np.ndarray,
+    direction: np.ndarray,
+) -> Outcome:
+    unexplained = []
+    known = np.isfinite(found).all()
+    if bool(finite) != bool(known):
+        unexplained.append("finite is wrong")
+    if not known:
+        unexplained += ["plain jax.grad is finite"] * bool(np.isfinite(want).all())
+        return Outcome(program, values, None, None, None, _named(unexplained) or "flagged")
+    to_plain = _relative(found, want) if np.isfinite(want).all() else None
+    to_forward = _relative(tangents, found) if np.isfinite(tangents).all() else None
+    if (to_plain or 0) > TOLERANCE:
+        unexplained.append("plain jax.grad differs")
+    if (to_forward or 0) > TOLERANCE and program.rule in ("none", "straight-through"):
+        unexplained.append("forward differs")
     if program.rule != "none":
-        return Outcome(program, to_plain, to_forward, None, cause)
-    to_differences, why = _against_differences(program, hyper, names, found)
-    return Outcome(program, to_plain, to_forward, to_differences, cause or why)
+        return Outcome(program, values, to_plain, to_forward, None, _named(unexplained))
+    error, why = _against_differences(found, losses, direction)
+    unexplained += [why] * (why not in ("", "kink"))
+    cause = _named(unexplained) or why
+    return Outcome(program, values, to_plain, to_forward, error, cause)
+
+
+def _named(unexplained: list[str]) -> str:
+    return f"UNEXPLAINED: {', '.join(unexplained)}" if unexplained else ""
 
 
 def _relative(found: np.ndarray, want: np.ndarray) -> float:
@@ -279,41 +312,40 @@ def _relative(found: np.ndarray, want: np.ndarray) -> float:
 
 
 def _against_differences(
-    program: Program, hyper: Hyper, names: list[str], grad: np.ndarray
+    grad: np.ndarray, losses: np.ndarray, direction: np.ndarray
 ) -> tuple[float, str]:
-    sizes = np.array([RANGES[name][1] - RANGES[name][0] for name in names])
-    direction = sizes * np.random.default_rng(program.seed + 1).choice([-1.0, 1.0], len(names))
-    promised, scale = float(grad @ direction), float(np.abs(grad * direction).max())
-
-    def loss(t: float) -> float:
-        moved = {n: hyper[n] + t * d for n, d in zip(names, direction, strict=True)}
-        return float(program.plain(moved))
-
-    best = np.inf
-    for step in (1e-5, 1e-6, 1e-7, 1e-8):
-        slope = (loss(step) - loss(-step)) / (2 * step)
-        best = min(best, abs(slope - promised) / max(abs(scale), 1e-8))
-        if best <= TOLERANCE:
-            return best, ""
-    here = loss(0.0)
-    sides = [(loss(t) - here) / t for t in (1e-6, -1e-6)]
+    """The error against the nearest central difference, and why it is large."""
+    promised = float(grad @ direction)
+    # What a difference of losses can resolve is no smaller than their rounding over its step.
+    scale = max(float(np.abs(grad * direction).max()), 1e-6 * (1 + abs(float(losses[0]))))
+    here, pairs = losses[0], losses[1:].reshape(-1, 2)
+    steps = np.array(STEP_SIZES)
+    error = float(np.abs((pairs[:, 0] - pairs[:, 1]) / (2 * steps) - promised).min()) / scale
+    if error <= TOLERANCE:
+        return error, ""
+    sides = [(pairs[1, 0] - here) / steps[1], (here - pairs[1, 1]) / steps[1]]
     if abs(sides[0] - sides[1]) > 10 * TOLERANCE * scale:
-        between = min(sides) - 1e-3 * scale <= promised <= max(sides) + 1e-3 * scale
-        return best, "kink" if between else "kink, beyond both sides"
-    return best, "UNEXPLAINED: differences settle elsewhere"
+        return error, "kink"
+    return error, "differences settle elsewhere"
 
 
 def random_program(rng: random.Random) -> Program:
-    """One program, its positions at a bound one time in four."""
+    """One program of 1 to 4 parts."""
     return Program(
         tuple(rng.choice(list(PARTS)) for _ in range(rng.randint(1, 4))),
         rng.choice(["none", *WRAPPERS]),
         rng.choice(list(ACTIVATIONS)),
         rng.choice(["none", "none", *RULES]),
         rng.choice(["none", "step", "sqrt"]),
-        tuple(rng.choice([0.0, 1.0]) if rng.random() < 0.25 else rng.random() for _ in RANGES),
         rng.randrange(1000),
     )
+
+
+def random_positions(seed: int, count: int = 8) -> np.ndarray:
+    """Positions [count, |RANGES|], each number at a bound one time in four."""
+    rng = np.random.default_rng(seed)
+    inside, at_bound = rng.uniform(size=(2, count, len(RANGES)))
+    return np.where(at_bound < 0.25, np.round(inside), inside)
 
 
 def main(
@@ -321,19 +353,24 @@ def main(
 ) -> list[Outcome]:
     """Judge random programs; print the table and every disagreement."""
     rng, outcomes = random.Random(seed), []
-    with jax.enable_x64(True), jax.disable_jit():
-        for _ in range(100 if quick else count):
-            outcomes.append(judge(random_program(rng)))
-            if outcomes[-1].cause:
-                print(outcomes[-1], flush=True)
+    with jax.enable_x64(True):
+        for i in range((80 if quick else count) // 8):
+            found = judge(random_program(rng), random_positions(seed + i))
+            outcomes += found
+            for outcome in found:
+                if outcome.cause:
+                    print(outcome, flush=True)
+            jax.clear_caches()
     print("| against | compared | median | 99% | worst |\n|---|---|---|---|---|")
     for name in ("plain", "forward", "differences"):
         errors = np.array([e for o in outcomes if (e := getattr(o, name)) is not None])
-        middle, most = np.quantile(errors, [0.5, 0.99])
-        print(f"| {name} | {errors.size} | {middle:.1e} | {most:.1e} | {errors.max():.1e} |")
+        middle, most = np.quantile(errors, [0.5, 0.99]) if errors.size else (np.nan, np.nan)
+        print(
+            f"| {name} | {errors.size} | {middle:.1e} | {most:.1e} | {errors.max(initial=0):.1e} |"
+        )
     print(collections.Counter(o.cause.split(":")[0] for o in outcomes if o.cause))
     if out:
-        rows = [{**o.program.__dict__, **o._asdict(), "program": None} for o in outcomes]
+        rows = [{**o._asdict(), "program": o.program.__dict__} for o in outcomes]
         Path(out).write_text(json.dumps(rows, indent=1))
     return outcomes
 

@@ -240,7 +240,9 @@ def test_a_derivative_lost_later_is_dated() -> None:
 def test_a_derivative_lost_in_the_start_is_found() -> None:
     problem = adam_like(hg.nonzero_gradient, lambda hyper: jnp.sqrt(hyper["start"]) * jnp.ones(3))
     hyper = {"lr": 0.1, "decay": 0.9, "start": 0.0}
-    with pytest.raises(ValueError, match=r"of start is not finite.*in 'start' is lost at step 0, in problem.init"):
+    with pytest.raises(
+        ValueError, match=r"of start is not finite.*in 'start' is lost at step 0, in problem.init"
+    ):
         hg.check_hypergradient(problem, hyper, None, jnp.ones((2, 3)), jnp.ones(3), KEY)
 
 

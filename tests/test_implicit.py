@@ -434,7 +434,7 @@ def test_wrong_arguments_are_named() -> None:
 
 def lasso(train_loss: Any) -> tuple[hg.Problem, Any]:
     """An L1 penalty, solved by subgradient steps or by proximal ones; data and arguments."""
-    rng = np.random.RandomState(0)  # noqa: NPY002  the case that was found
+    rng = np.random.RandomState(0)
     truth = np.r_[3, -2, 1.5, 1, -1, np.zeros(25)]
     x = rng.randn(60, 30)
     y = x @ truth + rng.randn(60)

@@ -113,7 +113,9 @@ def test_full_rank_nystrom_keeps_its_digits_in_float32(scale: float) -> None:
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_gmres_does_not_depend_on_the_scale_of_the_matrix(scale: float) -> None:
     """Its thresholds were absolute: 5e-6 of |b| at a scale of 1e6, and worse with two cycles."""
-    one, two = (measure(lambda _, c=c: hg.GMRES(50, cycles=c), "float64", 1.1, scale) for c in (1, 2))
+    one, two = (
+        measure(lambda _, c=c: hg.GMRES(50, cycles=c), "float64", 1.1, scale) for c in (1, 2)
+    )
     assert one[0] < 1e-10 and two[0] <= one[0]
     for dtype in ("float32", "float64"):
         residuals = [

@@ -71,8 +71,10 @@ CASES: dict[str, tuple[Callable[[Any], Any], dict[str, float], Solution]] = {
     "ball": (lambda h: hg.prox.ball(h["radius"]), {"radius": 1.3}, on_sphere),
     "simplex": (lambda h: hg.prox.simplex(h["total"]), {"total": 1.5}, on_simplex),
     "a function": (
-        lambda h: lambda params, step: jax.tree.map(
-            lambda p: jnp.sign(p) * jnp.maximum(jnp.abs(p) - step * h["l1"], 0), params
+        lambda h: (
+            lambda params, step: jax.tree.map(
+                lambda p: jnp.sign(p) * jnp.maximum(jnp.abs(p) - step * h["l1"], 0), params
+            )
         ),
         {"l1": 0.2},
         on_support,
@@ -134,7 +136,10 @@ def test_fixed_points_and_their_hypergradients(name: str, momentum: float) -> No
 def test_through_the_steps() -> None:
     """Unrolled, Forward and differences, in a rate as well."""
     task = problem(lambda h: hg.prox.l1(h["l1"]), lambda h: optax.sgd(h["lr"], momentum=h["m"]))
-    hyper, arguments = {"l1": 0.2, "lr": 0.1, "m": 0.5}, (None, jnp.zeros((6, 1)), jnp.zeros(()), KEY)
+    hyper, arguments = (
+        {"l1": 0.2, "lr": 0.1, "m": 0.5},
+        (None, jnp.zeros((6, 1)), jnp.zeros(()), KEY),
+    )
     estimators = hg.Unrolled(), hg.Forward(), hg.FiniteDifference()
     reverse, forward, differences = (
         hg.hypergradient(task, hyper, *arguments, estimator=e).grad for e in estimators

@@ -157,7 +157,7 @@ def test_forward_mode_is_refused_by_name() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_implicit_differentiation_transposes_the_matrix_that_there_is() -> None:
-    """z = 0.5 (1, s) at rest, of F = (z0 - 0.5, z1 - s z0): not symmetric."""
+    """Z = 0.5 (1, s) at rest, of F = (z0 - 0.5, z1 - s z0): not symmetric."""
 
     def loss(z: jax.Array, h: Any, b: Any, key: Any) -> jax.Array:
         towards = (z[0] - b[0]) ** 2 / 2 + (z[1] - jax.lax.stop_gradient(z[0] * h["s"])) ** 2 / 2

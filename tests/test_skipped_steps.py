@@ -106,7 +106,10 @@ def test_a_loss_with_a_rule_of_its_own() -> None:
 
 def test_tuning_goes_on_across_a_nan_example() -> None:
     problem = hg.bilevel(
-        lambda key: jnp.zeros(3), loss, loss, lambda h: optax.apply_if_finite(optax.adam(h["lr"]), 9)
+        lambda key: jnp.zeros(3),
+        loss,
+        loss,
+        lambda h: optax.apply_if_finite(optax.adam(h["lr"]), 9),
     )
     tuner = hg.alternating(problem, hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")}))
     state, update = tuner.init({"lr": 0.003}, KEY), jax.jit(tuner.update)

@@ -209,9 +209,7 @@ DICED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "jit and remat": jax.jit(
         jax.checkpoint(lambda a: kept(a, jax.random.bernoulli(NOISE, 1 - a, (5,))))
     ),
-    "vmap": lambda a: jax.vmap(lambda k: kept(a, uniform(k) > a))(
-        jax.random.split(NOISE, 2)
-    ).sum(),
+    "vmap": lambda a: jax.vmap(lambda k: kept(a, uniform(k) > a))(jax.random.split(NOISE, 2)).sum(),
     "cond": lambda a: jax.lax.cond(jax.random.uniform(NOISE) < a, jnp.sin, jnp.cos, a),
 }
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.problem.rules import declared_rules
-from hypergrad.trees import Leaf, Tree, inner_product, is_inexact, split_inexact
+from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
 
@@ -271,6 +271,7 @@ def _refuse_third_derivative(*_: Any) -> Any:
         "A third derivative through inner_gradient: its rule can be differentiated once. Give "
         "bilevel (or inner_gradient) mixed_mode=False where higher orders are needed."
     )
+
 
 @jax.custom_jvp
 def _once(x: Any, at: Any) -> Any:

@@ -42,9 +42,9 @@ def function_name(jaxpr: Any) -> str:
 def _rules(jaxpr: Any, backward: bool) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         name, inner = eqn.primitive.name, list(_inner_programs(eqn.params))
-        if name.startswith(("custom_vjp_call", "linear_call")):
-            yield function_name(inner[0])
-        elif name == "custom_jvp_call" and not (backward or _is_trusted(inner[0])):
+        if name.startswith(("custom_vjp_call", "linear_call")) or (
+            name == "custom_jvp_call" and not (backward or _is_trusted(inner[0]))
+        ):
             yield function_name(inner[0])
         for program in inner:
             yield from _rules(program, backward)

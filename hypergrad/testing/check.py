@@ -1,7 +1,6 @@
 """Is this hypergradient right? Measured against differences and forward mode, and said in words."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.testing.causes import cause_of_nan, entries_of, unless_custom_vjp
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, Train, Tree, is_inexact, strong
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Tree, is_inexact, strong
 
 
 class Row(NamedTuple):
