@@ -63,10 +63,8 @@ def main(quick: bool = False, out: str | None = None) -> list[dict[str, Any]]:
                 for condition in conditions:
                     for scale in scales:
                         residual, error = measure(make, dtype, condition, scale)
-                        rows.append(
-                            dict(solver=name, dtype=dtype, condition=condition, scale=scale)
-                        )
-                        rows[-1] |= dict(residual=residual, error=error)
+                        row = {"solver": name, "dtype": dtype, "condition": condition}
+                        rows.append({**row, "scale": scale, "residual": residual, "error": error})
                         cells = (name, dtype, f"{condition:g}", f"{scale:g}")
                         print("|", " | ".join(cells), f"| {residual:.1e} | {error:.1e} |")
     if out:

@@ -1,4 +1,4 @@
-"""Proximal steps: fixed points and their derivatives against the optimality conditions, in NumPy."""
+"""Proximal steps: fixed points and their derivatives against optimality conditions, in NumPy."""
 
 from collections.abc import Callable
 from typing import Any

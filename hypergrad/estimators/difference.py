@@ -25,8 +25,8 @@ class FiniteDifference(Estimator):
         stays (error about 1e-9 relative), in float32 expect two to four digits.
       validate_at: as in `Unrolled`.
 
-    A number whose loss does not differ at any of these steps though training does is NaN, and not 0:
-    its derivative is lost in the loss's rounding (use float64, or take a constant off the loss).
+    A number whose loss does not differ at any of these steps though training does is NaN, and not
+    0: its derivative is lost in the loss's rounding (use float64, or take a constant off the loss).
 
     Cost: 2 |hyper| + 1 runs of K steps and two for each growth, one after another, so memory is
     that of one run.
@@ -47,7 +47,7 @@ class FiniteDifference(Estimator):
         noise = jnp.finfo(value.dtype).eps * jnp.abs(value)
 
         def difference(i: jax.Array) -> Scalar:
-            def wider(last: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def wider(last: Tree) -> Tree:
                 step = 10 * last[0]
                 d = step * jnp.maximum(jnp.abs(flat[i]), 1e-3)
                 up, down = flat.at[i].add(d), flat.at[i].add(-d)
@@ -57,7 +57,7 @@ class FiniteDifference(Estimator):
                 moved = _differ(after_up.inner, after_down.inner)
                 return step, high - low, up[i] - down[i], moved  # what was added, after rounding
 
-            def drowned(last: tuple[jax.Array, ...]) -> jax.Array:
+            def drowned(last: Tree) -> jax.Array:
                 return (jnp.abs(last[1]) <= 1000 * noise) & (last[0] < 0.05)
 
             first = jnp.asarray(self.step / 10, flat.dtype)

@@ -59,15 +59,15 @@ class Implicit(Estimator):
         `Richardson(1, step_size)` with "last").
 
     `info["residual"]` is |(dF/dz)^T x - v| / |v|: small if the system is solved, above 1 if x is
-    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over
-    the parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the
-    change of the validation loss, to first order, if training went on until F = 0, and
-    `info["unconverged_share"]` ("stationary" only) its share of `loss`: above some percent the formula does not hold
-    here, however small the residual, and where it stays so after long training, the training loss
-    has a kink (L1, hinge) at its minimum: see `hypergrad.prox`. `info["converged_loss"]` is `loss` after that change, with an error of second order: the
-    value for an outer line search, which a loss short of convergence misleads sooner than its
-    gradient does. At a point that is not stationary different solvers give different, plausible
-    numbers.
+    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over the
+    parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the change
+    of the validation loss, to first order, if training went on until F = 0, and
+    `info["unconverged_share"]` ("stationary" only) its share of `loss`: above some percent the
+    formula does not hold here, however small the residual, and where it stays so after long
+    training, the training loss has a kink (L1, hinge) at its minimum: see `hypergrad.prox`.
+    `info["converged_loss"]` is `loss` after that change, with an error of second order: the value
+    for an outer line search, which a loss short of convergence misleads sooner than its gradient
+    does. At a point that is not stationary different solvers give different, plausible numbers.
 
     Entries that training does not move (frozen parameters, batch statistics, the rows of an
     embedding that no batch holds) are found by one derivative along a random direction and left

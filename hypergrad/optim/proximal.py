@@ -188,7 +188,7 @@ def _step_size(
 
 def _varies(function: Callable[..., Any], *args: Any) -> bool:
     """Whether the derivative of `function(*args)` is more than zero by structure."""
-    found = []
+    found: list[bool] = []
 
     @jax.custom_jvp
     def look(x: Any) -> Any:

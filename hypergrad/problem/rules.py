@@ -13,7 +13,7 @@ import jax
 import optax
 
 # Their custom_jvp rules are derivatives, written down for their digits or their speed alone.
-_TRUSTED = tuple(str(Path(package.__file__).parent / "_")[:-1] for package in (jax, optax))
+_TRUSTED = tuple(str(Path(str(package.__file__)).parent / "_")[:-1] for package in (jax, optax))
 
 
 def declared_rules(function: Callable[..., Any], *args: Any, backward: bool = False) -> list[str]:

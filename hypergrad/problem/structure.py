@@ -61,8 +61,8 @@ def naming_backward_rules(function: Callable[..., Any], *args: Any) -> Iterator[
             raise
         raise NoForwardModeError(
             "Forward mode has no way through "
-            f"{', '.join(declared_rules(function, *args, backward=True))}: a custom_vjp rule is for "
-            "reverse mode alone. Use Unrolled(), or declare the rule by jax.custom_jvp."
+            f"{', '.join(declared_rules(function, *args, backward=True))}: a custom_vjp rule is "
+            "for reverse mode alone. Use Unrolled(), or declare the rule by jax.custom_jvp."
         ) from error
 
 
@@ -204,7 +204,7 @@ class _Taint(NamedTuple):
     mixture: int  # of what: bits of _HYPER, _NOISE and _OTHER, or 0 for constants
 
     def __or__(self, other: "_Taint") -> "_Taint":
-        return _Taint(*(a | b for a, b in zip(self, other, strict=True)))
+        return _Taint(*map(operator.or_, self, other))
 
     def in_state(self) -> "_Taint":
         """As it goes around a loop: what decides in a later step is data to it."""

@@ -26,6 +26,7 @@ from hypergrad.trees import (
 
 
 def entries_of(hyper: Hyper) -> list[str]:
+    """The names of all numbers of `hyper`: a leaf's, with the index of an array's entry."""
     names = []
     for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
         size, shape = np.size(leaf), np.shape(leaf)
@@ -83,7 +84,8 @@ def cause_of_nan(window: Window, hyper: Hyper, bad: list[str]) -> str:
         t, leaf = first_bad(flags)
         return (
             f"{which} is not finite: training itself is not. First at step {t} of "
-            f"{window.num_steps}, in {leaf!r}. Likely cause: {_cause_in_training(window, hyper, t)}."
+            f"{window.num_steps}, in {leaf!r}. Likely cause: "
+            f"{_cause_in_training(window, hyper, t)}."
         )
     if broken := _broken_leaves(window.valid):
         return (

@@ -244,9 +244,9 @@ def _disagreement(estimator: Estimator, wrong: list[Row], share: float) -> str:
     return (
         f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
         f"{row.verdict}: it is {row.estimate:.6g}, {forward_says}differences give "
-        f"{row.difference:.6g} +- {row.spread:.1g}. {not_at_rest if share > 0.01 else ''}A truncated "
-        "or implicit estimator may be biased; an exact one points to a wrong derivative rule "
-        "(stop_gradient, custom_vjp) in the problem. The rate of hypergrad.dropout is right in "
+        f"{row.difference:.6g} +- {row.spread:.1g}. {not_at_rest if share > 0.01 else ''}"
+        "A truncated or implicit estimator may be biased; an exact one points to a wrong rule "
+        "of a derivative (stop_gradient, custom_vjp) in the problem. The rate of hypergrad.dropout is right in "
         "expectation over keys only: differences at one key cannot confirm it."
     )
 

@@ -40,7 +40,7 @@ REASONS = (
     "the hypergradient's norm is far above its running median",
     "the adjoint grew along the unroll: training is chaotic here",
     "training did not get far enough below the untrained validation loss (Trust.max_loss)",
-    "an implicit estimator's linear system is not solved, or training is not at rest (or at a kink)",
+    "an implicit estimator's linear system is not solved, or training is not at rest (a kink?)",
 )
 
 
