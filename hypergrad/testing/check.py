@@ -237,17 +237,18 @@ def _in_float64(tree: Any) -> Any:
 def _disagreement(estimator: Estimator, wrong: list[Row], share: float) -> str:
     row = wrong[0]
     forward_says = "" if row.forward is None else f"forward mode gives {row.forward:.6g}, "
-    not_at_rest = (
+    rest = (
         f"Training is not at rest here, or at a kink: converging would change the validation loss "
         f"by {share:.0%} (L1 and bounds: hypergrad.prox). "
     )
     return (
         f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
         f"{row.verdict}: it is {row.estimate:.6g}, {forward_says}differences give "
-        f"{row.difference:.6g} +- {row.spread:.1g}. {not_at_rest if share > 0.01 else ''}"
-        "A truncated or implicit estimator may be biased; an exact one points to a wrong rule "
-        "of a derivative (stop_gradient, custom_vjp) in the problem. The rate of hypergrad.dropout is right in "
-        "expectation over keys only: differences at one key cannot confirm it."
+        f"{row.difference:.6g} +- {row.spread:.1g}. "
+        f"{rest if share > 0.01 else ''}A truncated or implicit estimator may be biased; an exact "
+        "one points to a wrong derivative rule (stop_gradient, custom_vjp) in the problem. The rate "
+        "of hypergrad.dropout is right in expectation over keys only: differences at one key cannot "
+        "confirm it."
     )
 
 
