@@ -58,10 +58,11 @@ class FiniteDifference(Estimator):
                 return step, high - low, up[i] - down[i], moved  # what was added, after rounding
 
             def drowned(last: Tree) -> jax.Array:
-                return (jnp.abs(last[1]) <= 1000 * noise) & (last[0] < 0.05)
+                step, gap, width, _ = last
+                return (width == 0) | ((jnp.abs(gap) <= 1000 * noise) & (step < 0.05))
 
             first = jnp.asarray(self.step / 10, flat.dtype)
-            begun = first, jnp.zeros_like(value), jnp.ones_like(flat[i]), jnp.bool_(False)
+            begun = first, jnp.zeros_like(value), jnp.zeros_like(flat[i]), jnp.bool_(False)
             _, gap, width, moved = jax.lax.while_loop(drowned, wider, begun)
             return jnp.where((gap == 0) & moved, jnp.nan, gap / width)
 

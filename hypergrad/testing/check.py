@@ -215,7 +215,7 @@ def _examined(measured: _Measured, i: int) -> str:
         try:
             fine = measured.in_float64()
             slope, (difference, spread, step) = fine.forward(i), fine.difference(i, _FINE)
-        except TypeError:  # the problem fixes a dtype
+        except (TypeError, ValueError):  # the problem fixes a dtype
             return "not smooth at these steps; both modes agree"
         assert slope is not None
         if _verdict(slope, slope, difference, spread, 1e-4, 0.0) == "agrees":
@@ -245,10 +245,10 @@ def _disagreement(estimator: Estimator, wrong: list[Row], share: float) -> str:
         f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
         f"{row.verdict}: it is {row.estimate:.6g}, {forward_says}differences give "
         f"{row.difference:.6g} +- {row.spread:.1g}. "
-        f"{rest if share > 0.01 else ''}A truncated or implicit estimator may be biased; an exact "
-        "one points to a wrong derivative rule (stop_gradient, custom_vjp) in the problem. The rate "
-        "of hypergrad.dropout is right in expectation over keys only: differences at one key cannot "
-        "confirm it."
+        f"{rest if share > 0.01 else ''}A truncated or implicit estimator may be biased; an "
+        "exact one points to a wrong derivative rule (stop_gradient, custom_vjp) in the problem. "
+        "The rate of hypergrad.dropout is right in expectation over keys only: differences at one "
+        "key cannot confirm it."
     )
 
 
