@@ -148,6 +148,12 @@ def test_under_vmap_and_in_forward_mode() -> None:
         assert relative_error(found, want) < 1e-12
 
 
+def test_what_never_reaches_the_loss_is_still_named() -> None:
+    problem, _ = case(reversal)
+    with pytest.raises(ValueError, match="'unused' never reaches"):
+        gradient(problem, hg.Unrolled(), {**HYPER, "unused": 1.0})
+
+
 def test_forward_mode_is_refused_by_name() -> None:
     problem, _ = case(documented)
     with pytest.raises(ValueError, match=r"no way through documented: .*Unrolled.*custom_jvp"):

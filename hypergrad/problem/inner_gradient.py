@@ -19,8 +19,9 @@ from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
 
-# `structure` looks inside calls of this name: the tangent rule instantiates zeros, so which
+# `structure` looks inside calls whose names begin so: the tangent rule instantiates zeros, so which
 # hyperparameter reaches the gradient can only be read from the primal program.
+OWN = "hypergrad_"
 NAME = "hypergrad_inner_gradient"
 
 
@@ -126,9 +127,10 @@ def _guarded(loss: Callable[..., Any]) -> Callable[..., Any]:
 def _linear_identity(transpose: Callable[[Tree, jax.Array], Tree]) -> Callable[[Tree], Tree]:
     """`(tree, probe) -> (tree, probe)`, whose tangent map has this transpose."""
 
-    @jax.custom_jvp
-    def identity(x: Tree) -> Tree:
+    def hypergrad_identity(x: Tree) -> Tree:
         return x
+
+    identity = jax.custom_jvp(hypergrad_identity)
 
     def rule(primals: Tree, tangents: Tree) -> Tree:
         (x,), (dx,) = primals, tangents

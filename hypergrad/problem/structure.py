@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.problem.inner_gradient import OWN
 from hypergrad.problem.rules import declared_rules, function_name
 from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
 
@@ -258,8 +258,10 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _propagate(getattr(inner, "jaxpr", inner), inputs)
     # Any other custom rule is taken at its word below: all that goes in reaches all that comes out.
-    if name == "custom_jvp_call" and function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
-        return _propagate(params["call_jaxpr"].jaxpr, inputs)
+    if name == "custom_jvp_call":
+        inner = params["call_jaxpr"].jaxpr
+        if function_name(inner).startswith(OWN):
+            return _propagate(inner, inputs)
     if name in _RANDOM:
         return [_join(inputs)._replace(mixture=_NOISE) for _ in eqn.outvars]
     if name == "select_n" and any(_is_shifted_noise(t) for t in inputs[1:]):
