@@ -18,6 +18,7 @@ NAMES = (
     "compile_time",
     "dropout",
     "horizon",
+    "solvers",
     "implicit",
     "evolution",
     "choice",

@@ -21,6 +21,7 @@ from hypergrad.estimators.linear import (
     Richardson,
 )
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.optim.proximal import prox
 from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,
@@ -89,6 +90,7 @@ __all__ = [
     "norm_adam",
     "piecewise_constant",
     "piecewise_linear",
+    "prox",
     "replay",
     "restarting",
     "rollout",

@@ -383,3 +383,22 @@ def test_wrong_arguments_are_named() -> None:
     unused = oracle._replace(hyper=dict(oracle.hyper, width=1.0))
     with pytest.raises(ValueError, match=r"'width' never reaches the validation loss"):
         hypergradient_of(unused, hg.Unrolled())
+
+
+def test_differences_in_float32_choose_their_step_by_the_noise() -> None:
+    """At the default step the losses were equal to the last bit: an exact 0 was returned."""
+    oracle = ridge(50)
+    flat = lambda w, h, b, k: oracle.problem.valid_loss(w, h, b, k) + 100.0  # noqa: E731
+    problem = oracle.problem._replace(valid_loss=flat)
+    arguments = (oracle.hyper, None, oracle.train, oracle.valid, oracle.key)
+    exact = float(hg.hypergradient(oracle.problem, *arguments).grad["l2"])
+    near = hg.hypergradient(problem, *arguments, estimator=hg.FiniteDifference()).grad["l2"]
+    assert abs(float(near) / exact - 1) < 0.05
+    lost = problem._replace(valid_loss=lambda *a: oracle.problem.valid_loss(*a) + 1e7)
+    estimate = hg.hypergradient(lost, *arguments, estimator=hg.FiniteDifference())
+    assert jnp.isnan(estimate.grad["l2"]) and not bool(estimate.info["finite"])
+    still = problem._replace(step=lambda inner, hyper, batch, key: inner._replace(
+        params=inner.params + 0 * jnp.maximum(hyper["l2"] - 9, 0)
+    ))  # fmt: skip
+    estimate = hg.hypergradient(still, *arguments, estimator=hg.FiniteDifference())
+    assert float(estimate.grad["l2"]) == 0.0

@@ -11,6 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.testing import EstimatorContract, momentum_quadratic, relative_error, ridge
+from hypergrad.tuners.trust import NOT_SOLVED
 
 
 class TestConjugateGradient(EstimatorContract):
@@ -429,3 +430,69 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(ValueError, match=r"needs a symmetric matrix"):
             hg.Implicit(solver, of="fixed_point")
     assert hash(hg.Implicit()) == hash(dataclasses.replace(hg.Implicit()))
+
+
+def lasso(train_loss: Any) -> tuple[hg.Problem, Any]:
+    """An L1 penalty, solved by subgradient steps or by proximal ones; data and arguments."""
+    rng = np.random.RandomState(0)
+    truth = np.r_[3, -2, 1.5, 1, -1, np.zeros(25)]
+    x = rng.randn(60, 30)
+    y = x @ truth + rng.randn(60)
+    xv = rng.randn(60, 30)
+    yv = xv @ truth + rng.randn(60)
+    smooth = lambda w: jnp.mean((x @ w - y) ** 2) / 2  # noqa: E731
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(30),
+        lambda w, h, b, key: train_loss(smooth(w), w, h),
+        lambda w, h, b, key: jnp.mean((xv @ w - yv) ** 2),
+        lambda h: hg.prox(optax.sgd(0.3), hg.prox.l1(h["l1"])),
+    )
+    return problem, (jnp.zeros((1, 1)), jnp.zeros(()), jax.random.key(0))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_kink_is_refused_and_prox_is_right() -> None:
+    """The residual of the linear system was 1e-12, and the sign was wrong."""
+    hyper, space = {"l1": jnp.array(0.15)}, hg.Space({"l1": hg.Float(1e-3, 1.0, scale="log")})
+    right, arguments = lasso(lambda smooth, w, h: smooth)
+    kinked, _ = lasso(lambda smooth, w, h: smooth + h["l1"] * jnp.sum(jnp.abs(w)))
+    trap = right._replace(train_loss=kinked.train_loss)
+    key = arguments[-1]
+    end = jax.jit(
+        lambda: hg.rollout(right, hyper, right.init(hyper, key), jnp.zeros((3000, 1)), key)
+    )()
+    fixed_point = hg.Implicit(hg.GMRES(), of="fixed_point")
+    found = hg.hypergradient(right, hyper, end, *arguments, estimator=fixed_point)
+    cg = hg.Implicit(hg.ConjugateGradient(60))
+    wrong = hg.hypergradient(trap, hyper, end, *arguments, estimator=cg)
+    differences = hg.hypergradient(
+        right, hyper, None, jnp.zeros((500, 1)), *arguments[1:], estimator=hg.FiniteDifference(1e-6)
+    )
+    assert abs(float(found.grad["l1"] / differences.grad["l1"]) - 1) < 1e-7
+    assert float(found.grad["l1"]) == pytest.approx(2.6269, abs=1e-4)
+    assert float(wrong.grad["l1"]) < 0
+    assert float(wrong.info["residual"]) < 1e-9
+    assert float(wrong.info["unconverged_share"]) > 0.1
+    tuner = hg.alternating(trap, space, hg.Implicit())
+    state = tuner.init(hyper, key, end)
+    for _ in range(2):
+        state, info = jax.jit(tuner.update)(state, *arguments[:2])
+        assert int(info.refused) == NOT_SOLVED
+        assert float(info.hyper["l1"]) == pytest.approx(0.15)
+    with pytest.raises(ValueError, match=r"not at rest here, or at a kink.*hypergrad\.prox"):
+        hg.check_hypergradient(trap, hyper, end, *arguments, hg.Implicit(), space)
+
+
+def test_what_has_not_converged_trains_on_before_it_tunes() -> None:
+    """A refusal that rewound training would never let it converge."""
+    oracle = ridge(1)
+    tuner = hg.alternating(
+        oracle.problem, hg.Space({"l2": hg.Float(1e-3, 10.0, scale="log")}), hg.Implicit()
+    )
+    state, update = tuner.init({"l2": 0.01}, oracle.key), jax.jit(tuner.update)
+    refused = []
+    for _ in range(20):
+        state, info = update(state, oracle.train, oracle.valid)
+        refused.append(int(info.refused))
+    assert refused[0] == NOT_SOLVED and refused[-1] == 0
+    assert float(info.hyper["l2"]) != pytest.approx(0.01)

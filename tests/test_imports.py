@@ -18,8 +18,8 @@ ROOMS = {
     "checks": "",
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
-    "optim": "transforms schedules",
-    "problem": "inner_gradient problem compressed noise structure",
+    "optim": "transforms proximal schedules",
+    "problem": "rules inner_gradient problem compressed noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
@@ -29,7 +29,7 @@ ROOMS = {
     "plotting": "panels runs colors parallel sweeps tuned report",
     "search": "schedulers cohort result sweep candidates tuned tune",
     "nn": "dropout linen nnx",
-    "testing": "contract check",
+    "testing": "contract causes check",
     "cli": "",
 }
 ORDER = [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
+from benchmarks.solvers import measure
 from hypergrad.estimators.linear import relative_residual
 
 KEY = jax.random.key(0)
@@ -97,6 +98,30 @@ def test_nystrom_at_full_rank_is_exact_to_the_damping() -> None:
     x = solve(hg.Nystrom(rank=12, damping=0.1), matvec, b)
     assert error(x, np.linalg.solve(a + 0.1 * np.eye(12), b)) <= 1e-10
     assert error(x, np.linalg.solve(a, b)) > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_full_rank_nystrom_keeps_its_digits_in_float32(scale: float) -> None:
+    """The rounding of a projection, divided by a damping of 1e-8, was the answer."""
+    for damping in (1e-2, 1e-4, 1e-6, 1e-8):
+        make = lambda scale, damping=damping: hg.Nystrom(50, damping * scale)  # noqa: E731
+        assert measure(make, "float32", 10.0, scale)[1] < 1e-5
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_gmres_does_not_depend_on_the_scale_of_the_matrix(scale: float) -> None:
+    """Its thresholds were absolute: 5e-6 of |b| at a scale of 1e6, and worse with two cycles."""
+    one, two = (
+        measure(lambda _, c=c: hg.GMRES(50, cycles=c), "float64", 1.1, scale) for c in (1, 2)
+    )
+    assert one[0] < 1e-10 and two[0] <= one[0]
+    for dtype in ("float32", "float64"):
+        residuals = [
+            measure(lambda _, c=c: hg.GMRES(20, cycles=c), dtype, 1e6, scale)[0] for c in (1, 2, 3)
+        ]
+        assert residuals == sorted(residuals, reverse=True)
 
 
 @pytest.mark.usefixtures("x64")

@@ -170,3 +170,96 @@ def test_a_constant_added_to_the_training_loss_is_refused() -> None:
         )
     estimate = trained(lambda h: optax.sgd(0.1), {"l2": 0.5}, lambda w, h: h["l2"] * jnp.sum(w**2))
     assert float(estimate.grad["l2"]) > 0.1
+
+
+NOISE = jax.random.key(3)
+Z = jnp.linspace(-1.0, 1.0, 5)
+
+
+def uniform(key: jax.Array = NOISE) -> jax.Array:
+    return jax.random.uniform(key, (5,))
+
+
+def kept(a: jax.Array, mask: jax.Array) -> jax.Array:
+    return (Z * mask / (1 - a)).sum()
+
+
+def layers(a: jax.Array) -> jax.Array:
+    """Stochastic depth, its rate growing with the layer."""
+
+    def layer(z: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        keep = jax.random.bernoulli(jax.random.fold_in(NOISE, i), 1 - a * i / 3)
+        return z + jnp.where(keep, jnp.tanh(z), 0) / (1 - a * i / 3), None
+
+    return jax.lax.scan(layer, Z, jnp.arange(3.0).astype(int))[0].sum()
+
+
+DICED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "bernoulli": lambda a: kept(a, jax.random.bernoulli(NOISE, 1 - a, (5,))),
+    "legacy key": lambda a: kept(a, jax.random.bernoulli(jax.random.PRNGKey(0), 1 - a, (5,))),
+    "a rate per unit": lambda a: kept(a, jax.random.uniform(NOISE, (5,)) > a * Z),
+    "where": lambda a: jnp.where(uniform() < a, 0, Z / (1 - a)).sum(),
+    "floor": lambda a: kept(a, jnp.floor(1 - a + uniform())),
+    "an integer": lambda a: kept(a, (1 - a + uniform()).astype(int)),
+    "sign": lambda a: kept(a, (jnp.sign(uniform() - a) + 1) / 2),
+    "difference": lambda a: kept(a, uniform() - a > 0),
+    "normal bits": lambda a: kept(a, jax.random.normal(NOISE, (5,)) > a),
+    "categorical": lambda a: a * Z[jax.random.categorical(NOISE, a * jnp.arange(5.0))],
+    "stochastic depth": layers,
+    "jit and remat": jax.jit(
+        jax.checkpoint(lambda a: kept(a, jax.random.bernoulli(NOISE, 1 - a, (5,))))
+    ),
+    "vmap": lambda a: jax.vmap(lambda k: kept(a, uniform(k) > a))(jax.random.split(NOISE, 2)).sum(),
+    "cond": lambda a: jax.lax.cond(jax.random.uniform(NOISE) < a, jnp.sin, jnp.cos, a),
+}
+
+
+def straight_through_mask(a: jax.Array) -> jax.Array:
+    return a + stop_gradient((uniform() < a) - a)
+
+
+PIECEWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    **{
+        f"hg.dropout, {form}": lambda a, form=form: hg.dropout(Z, a, NOISE, form).sum()
+        for form in ("bernoulli", "gaussian", "relaxed")
+    },
+    "relu of noise": lambda a: jax.nn.relu(a * uniform() - 0.1).sum(),
+    "leaky relu of noise": lambda a: jax.nn.leaky_relu(a * uniform() - 0.1).sum(),
+    "where-relu": lambda a: jnp.where(a * Z > 0.1, a * Z, 0.1).sum(),
+    "clip of noise": lambda a: jnp.clip(jax.random.normal(NOISE, (5,)) * a, -1, 1).sum(),
+    "max": lambda a: jnp.maximum(uniform(), a).sum(),
+    "quantile": lambda a: jnp.quantile(Z + uniform(), a),
+    "a threshold on noisy data": lambda a: jnp.where(Z + uniform() > a, Z - a, 0).sum(),
+    "Huber": lambda a: optax.losses.huber_loss(Z + uniform(), a * Z).sum(),
+    "straight-through mask": lambda a: kept(a, straight_through_mask(a)),
+    "a mask of another rate": lambda a: (Z * (uniform() < 0.5) * a).sum(),
+    "reparametrised": lambda a: (Z + a * jax.random.normal(NOISE, (5,))).sum() ** 2,
+    "relaxed choice": lambda a: jax.nn.softmax(a * Z + jax.random.gumbel(NOISE, (5,))).max(),
+    "gamma": lambda a: jax.random.gamma(NOISE, a, (5,)).sum(),
+    "mixup": lambda a: (Z * jax.random.beta(NOISE, a, a)).sum(),
+    "a soft threshold on weights that began as noise": lambda a: jax.lax.fori_loop(
+        0, 2, lambda _, w: jnp.where(w > a, w - a, 0), uniform()
+    ).sum(),
+    "the mask alone is meant": lambda a: kept(a, stop_gradient(1.0 * (uniform() > a))),
+}
+
+
+@pytest.mark.parametrize("name", DICED)
+def test_a_comparison_with_random_bits_is_named(name: str) -> None:
+    """The other, smooth path would give a gradient that looks plausible."""
+    (reach,) = reaches(DICED[name], 0.3)
+    assert reach.differentiable and reach.compared_with_noise
+    with pytest.raises(ValueError, match=r"compared with random bits.*hypergrad.dropout"):
+        require_reach(lambda h: DICED[name](h["rate"]), {"rate": 0.3})
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_what_is_merely_piecewise_is_not(name: str) -> None:
+    require_reach(lambda h: PIECEWISE[name](h["rate"]), {"rate": 0.3})
+
+
+def test_float16_is_refused() -> None:
+    half = lambda a: jnp.sin(a.astype(jnp.float16)).astype(jnp.float32)  # noqa: E731
+    with pytest.raises(ValueError, match=r"through float16.*bfloat16"):
+        require_reach(half, jnp.float32(0.3))
+    require_reach(lambda a: a + stop_gradient(half(a)), jnp.float32(0.3))

@@ -14,6 +14,7 @@ from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
+from hypergrad.problem.structure import NoForwardModeError
 from hypergrad.trees import Hyper, State, strong
 
 _log = logging.getLogger("hypergrad")
@@ -76,7 +77,10 @@ def cheapest_exact(window: Window, hyper: Hyper, validate_at: ValidateAt, limit:
     # From the cheapest up, as each one asked about is compiled: the first that fits ends it.
     needed = {}
     for estimator in sorted(costs, key=lambda e: costs[e]):
-        needed[estimator] = temporary_bytes(compiled_estimate(estimator, window, hyper))
+        try:
+            needed[estimator] = temporary_bytes(compiled_estimate(estimator, window, hyper))
+        except NoForwardModeError:
+            continue
         if needed[estimator] <= limit:
             what = f"{count} hyperparameter{'s' * (count > 1)} over {steps} steps"
             cost = f"{costs[estimator]:.1f} gradient evaluations a step"

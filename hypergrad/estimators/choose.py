@@ -163,15 +163,16 @@ def _implicit(
     if temporary_bytes(compiled) > limit:
         return None
     estimate = compiled(window, hyper)
-    residual, unconverged = (float(estimate.info[k]) for k in ("residual", "unconverged"))
+    names = ("residual", "unconverged", "unconverged_share")
+    residual, unconverged, share = (float(estimate.info[k]) for k in names)
     what = f"all {count_of(hyper)} hyperparameters act through the loss, residual {residual:.1g}"
     if not residual <= 1e-2:
         return None
     if reference is None:
-        stationary = unconverged <= 0.01 * abs(float(estimate.loss))
+        stationary = share <= 0.01
         why = f"nothing exact fits; {what}; converging would change the loss by {unconverged:.1g}"
         return Choice(CG, why) if stationary else None
     grad = jax.vjp(space.from_unit, space.to_unit(hyper))[1](estimate.grad)[0]
     gap = float(norm(jax.tree.map(jnp.subtract, grad, reference)) / norm(reference))
     why = f"{what}; the run is long, and it is within {gap:.1%} of the exact gradient"
-    return Choice(CG, why) if gap <= 0.05 else None
+    return Choice(CG, why) if gap <= 0.05 and share <= 0.1 else None

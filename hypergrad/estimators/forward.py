@@ -12,6 +12,7 @@ from hypergrad import checks
 from hypergrad.data.batches import step_inputs
 from hypergrad.estimators.base import Estimate, Estimator, Progress, ValidateAt, Window, summary
 from hypergrad.problem.problem import steps_done
+from hypergrad.problem.structure import naming_backward_rules
 from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, split_inexact
 
 
@@ -33,6 +34,9 @@ class Forward(Estimator):
     Cost in gradient evaluations per step: 1 + 1.7 |hyper|, and with chunks one more for each;
     memory (1 + |hyper|) |inner|, or (1 + chunk) |inner| (with `carry` the state keeps all of Z),
     the same at any K.
+
+    Raises:
+      ValueError: a function on the way has a `custom_vjp` rule that forward mode cannot pass.
 
     Hyperparameters that share a window of W steps (FDS) are the entries of one array that
     `hypergrad.piecewise_constant` spreads over the run.
@@ -60,6 +64,10 @@ class Forward(Estimator):
     def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         """One value and gradient of the validation loss; see the class."""
         window = window.judging(self.validate_at)
+        with naming_backward_rules(window.objective, hyper):
+            return self._estimate(window, hyper, state)
+
+    def _estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:
         flat, unravel = ravel_pytree(hyper)
         goes_on = self._goes_on(window)
 

@@ -14,6 +14,7 @@ from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, Window, summary
 from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, MatVec, relative_residual
 from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.problem.rules import declared_rules
 from hypergrad.problem.structure import StructureError, keeps, reaches
 from hypergrad.trees import (
     Batch,
@@ -58,13 +59,15 @@ class Implicit(Estimator):
         `Richardson(1, step_size)` with "last").
 
     `info["residual"]` is |(dF/dz)^T x - v| / |v|: small if the system is solved, above 1 if x is
-    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over
-    the parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the
-    change of the validation loss, to first order, if training went on until F = 0: set it against
-    `loss`. `info["converged_loss"]` is `loss` after that change, with an error of second order: the
-    value for an outer line search, which a loss short of convergence misleads sooner than its
-    gradient does. At a point that is not stationary different solvers give different, plausible
-    numbers.
+    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over the
+    parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the change
+    of the validation loss, to first order, if training went on until F = 0, and
+    `info["unconverged_share"]` ("stationary" only) its share of `loss`: above some percent the
+    formula does not hold here, however small the residual, and where it stays so after long
+    training, the training loss has a kink (L1, hinge) at its minimum: see `hypergrad.prox`.
+    `info["converged_loss"]` is `loss` after that change, with an error of second order: the value
+    for an outer line search, which a loss short of convergence misleads sooner than its gradient
+    does. At a point that is not stationary different solvers give different, plausible numbers.
 
     Entries that training does not move (frozen parameters, batch statistics, the rows of an
     embedding that no batch holds) are found by one derivative along a random direction and left
@@ -119,7 +122,7 @@ class Implicit(Estimator):
         start = window.begin(hyper)
         offset = steps_done(start.inner)
         end = window.through(hyper, start, offset)
-        condition = _condition(self, window, end.inner, offset)  # F
+        condition = _condition(self, window, hyper, end.inner, offset)  # F
         z = condition.z
 
         def error(z: Vector, hyper: Hyper) -> Scalar:
@@ -142,6 +145,8 @@ class Implicit(Estimator):
         info[name] = norm(condition.inner_at(_only(moves, value)).params)
         gain = inner_product(x, value)
         info["unconverged"] = jnp.abs(gain)
+        if self.of == "stationary":  # the other formula is meant for points on the way, too
+            info["unconverged_share"] = jnp.abs(gain) / jnp.where(gain == 0, 1, jnp.abs(loss))
         info["converged_loss"] = loss - gain.astype(loss.dtype)
         return Estimate(loss, grad, end.inner, info), state
 
@@ -151,7 +156,13 @@ class Implicit(Estimator):
         if self.of == "fixed_point":
             return
         start = window.start(hyper)
-        condition = _condition(self, window, start, steps_done(start))
+        condition = _condition(self, window, hyper, start, steps_done(start))
+        if condition.rules and self.solver.symmetric:
+            raise StructureError(
+                f"solver={self.solver} needs a symmetric matrix, which the second derivative of a "
+                f"train_loss that calls {', '.join(condition.rules)}, a function with a derivative "
+                "rule of its own, need not be. Use GMRES, Neumann or Richardson."
+            )
 
         def stationarity(hyper: Hyper) -> Scalar:
             return _total(condition(condition.z, hyper))
@@ -183,6 +194,7 @@ class _Condition:
       inner_at: puts a z back into the training state.
       batches: leaves `[n, batch, ...]`: F is the mean over them.
       keys: of their steps, `[n]`.
+      rules: the functions with a derivative of their own that the training loss calls.
     """
 
     problem: Problem
@@ -191,6 +203,7 @@ class _Condition:
     inner_at: Callable[[Vector], InnerState]
     batches: Batch
     keys: Key
+    rules: list[str]
 
     def __call__(self, z: Vector, hyper: Hyper) -> Vector:
         """F."""
@@ -200,7 +213,7 @@ class _Condition:
 
     def transposed(self, hyper: Hyper) -> tuple[Vector, MatVec]:
         """F at z, and x -> (dF/dz)^T x."""
-        if self.of == "stationary":
+        if self.of == "stationary" and not self.rules:
             # a Hessian is its own transpose, and forward over reverse is the cheaper product
             return jax.linearize(lambda z: self(z, hyper), self.z)
         value, pull_back = jax.vjp(lambda z: self(z, hyper), self.z)
@@ -219,6 +232,8 @@ class _Condition:
         t = [_scattered(x, seed) for seed, x in enumerate(self.z)]
 
         def answers(f: Callable[[Vector, Hyper], Vector]) -> Mask:
+            if self.rules:  # which may have no forward mode; columns tell as well as rows
+                return [d != 0 for d in jax.vjp(lambda z: f(z, hyper), self.z)[1](t)[0]]
             return [d != 0 for d in jax.jvp(lambda z: f(z, hyper), (self.z,), (t,))[1]]
 
         if self.of == "stationary":
@@ -250,12 +265,18 @@ class _Condition:
 
 
 def _condition(
-    estimator: Implicit, window: Window, inner: InnerState, offset: jax.typing.ArrayLike
+    estimator: Implicit,
+    window: Window,
+    hyper: Hyper,
+    inner: InnerState,
+    offset: jax.typing.ArrayLike,
 ) -> _Condition:
     """F around the training state `inner`, on the batches that the estimator takes it on."""
     z, inner_at = _vector_of(inner, estimator.of, offset)
     batches, keys = _examples(window.train, window.key, offset, estimator.batches)
-    return _Condition(window.problem, estimator.of, z, inner_at, batches, keys)
+    batch, key = jax.tree.map(lambda x: x[0], (batches, keys))
+    rules = declared_rules(window.problem.train_loss, inner.params, hyper, batch, key)
+    return _Condition(window.problem, estimator.of, z, inner_at, batches, keys, rules)
 
 
 def _vector_of(

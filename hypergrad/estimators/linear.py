@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
 from hypergrad import checks
-from hypergrad.trees import Key, State, Tree, norm
+from hypergrad.trees import Key, State, Tree, norm, select
 
 MatVec = Callable[[Tree], Tree]
 
@@ -155,11 +155,12 @@ class GMRES(LinearSolver):
       max_steps: products at most, per cycle.
       damping: added to the diagonal.
       tolerance: stop at a residual of this times |b|.
-      cycles: a second one starts from the first one's solution and, in float64, mends what rounding
-        cost it (condition 1e6: residual 6e-4, then 1e-7). In float32 such a system stays unsolved
-        at any number of cycles, which the residual says.
+      cycles: a further one solves for the residual that the last one left, and is taken where it
+        makes it smaller: it goes on from too few steps, and mends what rounding cost.
 
-    Cost: up to cycles (min(max_steps, |b|) + 2) products; memory max_steps |b|.
+    The residual does not depend on the scale of A or of b.
+
+    Cost: up to cycles (min(max_steps, |b|) + 4) products; memory max_steps |b|.
 
     Source: Saad and Schultz 1986; Blondel et al. 2022 for hypergradients.
 
@@ -181,6 +182,26 @@ class GMRES(LinearSolver):
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: _axpy(self.damping, x, matvec(x))  # noqa: E731
+        size = _size_or_one(b)
+        # The thresholds of jax's gmres are absolute, for A as for b.
+        scale = _size_or_one(damped(_scaled(1 / size, b)))
+        unit = self._cycle(lambda x: _scaled(1 / scale, damped(x)), size)
+        x = _scaled(1 / scale, unit(b))
+
+        def refined(carry: tuple[Tree, Tree], _: None) -> tuple[tuple[Tree, Tree], None]:
+            x, residual = carry
+            closer = _axpy(1, _scaled(1 / scale, unit(residual)), x)
+            left = _axpy(-1, damped(closer), b)
+            better = norm(left) < norm(residual)
+            return select(better, (closer, left), (x, residual)), None
+
+        if self.cycles > 1:
+            begun = (x, _axpy(-1, damped(x), b))
+            (x, _), _ = jax.lax.scan(refined, begun, length=self.cycles - 1)
+        return x, state
+
+    def _cycle(self, matvec: MatVec, size: jax.Array) -> Callable[[Tree], Tree]:
+        """One cycle for a right-hand side, to a residual of the tolerance times `size`."""
 
         # gmres transposes its matrix in advance, for derivatives that nobody takes here, and not
         # every map has a transpose. NaN, so that one who did take them would see it.
@@ -188,21 +209,22 @@ class GMRES(LinearSolver):
             return jax.tree.map(lambda x: x * jnp.nan, x)
 
         def opaque(x: Tree) -> Tree:
-            solve = lambda _, x: damped(x)  # noqa: E731
+            solve = lambda _, x: matvec(x)  # noqa: E731
             return jax.lax.custom_linear_solve(lambda x: x, x, solve, no_transpose)
 
-        restart = min(self.max_steps, sum(x.size for x in jax.tree.leaves(b)))
-        # its thresholds are absolute: a small b, as a small loss makes it, would give x = 0
-        size = _size_or_one(b)
-        x, _ = gmres(
-            opaque,
-            _scaled(1 / size, b),
-            tol=self.tolerance,
-            restart=restart,
-            maxiter=self.cycles,
-            solve_method="incremental",
-        )
-        return _scaled(size, x), state
+        def solve(b: Tree) -> Tree:
+            own = _size_or_one(b)
+            x, _ = gmres(
+                opaque,
+                _scaled(1 / own, b),
+                tol=self.tolerance * size / own,
+                restart=min(self.max_steps, sum(x.size for x in jax.tree.leaves(b))),
+                maxiter=1,
+                solve_method="incremental",
+            )
+            return _scaled(own, x)
+
+        return solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +275,11 @@ class Nystrom(LinearSolver):
         core = r @ _pseudo_inverse(c[:, chosen]) @ r.T
         inside = q.T @ flat
         solved = jnp.linalg.solve(core + rho * jnp.eye(rank, dtype=core.dtype), inside)
-        return unravel(q @ solved + (flat - q @ inside) / rho), state
+        outside = flat - q @ inside
+        # Again: divided by a small rho, the rounding of the first projection is the answer.
+        for _ in range(2):
+            outside -= q @ (q.T @ outside)
+        return unravel(q @ solved + outside / rho), state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What goes into an optax chain: transformations, and schedules with a gradient in every number."""
 
+from hypergrad.optim.proximal import prox
 from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,

@@ -226,7 +226,7 @@ def scale_by_tree(rates: Tree) -> optax.GradientTransformation:
 
     def update(updates: Params, params: Params | None) -> Params:
         del params
-        return _with_prefix(lambda rate, u: rate * u, "rates", rates, updates)
+        return with_prefix(lambda rate, u: rate * u, "rates", rates, updates)
 
     return optax.stateless(update)
 
@@ -253,14 +253,14 @@ def decay_by_tree(weight_decay: Tree) -> optax.GradientTransformation:
     def update(updates: Params, params: Params | None) -> Params:
         if params is None:
             raise ValueError("params=None: decay needs them. Call update(grads, state, params).")
-        return _with_prefix(
+        return with_prefix(
             lambda decay, u, p: u + decay * p, "weight_decay", weight_decay, updates, params
         )
 
     return optax.stateless(update)
 
 
-def _with_prefix(
+def with_prefix(
     f: Callable[..., jax.Array], name: str, prefix: Tree, tree: Params, *rest: Params
 ) -> Params:
     """`f(value, leaf, ...)` of every leaf of `tree`, with the value of `prefix` at or above it."""

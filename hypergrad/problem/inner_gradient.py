@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.trees import Leaf, Tree, inner_product, is_inexact, split_inexact
+from hypergrad.problem.rules import declared_rules
+from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
 
-# `structure` looks inside calls of this name: the tangent rule instantiates zeros, so which
+# `structure` looks inside calls whose names begin so: the tangent rule instantiates zeros, so which
 # hyperparameter reaches the gradient can only be read from the primal program.
+OWN = "hypergrad_"
 NAME = "hypergrad_inner_gradient"
 
 
-def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[jax.Array, Tree]]]:
+def inner_gradient(
+    loss: Callable[..., Any], *, mixed_mode: bool = True
+) -> Callable[..., tuple[Tree, tuple[jax.Array, Tree]]]:
     """The gradient of `loss` in its first argument, ready to be differentiated in every mode.
 
     `loss(params, hyper, *rest)` returns a scalar or `(scalar, aux)`; the result maps the same
@@ -36,6 +40,12 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
     into `rest` (batch, key): what depends on hyperparameters, a learned batch or batch statistics,
     goes into `hyper`. The result can be differentiated once, and the loss must not close over a
     traced value: both are errors, never wrong numbers (JAX's own where we cannot name them).
+
+    Mixed mode transposes a symmetric second derivative. That of a loss which calls a function with
+    a declared rule (`custom_vjp`, or a `custom_jvp` of the user's) need not be symmetric, and such
+    a loss gets plain `jax.grad`, as every loss does under `mixed_mode=False`: right for any rule,
+    at any order, forward mode where the rules permit it, and none of the savings above
+    (`checkpoint="step"` brings the memory back).
 
     Raises:
       ValueError: the loss is not a scalar, or `rest` carries a derivative.
@@ -62,7 +72,9 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
             return with_aux(loss)(params, hyper, *rest)
 
         rest = (param_constants, hyper_constants, rest)
-        grads, value_aux = _differentiable_once(on_floats)(param_floats, hyper_floats, rest)
+        arguments = (param_floats, hyper_floats, rest)
+        differentiated = _differentiation(mixed_mode, on_floats, *arguments)
+        grads, value_aux = differentiated(on_floats)(*arguments)
         # Integer leaves have no gradient; zeros keep the structure that optimisers expect.
         zeros = jax.tree.map(jnp.zeros_like, params)
         return split_inexact(zeros)[1](grads), value_aux
@@ -70,14 +82,75 @@ def inner_gradient(loss: Callable[..., Any]) -> Callable[..., tuple[Tree, tuple[
     return gradient
 
 
-def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiation(mixed_mode: bool, loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Which of those below the gradient of `loss` takes, by what its program calls."""
+    try:
+        rules = declared_rules(loss, *args)
+    except jax.errors.ConcretizationTypeError:
+        return _plain  # an eager call that branches on values: unknown
+    if NAME in rules:
+        return _not_differentiable
+    if not mixed_mode:
+        return _plain
+    return _guarded if rules else _differentiable_once
+
+
+def _plain(loss: Callable[..., Any]) -> Callable[..., Any]:
     """(p, h, rest) -> (grad_p loss, (value, aux)) for lists p, h of inexact arrays."""
 
     def hypergrad_inner_gradient(p: list[Any], h: list[Any], rest: Tree) -> Any:
         value_aux, grads = jax.value_and_grad(loss, has_aux=True)(p, h, rest)
         return grads, value_aux
 
-    primal = hypergrad_inner_gradient
+    return hypergrad_inner_gradient
+
+
+def _not_differentiable(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain` of a loss that holds an inner gradient in mixed mode."""
+    call = jax.custom_jvp(_plain(loss))
+    call.defjvp(_refuse_third_derivative)
+    return call
+
+
+def _guarded(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain`, whose transpose maps an exact zero to zero."""
+    primal = _plain(loss)
+
+    def call(p: list[Any], h: list[Any], rest: Tree) -> Any:
+        (p, h), probe = _entrance(((p, h), jnp.zeros(())))
+        floats, join = split_inexact(primal(p, h, rest))
+        return join(_exit((floats, probe))[0])
+
+    return call
+
+
+def _linear_identity(transpose: Callable[[Tree, jax.Array], Tree]) -> Callable[[Tree], Tree]:
+    """`(tree, probe) -> (tree, probe)`, whose tangent map has this transpose."""
+
+    def hypergrad_identity(x: Tree) -> Tree:
+        return x
+
+    identity = jax.custom_jvp(hypergrad_identity)
+
+    def rule(primals: Tree, tangents: Tree) -> Tree:
+        (x,), (dx,) = primals, tangents
+        out = jax.lax.custom_linear_solve(
+            lambda x: x, _all_linear(dx, x), lambda _, b: b, lambda _, c: transpose(*c)
+        )
+        return x, out
+
+    identity.defjvp(rule, symbolic_zeros=True)
+    return identity
+
+
+# On the way back the exit's probe tells the entrance whether any cotangent was not zero.
+_exit = _linear_identity(lambda c, probe: (c, _any_nonzero(c).astype(probe.dtype)))
+_entrance = _linear_identity(lambda c, probe: (_zero_unless(probe != 0, c), probe))
+
+
+def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`_plain`, whose transpose is forward over reverse."""
+    primal = _plain(loss)
     # Under custom_vjp this would be one line, but jvp, and with it forward mode, would be refused.
     call = jax.custom_jvp(primal)
 
@@ -112,13 +185,12 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
 
             one = jnp.ones_like(value_aux[0])
             cp, ch = jax.jvp(tilted, (jnp.zeros_like(one),), (one,))[1]
+            cp, ch = _zero_unless(_any_nonzero((c, cfloats)), (cp, ch))
             return cp, ch, [jnp.zeros_like(x) for x in floats]
 
         # A zero that is linear in the tangents: transposition needs every input to be so.
-        nothing = sum(jnp.sum(t.ravel()[:0]) for t in (*dp, *dh) if type(t) is not _Zero)
-        dp = [_filled(t, x, nothing) for t, x in zip(dp, p, strict=True)]
-        dh = [_filled(t, x, nothing) for t, x in zip(dh, h, strict=True)]
-        dout = [_filled(None, x, nothing) for x in floats]
+        none = [None] * len(floats)
+        dp, dh, dout = _all_linear((dp, dh, none), (p, h, floats))
         dgrads, _, dfloats = jax.lax.custom_linear_solve(
             lambda x: _once(x, (p, h)), (dp, dh, dout), forward, transpose
         )
@@ -152,10 +224,28 @@ def _partition(tree: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], l
     return floats, [x for x, flag in zip(leaves, constant, strict=True) if flag], join
 
 
-def _filled(tangent: Leaf, primal: Leaf, nothing: Leaf) -> jax.Array:
-    if tangent is None or type(tangent) is _Zero:
-        return jnp.zeros_like(primal) + jnp.asarray(nothing, jnp.result_type(primal))
-    return tangent
+def _all_linear(tangents: Tree, primals: Tree) -> Tree:
+    """`tangents`, in which None and symbolic zeros are zeros that depend on the others."""
+    is_zero = lambda t: t is None or type(t) is _Zero  # noqa: E731
+    leaves, treedef = jax.tree.flatten(tangents, is_leaf=is_zero)
+    nothing = sum(jnp.sum(t.ravel()[:0]) for t in leaves if not is_zero(t))
+    filled = [
+        jnp.zeros_like(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
+        for t, x in zip(leaves, jax.tree.leaves(primals), strict=True)
+    ]
+    return treedef.unflatten(filled)
+
+
+# A step that is skipped (optax.apply_if_finite) sends back a cotangent of exact zeros, and may have
+# a NaN for its gradient: the product with its Hessian, 0 NaN, is none of what the step did. Not a
+# branch, which a GPU would wait for in every step.
+def _any_nonzero(cotangents: Tree) -> jax.Array:
+    leaves = jax.tree.leaves(cotangents)
+    return functools.reduce(jnp.logical_or, [jnp.any(c != 0) for c in leaves], jnp.bool_(False))
+
+
+def _zero_unless(condition: jax.Array, tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
 
 
 def _with_integer_tangents(out: Tree, dfloats: list[Any]) -> Tree:
@@ -178,17 +268,19 @@ def _refuse_derivative_of_rest(rest: Tree, tangents: Tree) -> None:
             )
 
 
+def _refuse_third_derivative(*_: Any) -> Any:
+    raise ValueError(
+        "A third derivative through inner_gradient: its rule can be differentiated once. Give "
+        "bilevel (or inner_gradient) mixed_mode=False where higher orders are needed."
+    )
+
+
 @jax.custom_jvp
 def _once(x: Any, at: Any) -> Any:
     return x
 
 
-@_once.defjvp
-def _refuse_third_derivative(*_: Any) -> Any:
-    raise ValueError(
-        "A third derivative through inner_gradient: its rule can be differentiated once. Use "
-        "jax.grad in `step` where higher orders are needed."
-    )
+_once.defjvp(_refuse_third_derivative)
 
 
 def _name(f: Callable[..., Any]) -> str:

@@ -74,6 +74,7 @@ def bilevel(
     trainable: str | Sequence[str] | None = None,
     absorb: Callable[[Any, Any], Any] | None = None,
     metrics: Callable[..., Any] | None = None,
+    mixed_mode: bool = True,
 ) -> Problem:
     """A `Problem` from two losses and an optax optimiser built from hyperparameters.
 
@@ -92,6 +93,9 @@ def bilevel(
       absorb: `(params, aux) -> params`, how the training loss's `aux` re-enters after each step
         (new batch statistics), with the structure of `params`. None: it does not.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
+      mixed_mode: False takes the training gradient by plain `jax.grad`: slower and larger in
+        reverse mode, and differentiable to any order, as a problem needs that stands inside
+        another one's training loss.
 
     The training gradient is `inner_gradient`'s (mixed mode), and passes through
     `nonzero_gradient`, so that Adam's square root has a derivative everywhere.
@@ -118,7 +122,7 @@ def bilevel(
         hyper, frozen = rest
         return train_pair(_merge(trained, frozen, trainable), hyper, batch, key)
 
-    gradient = inner_gradient(loss_of_trainable)
+    gradient = inner_gradient(loss_of_trainable, mixed_mode=mixed_mode)
 
     def init(hyper: Hyper, key: Key) -> Inner:
         params = init_params(key)

@@ -5,16 +5,21 @@ converged. The path is read from the traced program (a jaxpr), before anything r
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.problem.inner_gradient import OWN
+from hypergrad.problem.rules import declared_rules, function_name
 from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
 _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
+
+_RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
 
 _EXPLANATIONS = {
     "stop_gradient": "stop_gradient",
@@ -42,6 +47,25 @@ def naming_missing(hyper: Hyper) -> Iterator[None]:
         ) from error
 
 
+class NoForwardModeError(StructureError):
+    """A function on the way that declares a backward rule alone."""
+
+
+@contextlib.contextmanager
+def naming_backward_rules(function: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Turns JAX's refusal of a forward derivative of `function(*args)` into one that says whose."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise NoForwardModeError(
+            "Forward mode has no way through "
+            f"{', '.join(declared_rules(function, *args, backward=True))}: a custom_vjp rule is "
+            "for reverse mode alone. Use Unrolled(), or declare the rule by jax.custom_jvp."
+        ) from error
+
+
 class Reach(NamedTuple):
     """How one leaf of the hyperparameters reaches an output.
 
@@ -50,12 +74,17 @@ class Reach(NamedTuple):
       used: the output depends on it at all.
       differentiable: it does so along a path whose derivative is not zero by structure.
       cut_by: where it is used but not differentiable, the primitives that cut its paths.
+      compared_with_noise: it decides, together with fresh random bits, which side of a jump the
+        output is on (a random mask), and no `stop_gradient` says that this is meant.
+      through_float16: a path of its derivative passes float16.
     """
 
     name: str
     used: bool
     differentiable: bool
     cut_by: tuple[str, ...]
+    compared_with_noise: bool
+    through_float16: bool
 
 
 def reaches(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reach]:
@@ -72,10 +101,10 @@ def reaches(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reac
     closed = jax.make_jaxpr(function)(hyper, *args)
     num_hyper = len(jax.tree.leaves(hyper))
     taints = [
-        _Taint(1 << i, (1 << i) if is_inexact(leaf) else 0, frozenset())
+        _begun(1 << i) if is_inexact(leaf) else _DATA._replace(used=1 << i)
         for i, leaf in enumerate(jax.tree.leaves(hyper))
     ]
-    rest = [_CLEAN] * (len(closed.jaxpr.invars) - num_hyper)
+    rest = [_DATA] * (len(closed.jaxpr.invars) - num_hyper)
     (out, *_) = _propagate(closed.jaxpr, [*taints, *rest])
     return [
         Reach(
@@ -83,6 +112,8 @@ def reaches(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reac
             bool(out.used >> i & 1),
             bool(out.smooth >> i & 1),
             tuple(sorted({cut for leaf, cut in out.cuts if leaf >> i & 1})),
+            bool(out.diced >> i & 1),
+            bool(out.half >> i & 1),
         )
         for i, name in enumerate(leaf_names(hyper))
     ]
@@ -97,7 +128,7 @@ def keeps(function: Callable[..., Any], tree: Tree, *args: Any) -> list[bool]:
     [True, False]
     """
     closed = jax.make_jaxpr(function)(tree, *args)
-    taints = [_Taint(1 << i, 0, frozenset()) for i in range(len(closed.jaxpr.invars))]
+    taints = [_DATA._replace(used=1 << i) for i in range(len(closed.jaxpr.invars))]
     outputs = _propagate(closed.jaxpr, taints)
     return [out.used == 1 << i for i, out in enumerate(outputs)]
 
@@ -106,10 +137,25 @@ def require_reach(function: Callable[..., Any], hyper: Hyper, *args: Any) -> Non
     """Raises unless every leaf of `hyper` has a gradient in the scalar `function(hyper, *args)`.
 
     Raises:
-      ValueError: names each hyperparameter that never reaches the loss, is an integer, or reaches
-        it only where derivatives are zero, with the remedy.
+      ValueError: names each hyperparameter that never reaches the loss, is an integer, reaches it
+        only where derivatives are zero, is compared with random bits, or passes float16, with the
+        remedy.
     """
     for reach in require_use(function, hyper, *args):
+        if reach.differentiable and reach.compared_with_noise:
+            raise StructureError(
+                f"The hyperparameter {reach.name!r} is compared with random bits (a hard random "
+                "mask): that path has no derivative, and the gradient of its other paths alone is "
+                "a wrong number that looks plausible. Use hypergrad.dropout, whose rate has a "
+                "gradient, or hypergrad.Evolution; jax.lax.stop_gradient around the mask says that "
+                "its path is to be left out."
+            )
+        if reach.differentiable and reach.through_float16:
+            raise StructureError(
+                f"The hyperparameter {reach.name!r} reaches the validation loss through float16, "
+                "whose range (6e-8 to 65504) the derivatives of a training run leave: they would "
+                "turn to 0 or to NaN, under loss scaling above all. Compute in bfloat16 or float32."
+            )
         if not reach.differentiable:
             why = "; ".join(_EXPLANATIONS.get(cut, cut) for cut in reach.cut_by)
             raise StructureError(
@@ -152,16 +198,30 @@ class _Taint(NamedTuple):
     used: int  # a bit per leaf of hyper: depends on it
     smooth: int  # the same, along a differentiable path
     cuts: frozenset[tuple[int, str]]  # (leaves, primitive) where a differentiable path ended
+    fresh: int  # of the smooth ones, those that came here in this step, not in the state
+    diced: int  # leaves that decide together with random bits
+    half: int  # smooth ones that passed float16
+    mixture: int  # of what: bits of _HYPER, _NOISE and _OTHER, or 0 for constants
 
     def __or__(self, other: "_Taint") -> "_Taint":
-        return _Taint(self.used | other.used, self.smooth | other.smooth, self.cuts | other.cuts)
+        return _Taint(*map(operator.or_, self, other))
+
+    def in_state(self) -> "_Taint":
+        """As it goes around a loop: what decides in a later step is data to it."""
+        return self._replace(fresh=0, mixture=self.mixture and _OTHER)
 
 
-_CLEAN = _Taint(0, 0, frozenset())
+_HYPER, _NOISE, _OTHER = 1, 2, 4
+_CLEAN = _Taint(0, 0, frozenset(), 0, 0, 0, 0)
+_DATA = _CLEAN._replace(mixture=_OTHER)
+
+
+def _begun(leaf: int) -> _Taint:
+    return _CLEAN._replace(used=leaf, smooth=leaf, fresh=leaf, mixture=_HYPER)
 
 
 def _propagate(jaxpr: Any, inputs: Sequence[_Taint]) -> list[_Taint]:
-    taint: dict[Any, _Taint] = dict.fromkeys(jaxpr.constvars, _CLEAN)
+    taint: dict[Any, _Taint] = {v: _DATA if v.aval.shape else _CLEAN for v in jaxpr.constvars}
     taint.update(zip(jaxpr.invars, inputs, strict=True))
     read = lambda v: _CLEAN if hasattr(v, "val") else taint[v]  # noqa: E731  literals have .val
     for eqn in jaxpr.eqns:
@@ -198,35 +258,60 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
         inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
         return _propagate(getattr(inner, "jaxpr", inner), inputs)
     # Any other custom rule is taken at its word below: all that goes in reaches all that comes out.
-    if name == "custom_jvp_call" and _function_name(params["call_jaxpr"].jaxpr) == INNER_GRADIENT:
-        return _propagate(params["call_jaxpr"].jaxpr, inputs)
+    if name == "custom_jvp_call":
+        inner = params["call_jaxpr"].jaxpr
+        if function_name(inner).startswith(OWN):
+            return _propagate(inner, inputs)
+    if name in _RANDOM:
+        return [_join(inputs)._replace(mixture=_NOISE) for _ in eqn.outvars]
+    if name == "select_n" and any(_is_shifted_noise(t) for t in inputs[1:]):
+        # the two sides of a kink, such as a leaky relu's, not a mask
+        inputs = [inputs[0]._replace(diced=0), *inputs[1:]]
     merged = _join(inputs)
+    merged = merged._replace(diced=merged.diced | _dice(inputs) * _is_flat(eqn))
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
 
 
-def _function_name(jaxpr: Any) -> str:
-    # "name at file:line", or the bare name, as JAX records it for error messages
-    return str(jaxpr.debug_info.func_src_info).split(" at ")[0].rsplit(".", 1)[-1]
+def _is_shifted_noise(taint: _Taint) -> bool:
+    return taint.mixture == _HYPER | _NOISE
+
+
+def _dice(inputs: list[_Taint]) -> int:
+    """The leaves whose values meet fresh noise among the operands of a function with jumps."""
+    met = [t.fresh for t in inputs if _is_shifted_noise(t)]
+    if any(t.mixture == _NOISE for t in inputs):
+        met += [t.fresh for t in inputs if t.mixture != _NOISE]
+    return _union(met)
+
+
+def _union(bits: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, bits, 0)
+
+
+def _is_flat(eqn: Any) -> bool:
+    integers = not any(jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact) for v in eqn.outvars)
+    return integers or (eqn.primitive.name in _FLAT and eqn.primitive.name != "stop_gradient")
 
 
 def _output(merged: _Taint, name: str, dtype: Any) -> _Taint:
+    if name == "stop_gradient":
+        merged = merged._replace(diced=0)
     if name in _FLAT:
         return _cut(merged, name)
     if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
         return _cut(merged, "a comparison" if jax.numpy.issubdtype(dtype, bool) else "an integer")
+    if dtype == jax.numpy.float16:
+        return merged._replace(half=merged.half | merged.smooth)
     return merged
 
 
 def _cut(taint: _Taint, by: str) -> _Taint:
     cuts = taint.cuts | {(taint.smooth, by)} if taint.smooth else taint.cuts
-    return _Taint(taint.used, 0, cuts)
+    return taint._replace(smooth=0, cuts=cuts, fresh=0, half=0)
 
 
 def _join(taints: Sequence[_Taint]) -> _Taint:
-    out = _CLEAN
-    for taint in taints:
-        out = out | taint
-    return out
+    return functools.reduce(operator.or_, taints, _CLEAN)
 
 
 # A loop may carry a leaf's influence from one variable to the next in each turn: the taint of its
@@ -234,8 +319,9 @@ def _join(taints: Sequence[_Taint]) -> _Taint:
 def _to_fixed_point(
     body: Callable[[list[_Taint]], list[_Taint]], carry: list[_Taint]
 ) -> list[_Taint]:
+    carry = [t.in_state() for t in carry]
     while True:
-        outputs = body(carry)
+        outputs = [t.in_state() for t in body(carry)]
         grown = [a | b for a, b in zip(carry, outputs[: len(carry)], strict=True)]
         if grown == list(carry):
             return [*grown, *outputs[len(carry) :]]

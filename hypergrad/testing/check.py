@@ -1,7 +1,6 @@
 """Is this hypergradient right? Measured against differences and forward mode, and said in words."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,25 +9,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.checks import integer
-from hypergrad.data.batches import step_inputs
-from hypergrad.estimators.base import Estimator, Window
-from hypergrad.estimators.forward import Tangents, pushforward
+from hypergrad.estimators.base import Estimator, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem, steps_done, training_steps
+from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
-from hypergrad.trees import (
-    Batch,
-    Hyper,
-    InnerState,
-    Key,
-    Scalar,
-    Train,
-    Tree,
-    is_inexact,
-    leaf_names,
-    split_inexact,
-    strong,
-)
+from hypergrad.testing.causes import cause_of_nan, entries_of, unless_custom_vjp
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Tree, is_inexact, strong
 
 
 class Row(NamedTuple):
@@ -50,10 +36,13 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check_hypergradient` found; `str(report)` is the table it prints."""
+    """What `check_hypergradient` found: `print` it for a table, one row per number."""
 
     loss: float
     rows: tuple[Row, ...]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         head = ("hyperparameter", "value", "raw", "unit", "forward", "differences", "verdict")
@@ -93,8 +82,11 @@ def check_hypergradient(
     A dropout rate disagrees with differences at one key by design: its gradient is right in
     expectation over keys (`hypergrad.dropout`; `benchmarks/dropout.py` checks that).
 
-    Prints a table, one row per number of `hyper`, and returns it. A disagreement is raised after
-    printing, by name; an exact zero only stands in the table, as a warning.
+    Returns a table, one row per number of `hyper`, to be printed. A disagreement is raised by name,
+    with the table printed before; an exact zero only stands in the table, as a warning. Where
+    forward and reverse mode agree and differences do not, smaller steps in float64 decide whether a
+    derivative rule is wrong, which is raised, or training is not smooth there (a kink; Adam's first
+    steps are nearly signs), which stands in the table.
 
     Args:
       problem: as in `hypergradient`, like the five arguments that follow.
@@ -120,106 +112,144 @@ def check_hypergradient(
     hyper = strong(hyper)
     max_entries = integer("max_entries", max_entries)
     window = Window(problem, inner, train, valid, key)
-    estimator.check_structure(window, hyper)
-    judged = window.judging(getattr(estimator, "validate_at", "last"))
     unit = hyper if space is None else space.to_unit(hyper)
     flat, unravel = ravel_pytree(unit)
 
-    def from_flat(u: jax.Array) -> Any:
-        return unravel(u) if space is None else space.from_unit(unravel(u))
-
-    def project(u: jax.Array) -> jax.Array:
-        return u if space is None else ravel_pytree(space.project(unravel(u)))[0]
-
     @jax.jit
-    def loss(u: jax.Array) -> jax.Array:
-        return judged.objective(from_flat(u))[0]
+    def estimated(u: jax.Array) -> tuple[jax.Array, ...]:
+        hyper, pull_back = jax.vjp(lambda u: _raw(space, unravel(u)), u)
+        estimate, _ = checked_estimate(estimator, window, hyper, estimator.init(window, hyper))
+        grad, (in_unit,) = estimate.grad, pull_back(estimate.grad)
+        share = estimate.info.get("unconverged_share", jnp.zeros(()))
+        return estimate.loss, ravel_pytree(grad)[0], in_unit, share
 
-    @jax.jit
-    def estimated(u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        hyper, pull_back = jax.vjp(from_flat, u)
-        estimate, _ = estimator.estimate(window, hyper, estimator.init(window, hyper))
-        return estimate.loss, ravel_pytree(estimate.grad)[0], pull_back(estimate.grad)[0]
-
-    value, raw, grad = (np.asarray(x, np.float64) for x in estimated(flat))
+    value, raw, grad, share = (np.asarray(x, np.float64) for x in estimated(flat))
+    names = entries_of(hyper)
     if not (np.isfinite(value) and np.isfinite(grad).all()):
-        bad = [n for n, g in zip(_entries(hyper), grad, strict=True) if not np.isfinite(g)]
-        raise ValueError(_not_finite(window, hyper, bad))
+        bad = [n for n, g in zip(names, grad, strict=True) if not np.isfinite(g)]
+        raise ValueError(cause_of_nan(window, hyper, bad))
     chosen = np.arange(flat.size)
     if flat.size > max_entries:
         chosen = np.sort(np.random.default_rng(0).choice(flat.size, max_entries, replace=False))
-    tangent = jax.jit(lambda e: jax.jvp(loss, (flat,), (e,))[1])
+    judged = window.judging(getattr(estimator, "validate_at", "last"))
+    measured = _Measured(judged, space, unit)
     wide = flat.dtype == jnp.float64
     rtol = rtol if rtol is not None else (1e-5 if wide else 2e-2)
     # Rounding of the largest entry's terms, below which a small one cannot be judged.
     atol = (1e-12 if wide else 1e-6) * float(np.max(np.abs(grad)))
-    bounded = np.asarray(project(jnp.full_like(flat, 2)) < 2)
-    names, values = _entries(hyper), np.asarray(ravel_pytree(hyper)[0], np.float64)
+    values = np.asarray(ravel_pytree(hyper)[0], np.float64)
     rows = []
     for i in chosen.tolist():
-        direction = jnp.zeros_like(flat).at[i].set(1)
-        difference, spread = _difference(loss, flat, i, bool(bounded[i]))
-        slope = _unless_custom_vjp(tangent, direction)
-        forward = None if slope is None else float(slope)
+        difference, spread, _ = measured.difference(i)
+        forward = measured.forward(i)
         verdict = _verdict(grad[i], forward, difference, spread, rtol, atol)
+        if verdict == _BY_DIFFERENCES and forward is not None:
+            verdict = _examined(measured, i)
         rows.append(Row(names[i], values[i], raw[i], grad[i], forward, difference, spread, verdict))
     report = Report(float(value), tuple(rows))
-    print(report)
-    wrong = [row for row in rows if row.verdict.startswith("disagrees")]
-    if wrong:
-        forward = wrong[0].forward
-        forward_says = "" if forward is None else f"forward mode gives {forward:.6g}, "
-        raise ValueError(
-            f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
-            f"{wrong[0].verdict}: it is {wrong[0].estimate:.6g}, {forward_says}differences give "
-            f"{wrong[0].difference:.6g} +- {wrong[0].spread:.1g}. A truncated or implicit "
-            "estimator may be biased; an exact one points to a wrong derivative rule "
-            "(stop_gradient, custom_vjp) in the problem. The rate of hypergrad.dropout is right in "
-            "expectation over keys only: differences at one key cannot confirm it."
-        )
+    if wrong := [row for row in rows if row.verdict.startswith("disagrees")]:
+        print(report)
+        raise ValueError(_disagreement(estimator, wrong, float(share)))
     return report
 
 
-def _entries(hyper: Hyper) -> list[str]:
-    names = []
-    for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
-        size, shape = np.size(leaf), np.shape(leaf)
-        names += [
-            name + (f"[{', '.join(map(str, np.unravel_index(i, shape)))}]" if shape else "")
-            for i in range(size)
-        ]
-    return names
+class _Measured:
+    """The validation loss as a function of unit coordinates, its differences and its slope."""
+
+    def __init__(self, window: Window, space: Space | None, unit: Tree) -> None:
+        self.flat, unravel = ravel_pytree(unit)
+        self.wide = self.flat.dtype == jnp.float64
+        loss = lambda u: window.objective(_raw(space, unravel(u)))[0]  # noqa: E731
+        self.loss = jax.jit(loss)
+        self._tangent = jax.jit(lambda e: jax.jvp(loss, (self.flat,), (e,))[1])
+        far = jnp.full_like(self.flat, 2)
+        projected = far if space is None else ravel_pytree(space.project(unravel(far)))[0]
+        self.bounded = np.asarray(projected < 2)
+        self._again = lambda: _Measured(_in_float64(window), space, _in_float64(unit))
+
+    def in_float64(self) -> "_Measured":
+        """The same in float64, where its random numbers may be others; enable 64-bit types."""
+        return self if self.wide else self._again()
+
+    def forward(self, i: int) -> float | None:
+        """The derivative in entry i by forward mode, or None where a `custom_vjp` forbids it."""
+        slope = unless_custom_vjp(self._tangent, jnp.zeros_like(self.flat).at[i].set(1))
+        return None if slope is None else float(slope)
+
+    def difference(self, i: int, steps: tuple[float, ...] | None = None) -> tuple[float, ...]:
+        """The central difference that agrees best with its neighbour, its error, and its step."""
+        flat, bounded = self.flat, bool(self.bounded[i])
+        size = 1.0 if bounded else max(abs(float(flat[i])), 1e-3)
+        found, rounding = [], []
+        steps = steps or ((1e-4, 1e-5, 1e-6) if self.wide else (1e-2, 3e-3, 1e-3))
+        for step in steps:
+            up, down = flat.at[i].add(step * size), flat.at[i].add(-step * size)
+            if bounded:  # a value at its bound has a neighbour on one side only
+                up, down = up.at[i].min(1.0), down.at[i].max(0.0)
+            width = float(up[i]) - float(down[i])
+            high, low = float(self.loss(up)), float(self.loss(down))
+            found.append((high - low) / width)
+            rounding.append(float(jnp.finfo(flat.dtype).eps) * max(abs(high), abs(low)) / width)
+        gaps = [abs(a - b) for a, b in itertools.pairwise(found)]
+        best = int(np.argmin(gaps))
+        chosen = best + 1 if self.wide else best
+        return found[chosen], gaps[best] + rounding[chosen], steps[chosen]
+
+    def has_kink(self, i: int, step: float) -> bool:
+        """Whether the slopes to both sides differ, by more than curvature explains."""
+        flat = self.flat
+        here = float(self.loss(flat))
+        sides = [(float(self.loss(flat.at[i].add(d))) - here) / d for d in (step, -step)]
+        half = [(float(self.loss(flat.at[i].add(d))) - here) / d for d in (step / 4, -step / 4)]
+        gap, nearer = sides[0] - sides[1], half[0] - half[1]
+        return abs(nearer) > 0.5 * abs(gap) and abs(gap) > 1e-4 * max(map(abs, sides))
 
 
-def _difference(
-    loss: Callable[[jax.Array], Scalar], flat: jax.Array, i: int, bounded: bool
-) -> tuple[float, float]:
-    """The central difference that agrees best with its neighbour in step size, and its error."""
-    size = 1.0 if bounded else max(abs(float(flat[i])), 1e-3)
-    wide = flat.dtype == jnp.float64
-    found, rounding = [], []
-    for step in (1e-4, 1e-5, 1e-6) if wide else (1e-2, 3e-3, 1e-3):
-        up, down = flat.at[i].add(step * size), flat.at[i].add(-step * size)
-        if bounded:  # a value at its bound has a neighbour on one side only
-            up, down = up.at[i].min(1.0), down.at[i].max(0.0)
-        width = float(up[i]) - float(down[i])
-        high, low = float(loss(up)), float(loss(down))
-        found.append((high - low) / width)
-        rounding.append(float(jnp.finfo(flat.dtype).eps) * max(abs(high), abs(low)) / width)
-    gaps = [abs(a - b) for a, b in itertools.pairwise(found)]
-    best = int(np.argmin(gaps))
-    chosen = best + 1 if wide else best
-    return found[chosen], gaps[best] + rounding[chosen]
+_BY_DIFFERENCES = "disagrees with differences"
+_FINE = (1e-5, 1e-6, 1e-7, 1e-8)
 
 
-def _unless_custom_vjp(tangent: Callable[..., jax.Array], *args: Any) -> np.ndarray | None:
-    """`tangent(*args)`, or None where a `custom_vjp` function forbids forward mode."""
-    try:
-        return np.asarray(tangent(*args))
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        return None
+def _examined(measured: _Measured, i: int) -> str:
+    """A verdict where both modes agree and differences do not: by smaller steps, in float64."""
+    with jax.enable_x64(True):
+        try:
+            fine = measured.in_float64()
+            slope, (difference, spread, step) = fine.forward(i), fine.difference(i, _FINE)
+        except (TypeError, ValueError):  # the problem fixes a dtype
+            return "not smooth at these steps; both modes agree"
+        assert slope is not None
+        if _verdict(slope, slope, difference, spread, 1e-4, 0.0) == "agrees":
+            return f"agrees, at a step of {step:.0e} in float64: not smooth at larger ones"
+        if spread > 1e-2 * abs(difference) or fine.has_kink(i, step):
+            return "not smooth here: differences do not settle; both modes agree"
+    return _BY_DIFFERENCES
+
+
+def _raw(space: Space | None, unit: Tree) -> Hyper:
+    return unit if space is None else space.from_unit(unit)
+
+
+def _in_float64(tree: Any) -> Any:
+    cast = lambda x: jnp.asarray(x, jnp.float64) if is_inexact(x) else x  # noqa: E731
+    return jax.tree.map(cast, tree)
+
+
+def _disagreement(estimator: Estimator, wrong: list[Row], share: float) -> str:
+    row = wrong[0]
+    forward_says = "" if row.forward is None else f"forward mode gives {row.forward:.6g}, "
+    rest = (
+        f"Training is not at rest here, or at a kink: converging would change the validation loss "
+        f"by {share:.0%} (L1 and bounds: hypergrad.prox). "
+    )
+    return (
+        f"The hypergradient of {', '.join(row.name for row in wrong)} by {estimator} "
+        f"{row.verdict}: it is {row.estimate:.6g}, {forward_says}differences give "
+        f"{row.difference:.6g} +- {row.spread:.1g}. "
+        f"{rest if share > 0.01 else ''}A truncated or implicit estimator may be biased; an "
+        "exact one points to a wrong derivative rule (stop_gradient, custom_vjp) in the problem. "
+        "The rate of hypergrad.dropout is right in expectation over keys only: differences at one "
+        "key cannot confirm it."
+    )
 
 
 def _verdict(
@@ -236,94 +266,5 @@ def _verdict(
     if forward is not None and not abs(estimate - forward) <= rtol * abs(forward) + atol:
         return "disagrees with forward mode"
     if not abs(estimate - difference) <= rtol * size + 2 * spread + atol:
-        return "disagrees with differences"
+        return _BY_DIFFERENCES
     return "agrees"
-
-
-def _not_finite(window: Window, hyper: Hyper, bad: list[str]) -> str:
-    """Where the first number that is not finite arises: in training, or only in its derivative."""
-    train, start = window.train, window.start
-    first = start(hyper)
-    named = zip(leaf_names(first), jax.tree.leaves(first), strict=True)
-    names = [name for name, leaf in named if is_inexact(leaf)]
-    which = f"The hypergradient of {', '.join(bad) or 'no hyperparameter, but the loss'}"
-
-    def step_under(hyper: Hyper) -> Callable[..., Any]:
-        return training_steps(window.problem, hyper, train, window.key, steps_done(first))
-
-    def finite(floats: list[jax.Array]) -> jax.Array:
-        return jnp.stack([jnp.isfinite(x).all() for x in floats])
-
-    def first_bad(flags: np.ndarray) -> tuple[int, str]:
-        t = int(np.argmin(flags.all(1)))
-        return t, names[int(np.argmin(flags[t]))]
-
-    @jax.jit
-    def training(hyper: Hyper) -> jax.Array:
-        def body(inner: InnerState, x: Tree) -> tuple[InnerState, jax.Array]:
-            inner = step_under(hyper)(inner, *x)
-            return inner, finite(split_inexact(inner)[0])
-
-        return jax.lax.scan(body, start(hyper), step_inputs(train))[1]
-
-    flags = np.asarray(training(hyper))
-    if not flags.all():
-        t, leaf = first_bad(flags)
-        return (
-            f"{which} is not finite: training itself is not. First at step {t} of "
-            f"{window.num_steps}, in {leaf!r}. Likely cause: {_cause_in_training(train, t)}."
-        )
-    if broken := _broken_leaves(window.valid):
-        return (
-            f"{which} is not finite, though training is: the validation batch holds values that "
-            f"are not finite, in leaf {', '.join(broken)}."
-        )
-
-    flat, unravel = ravel_pytree(hyper)
-
-    @jax.jit
-    def tangents(flat: jax.Array, direction: jax.Array) -> jax.Array:
-        push = pushforward(flat, direction[None])
-
-        def body(carry: tuple[Tree, Tangents], x: Tree) -> tuple[Tree, jax.Array]:
-            carry = push(lambda h, s: step_under(unravel(h))(s, *x), *carry)
-            return carry, finite(carry[1])
-
-        begun = push(lambda h, _: start(unravel(h)), (), [])
-        return jax.lax.scan(body, begun, step_inputs(train))[1]
-
-    entries = _entries(hyper)
-    for name in bad[:8]:  # one run each; the first nearly always tells
-        direction = jnp.zeros_like(flat).at[entries.index(name)].set(1)
-        found = _unless_custom_vjp(tangents, flat, direction)
-        if found is not None and not found.all():
-            t, leaf = first_bad(found)
-            return (
-                f"{which} is not finite, though training is: the derivative of {leaf!r} in "
-                f"{name!r} is lost at step {t} of {window.num_steps}. Likely cause: an infinite "
-                "slope, such as the square root in Adam, or a norm, at exactly zero "
-                "(hypergrad.nonzero_gradient in a hand-filled step)."
-            )
-    return (
-        f"{which} is not finite, though training is and no tangent is lost on the way. Likely "
-        "cause: valid_loss (a logarithm or a square root at 0), a NaN in the branch that jnp.where "
-        "does not take, or an adjoint that overflows because training is chaotic at these values: "
-        "lower the learning rate."
-    )
-
-
-def _broken_leaves(batch: Batch) -> list[str]:
-    return [
-        name
-        for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True)
-        if is_inexact(leaf) and not bool(jnp.isfinite(leaf).all())
-    ]
-
-
-def _cause_in_training(train: Train, t: int) -> str:
-    arrays = getattr(train, "arrays", None)
-    batch = arrays if arrays is not None else jax.tree.map(lambda x: x[t], train)
-    if broken := _broken_leaves(batch):
-        where = "the data" if arrays is not None else f"the batch of step {t}"
-        return f"{where} holds values that are not finite, in leaf {', '.join(broken)}"
-    return "training diverges: the learning rate or momentum is too high for this problem"

@@ -47,7 +47,7 @@ REASONS = (
     "the hypergradient's norm is far above its running median",
     "the adjoint grew along the unroll: training is chaotic here",
     "training did not get far enough below the untrained validation loss (Trust.max_loss)",
-    "the linear system of an implicit estimator is not solved",
+    "an implicit estimator's linear system is not solved, or training is not at rest (a kink?)",
 )
 
 
@@ -69,10 +69,13 @@ class Trust:
       max_spike: refuse a norm (in unit coordinates) above this multiple of its running median.
       max_growth: refuse an adjoint that grew more than this along the unroll (`info["growth"]` of
         `Unrolled`; other estimators do not report it). Healthy runs on digits stay below 1,
-        diverging ones start at 2 to 100.
-        Whole runs under Adam with a warm-up have been seen at 2.3: raise it there.
+        diverging ones start at 2 to 100. Whole runs under Adam with a warm-up have been seen at
+        2.3: raise it there.
       max_residual: refuse a linear system whose residual is above this (`info["residual"]` of
         `Implicit`): 1 is no solution at all, a diverged Neumann series is far above.
+      max_unconverged: refuse an implicit hypergradient where converging would change the validation
+        loss by more than this share of it (`info["unconverged_share"]`), as at a kink (an L1
+        penalty: see `hypergrad.prox`). This and `max_residual` rewind nothing: training goes on.
       warm_up: estimates before the running median is believed.
       max_loss: `restarting` refuses a run whose validation loss does not end below this share of
         the untrained one (a diverged network can look calm: it is dead). Raise it, up to
@@ -87,10 +90,11 @@ class Trust:
     warm_up: int = 3
     max_loss: float = 0.8
     max_residual: float = 10.0
+    max_unconverged: float = 0.1
 
     def __post_init__(self) -> None:
         integer_field(self, "warm_up", 0)
-        for name in ("max_spike", "max_growth", "max_loss", "max_residual"):
+        for name in ("max_spike", "max_growth", "max_loss", "max_residual", "max_unconverged"):
             positive(name, getattr(self, name), "infinity never refuses", infinite=True)
 
 
@@ -109,13 +113,14 @@ def first_state(now: Position, key: Key) -> TunerState:
 
 
 def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
-    """Why the hypergradient is refused, as an int32 index into `REASONS`; 0 if it is trusted."""
+    """Why the hypergradient is refused, an index into `REASONS`; 0 if it is trusted."""
     spike = (state.seen > trust.warm_up) & (norm > trust.max_spike * state.bar * state.median)
     # gradients that were 0 so far are no measure of the next one
     spike &= state.median > 0
     # negated, so that a growth of NaN is refused
     chaotic = ~(info.get("growth", jnp.zeros(())) <= trust.max_growth)
     unsolved = ~(info.get("residual", jnp.zeros(())) <= trust.max_residual)
+    unsolved |= ~(info.get("unconverged_share", jnp.zeros(())) <= trust.max_unconverged)
     finite = info["finite"] & jnp.isfinite(norm)
     # From the mildest to the gravest, each over the one before: NaN must not pass for a spike.
     reason = jnp.where(unsolved, NOT_SOLVED, TRUSTED)
@@ -178,8 +183,7 @@ def remember(
 
 def recent_refusals(state: TrustState) -> jax.Array:
     """How many of the last 16 updates were refused, int32."""
-    last = state.refusals & jnp.uint32(2**LATELY - 1)
-    return jax.lax.population_count(last).astype(jnp.int32)
+    return jax.lax.population_count(state.refusals & (2**LATELY - 1)).astype(jnp.int32)
 
 
 def gropes(state: TrustState, refused: jax.Array) -> jax.Array:
@@ -310,16 +314,18 @@ def outer_update(
     *,
     retries: bool,
 ) -> Outer:
-    """One projected step in unit coordinates along a hypergradient that has been judged.
-
-    `retries`: a refused one may be taken again at the same place.
-    """
+    """One projected step along a judged hypergradient; `retries`: a refused one may be again."""
     trust, unit = state.trust, state.now.unit
     size = norm(grad)
     again = stands(trust, refused) & retries
     history = remember(trust, size, refused, steps, again)
     step_grad = temper(grad, size, trust, refused)
     updates, outer_state = optimizer.update(step_grad, state.now.outer_state, unit)
+    # What is not at rest yet trains on from here, and moves nothing else.
+    waits = refused == NOT_SOLVED
+    as_before = (trust._replace(refusals=history.refusals), state.now.outer_state)
+    history, outer_state = select(waits, as_before, (history, outer_state))
+    updates = jax.tree.map(lambda u: jnp.where(waits, 0, u), updates)
     # The limit holds per coordinate and after the scale: Adam's first step has the length of its
     # rate whatever the gradient, and a user's optimiser may take any.
     scale = jnp.where(gropes(trust, refused), 1.0, history.scale)
@@ -328,12 +334,12 @@ def outer_update(
     # Away from chaos by a whole step, as towards it they are shortened (by this scale): else the
     # trusted hypergradient, which does not see it, would undo each step away.
     mirrored = jax.tree.map(lambda t, u: t + (t - u) / trust.scale, state.trusted.unit, unit)
-    away = retreats(trust, refused)
+    away = retreats(trust, refused) & ~waits
     moved, outer_state = select(
         away, (space.project(mirrored), state.trusted.outer_state), (moved, outer_state)
     )
     whole = trust.shortened == 0
-    accepted = (refused == 0) & whole
+    accepted = ((refused == 0) & whole) | waits
     moves_on = ((refused == 0) & ~whole) | gropes(trust, refused) | away
     worth = inner_product(step_grad, jax.tree.map(jnp.subtract, unit, moved))
     worth = jnp.where(accepted, worth, 0.0)

@@ -1,0 +1,63 @@
+"""Functions that declare their own derivative: which of them a program calls.
+
+A declared rule need not be the derivative of the value (gradient reversal, clipping in the backward
+pass, straight-through estimators). The gradient of a loss that calls one need not be the gradient
+of anything, so its derivative need not be symmetric.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+# Their custom_jvp rules are derivatives, written down for their digits or their speed alone.
+_TRUSTED = tuple(str(Path(str(package.__file__)).parent / "_")[:-1] for package in (jax, optax))
+
+
+def declared_rules(function: Callable[..., Any], *args: Any, backward: bool = False) -> list[str]:
+    """The names of the functions with a rule of their own that `function(*args)` calls.
+
+    Those with a `custom_vjp` or a `linear_call`, at any depth of the traced program (scans,
+    branches, calls), and unless only `backward` rules are asked for, those with a `custom_jvp` that
+    is not JAX's or optax's own. Traces `function` once; runs nothing.
+
+    >>> import jax
+    >>> reverse = jax.custom_vjp(lambda x: x)
+    >>> reverse.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+    >>> declared_rules(lambda x: jax.checkpoint(reverse)(jax.nn.relu(x)), 1.0)
+    ['<lambda>']
+    """
+    found = _rules(jax.make_jaxpr(function)(*args).jaxpr, backward)
+    return list(dict.fromkeys(found))
+
+
+def function_name(jaxpr: Any) -> str:
+    """The name of the function that a call's program was traced from."""
+    # "name at file:line", or the bare name, as JAX records it for error messages
+    return str(jaxpr.debug_info.func_src_info).split(" at ")[0].rsplit(".", 1)[-1]
+
+
+def _rules(jaxpr: Any, backward: bool) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, list(_inner_programs(eqn.params))
+        if name.startswith(("custom_vjp_call", "linear_call")) or (
+            name == "custom_jvp_call" and not (backward or _is_trusted(inner[0]))
+        ):
+            yield function_name(inner[0])
+        for program in inner:
+            yield from _rules(program, backward)
+
+
+def _inner_programs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            program = getattr(item, "jaxpr", item)  # of a closed one
+            if hasattr(program, "eqns"):
+                yield program
+
+
+def _is_trusted(jaxpr: Any) -> bool:
+    source = str(jaxpr.debug_info.func_src_info).partition(" at ")[2]
+    return source.startswith(_TRUSTED)

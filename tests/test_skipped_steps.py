@@ -1,0 +1,125 @@
+"""A step that was not taken contributes exactly nothing, in every mode: no 0 times NaN."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.testing import relative_error
+
+K, BAD = 5, 2
+X = np.array(jax.random.normal(jax.random.key(0), (K, 8, 3)))
+Y = X @ np.arange(3.0, dtype="f")
+VALID = X[0].copy(), Y[0].copy()
+X[BAD, 1, 0] = np.nan
+KEY = jax.random.key(0)
+
+
+def loss(w: jax.Array, h: Any, b: Any, key: Any) -> jax.Array:
+    return jnp.mean((b[0] @ w - b[1]) ** 2)
+
+
+@jax.custom_vjp
+def clipped(x: jax.Array) -> jax.Array:
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.tanh(g),))
+
+
+def by_value(step: Any, value: Any = None, **extra: Any) -> jax.Array:
+    return jnp.isfinite(value)
+
+
+def branch(inner: Any) -> Any:
+    """A user's own lax.cond."""
+
+    def update(g: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        go = lambda _: inner.update(g, state, params)  # noqa: E731
+        stay = lambda _: (jnp.zeros_like(g), state)  # noqa: E731
+        return jax.lax.cond(jnp.isfinite(g).all(), go, stay, None)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 9),
+    "conditionally_mask": lambda inner: optax.conditionally_mask(inner, by_value, True),
+    "conditionally_transform": lambda inner: optax.chain(
+        optax.conditionally_transform(inner, by_value, True), optax.zero_nans()
+    ),
+    "lax.cond": branch,
+}
+
+
+def gradients(wrapper: str, train_loss: Any = loss) -> Callable[..., Any]:
+    problem = hg.bilevel(
+        lambda key: jnp.full(3, 0.1),
+        train_loss,
+        loss,
+        lambda h: WRAPPERS[wrapper](optax.adam(h["lr"], b1=h["b1"])),
+    )
+
+    def run(hyper: Any, estimator: Any) -> Any:
+        arguments = None, (X, Y), VALID, KEY
+        return hg.hypergradient(problem, hyper, *arguments, estimator=estimator).grad
+
+    return run
+
+
+HYPER = {"lr": jnp.array([0.03, 0.05]), "b1": jnp.array([0.9, 0.8])}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_reverse_forward_and_differences_agree(wrapper: str) -> None:
+    run = gradients(wrapper)
+
+    @jax.jit
+    def all_of_them() -> Any:
+        several = jax.tree.map(jnp.float64, HYPER)
+        one = jax.tree.map(lambda x: x[0], several)
+        estimators = hg.Unrolled(checkpoint="sqrt"), hg.Forward(), hg.FiniteDifference(1e-6)
+        return [run(one, e) for e in estimators], jax.vmap(lambda h: run(h, hg.Unrolled()))(several)
+
+    (reverse, forward, differences), several = all_of_them()
+    assert relative_error(reverse, forward) < 1e-12
+    assert relative_error(reverse, differences) < 1e-6
+    assert relative_error(jax.tree.map(lambda x: x[0], several), reverse) < 1e-12
+    assert abs(float(reverse["lr"])) > 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_loss_with_a_rule_of_its_own() -> None:
+    with_rule = lambda w, h, b, key: loss(clipped(w), h, b, key)  # noqa: E731
+    run = gradients("apply_if_finite", with_rule)
+    one = jax.tree.map(lambda x: jnp.float64(x[0]), HYPER)
+    reverse, forward = jax.jit(lambda: [run(one, e) for e in (hg.Unrolled(), hg.Forward())])()
+    assert abs(float(reverse["lr"])) > 0.1
+    assert relative_error(reverse, forward) < 1e-12
+
+
+def test_tuning_goes_on_across_a_nan_example() -> None:
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(3),
+        loss,
+        loss,
+        lambda h: optax.apply_if_finite(optax.adam(h["lr"]), 9),
+    )
+    tuner = hg.alternating(problem, hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")}))
+    state, update = tuner.init({"lr": 0.003}, KEY), jax.jit(tuner.update)
+    for _ in range(10):
+        state, info = update(state, (X, Y), VALID)
+        assert int(info.refused) == 0
+    assert float(info.hyper["lr"]) > 0.01
+
+
+def test_nan_is_no_zero_where_the_step_was_taken() -> None:
+    problem = hg.bilevel(lambda key: jnp.zeros(3), loss, loss, lambda h: optax.sgd(h["lr"]))
+    estimate = hg.hypergradient(problem, {"lr": 0.1}, None, (X, Y), VALID, KEY)
+    assert jnp.isnan(estimate.grad["lr"]) and not bool(estimate.info["finite"])
