@@ -1,6 +1,7 @@
 """Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
 
 import math
+import re
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -113,6 +114,37 @@ def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> s
         end = f", {remedy}." if remedy else "."
         raise ValueError(f"{_given(name, value)} is unknown: choose {listed}{end}")
     return value
+
+
+def in_one_sentence(error: OSError, what: str, then: str) -> OSError:
+    """`error` again, of its kind, as `what` failed, why, and what to do `then`.
+
+    >>> in_one_sentence(OSError(28, "No space left"), "a.txt cannot be written", "make room")
+    OSError('a.txt cannot be written (No space left): make room.')
+    """
+    told = type(error)(f"{what} ({error.strerror or error}): {then}.")
+    told.errno = error.errno
+    return told
+
+
+def printable(text: str) -> str:
+    r"""`text` with what would steer a terminal written out.
+
+    >>> print(printable("a\x1b[2Jb\nc"))
+    a\x1b[2Jb\nc
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_passwords(text: str) -> str:
+    """`text` without the passwords of URLs in it: they must not stand in messages.
+
+    >>> without_passwords("postgresql://me:pa@ss@host/db?sslpassword=x")
+    'postgresql://me:***@host/db?sslpassword=***'
+    """
+    # Greedy: a password that was not quoted may hold an @ itself.
+    text = re.sub(r"((?:^|[\s'\"=(])(?:[\w+.-]+:/*)?[^\s/:@'\"]*:)[^\s]*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)
 
 
 def _given(name: str, value: object) -> str:

@@ -25,6 +25,7 @@ from hypergrad.plotting.panels import (
     legend_above,
     log_if_wide,
     new_panels,
+    plain,
     set_hyper_axis,
     set_step_axis,
 )
@@ -227,7 +228,7 @@ def plot_run(
         _legend(axes[count], without="refused")
     figure = axes[0].figure
     if title:
-        figure.suptitle(title)
+        figure.suptitle(plain(title))
     return figure
 
 

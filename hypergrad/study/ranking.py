@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hypergrad.checks import integer
+from hypergrad.checks import integer, printable
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR, counted
@@ -69,7 +69,9 @@ def table(study: optuna.Study, count: int = 10) -> str:
     """The best trials as text, one line each, and how many there are of each state."""
     lines = [states(study)]
     for best in ranked(study)[: integer("count", count, 0)]:
-        values = "  ".join(f"{name}={short(value)}" for name, value in best.hyper.items())
+        values = "  ".join(
+            f"{printable(name)}={short(value)}" for name, value in best.hyper.items()
+        )
         lines.append(
             f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
         )
@@ -86,7 +88,7 @@ def failed_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def short(value: Any) -> str:
     """A value in three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))
 
 
 class Scored(NamedTuple):

@@ -75,4 +75,10 @@ def stored_space(study: optuna.Study) -> Space:
             f"The study {study.study_name!r} says nothing of its space: only studies that "
             "hypergrad.sweep has opened do."
         )
-    return space_of(stored)
+    try:
+        return space_of(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The study {study.study_name!r} describes its space as {str(stored)[:80]!r}, which "
+            f"cannot be read ({type(error).__name__}: {error})."
+        ) from None
