@@ -25,7 +25,7 @@ ROOMS = {
     "tuners": "base trust alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
-    "study": "optuna_private distributions signature workers journal storage slots sampler"
+    "study": "optuna_private distributions signature workers lock journal storage slots sampler"
     " ranking study",
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers cohort result sweep",

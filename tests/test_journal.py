@@ -17,8 +17,9 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.cli import main
-from hypergrad.study import journal
-from hypergrad.study.journal import Journal, JournalLock, JournalReader, log_of
+from hypergrad.study import journal, lock
+from hypergrad.study.journal import Journal, JournalReader, log_of
+from hypergrad.study.lock import JournalLock
 from hypergrad.study.storage import open_storage
 from hypergrad.study.study import open_study
 
@@ -244,8 +245,8 @@ def test_a_lock_is_waited_for_with_an_end(
 ) -> None:
     """A stopped process holds the kernel's lock for as long as it is stopped."""
     path = str(tmp_path / "a.journal")
-    monkeypatch.setattr(journal, "_TELL_AFTER", 0.1)
-    monkeypatch.setattr(journal, "_LOCK_PATIENCE", 0.5)
+    monkeypatch.setattr(lock, "_TELL_AFTER", 0.1)
+    monkeypatch.setattr(lock, "_PATIENCE", 0.5)
     held = JournalLock(path)
     with held:
         begin = time.process_time()
@@ -267,7 +268,7 @@ def test_a_stale_link_is_taken_away(
     path = str(tmp_path / "a.journal")
     (tmp_path / "other").touch()
     os.symlink(target, path + ".lock")
-    monkeypatch.setattr(journal, "_LINK_PATIENCE", 0.3)
+    monkeypatch.setattr(lock, "_LINK_PATIENCE", 0.3)
     begin, busy = time.monotonic(), time.process_time()
     with JournalLock(path):
         assert time.monotonic() - begin > 0.2
@@ -373,7 +374,7 @@ def test_a_stopped_process_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureF
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     process.send_signal(signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "_TELL_AFTER", 0.2)
+        patch.setattr(lock, "_TELL_AFTER", 0.2)
         os.kill(process.pid, 0)
         continued = subprocess.Popen(["sh", "-c", f"sleep 0.6; kill -CONT {process.pid}"])
         with JournalLock(str(path)):

@@ -36,7 +36,7 @@ def chosen(names: Iterable[str] | None, known: Sequence[str], kind: str) -> list
     return list(names)
 
 
-def plain(text: str) -> str:
+def literal(text: str) -> str:
     """`text` as matplotlib draws it letter by letter: a `$` would begin a formula."""
     return printable(text).replace("$", r"\$")
 
@@ -68,7 +68,7 @@ def new_panels(count: int, size: tuple[float, float] | None = None) -> np.ndarra
 def set_hyper_axis(axis: Axes, name: str, dimension: Float) -> None:
     """Sets the vertical axis to a hyperparameter's name, its scale and its range."""
     # A long name shrinks to the height of its panel.
-    axis.set_ylabel(plain(name), fontsize=10 * min(1, 22 / len(name)))
+    axis.set_ylabel(literal(name), fontsize=10 * min(1, 22 / len(name)))
     if dimension.scale == "log":
         axis.set_yscale("log")
     elif dimension.scale == "reverse_log":
@@ -122,7 +122,7 @@ def legend_above(axis: Axes, handles: Sequence[Artist], labels: Sequence[str]) -
     columns = int(inches / (0.07 * (max(map(len, labels)) + 5)))
     axis.legend(
         handles,
-        [*map(plain, labels)],
+        [*map(literal, labels)],
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=min(max(columns, 1), len(labels)),

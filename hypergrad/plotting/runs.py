@@ -23,9 +23,9 @@ from hypergrad.plotting.panels import (
     chosen,
     given_or_new,
     legend_above,
+    literal,
     log_if_wide,
     new_panels,
-    plain,
     set_hyper_axis,
     set_step_axis,
 )
@@ -228,7 +228,7 @@ def plot_run(
         _legend(axes[count], without="refused")
     figure = axes[0].figure
     if title:
-        figure.suptitle(plain(title))
+        figure.suptitle(literal(title))
     return figure
 
 

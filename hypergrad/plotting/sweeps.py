@@ -25,9 +25,9 @@ from hypergrad.plotting.panels import (
     chosen,
     given_or_new,
     legend_above,
+    literal,
     log_if_wide,
     new_panels,
-    plain,
     png,
     set_hyper_axis,
     set_step_axis,
@@ -100,7 +100,7 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     # The largest on top.
     found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
     axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
-    axis.barh([*map(plain, found)], list(found.values()), color=PALETTE[0], height=0.65)
+    axis.barh([*map(literal, found)], list(found.values()), color=PALETTE[0], height=0.65)
     for i, share in enumerate(found.values()):
         text = f"{share:.2f}" if share >= 0.01 else "<0.01"
         axis.text(share, i, f" {text}", va="center", fontsize=8)
