@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 ROOMS = {
     "trees": "",
     "checks": "",
+    "files": "lock journal",
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
     "optim": "transforms schedules",
@@ -25,8 +26,7 @@ ROOMS = {
     "tuners": "base trust alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history identity checkpoints progress callbacks fit",
-    "study": "optuna_private distributions signature workers lock journal storage slots sampler"
-    " ranking study",
+    "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers cohort result sweep",
     "nn": "dropout linen nnx",

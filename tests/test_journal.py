@@ -17,9 +17,9 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.cli import main
-from hypergrad.study import journal, lock
-from hypergrad.study.journal import Journal, JournalReader, log_of
-from hypergrad.study.lock import JournalLock
+from hypergrad.files import journal, lock
+from hypergrad.files.journal import Journal, JournalReader, log_of
+from hypergrad.files.lock import JournalLock
 from hypergrad.study.storage import open_storage
 from hypergrad.study.study import open_study
 
@@ -365,7 +365,7 @@ def test_a_stopped_process_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureF
     """SIGSTOP while it holds the lock; the other waits, and goes on when it is freed."""
     path = tmp_path / "a.journal"
     program = (
-        "import sys, time; from hypergrad.study.journal import JournalLock\n"
+        "import sys, time; from hypergrad.files.journal import JournalLock\n"
         "with JournalLock(sys.argv[1]): print('held', flush=True); time.sleep(0.5)"
     )
     process = subprocess.Popen(

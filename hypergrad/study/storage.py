@@ -27,7 +27,7 @@ from optuna.storages import (
 from optuna.storages.journal import JournalFileBackend
 
 from hypergrad.checks import WrongTypeError, without_passwords
-from hypergrad.study.journal import Journal, JournalReader
+from hypergrad.files.journal import Journal, JournalReader
 from hypergrad.study.optuna_private import backend_of, path_of
 
 # How long a process waits for another one's transaction on SQLite, in seconds.

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from optuna.storages.journal import BaseJournalBackend
 
 from hypergrad.checks import in_one_sentence
-from hypergrad.study.lock import JournalLock
+from hypergrad.files.lock import JournalLock
 
 _log = logging.getLogger("hypergrad")
 

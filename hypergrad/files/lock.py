@@ -1,4 +1,4 @@
-"""The lock of a journal: Optuna's symbolic link, which no killed or stopped process keeps for good."""
+"""Locks that a killed process leaves to the next one, and that nobody waits for without an end."""
 
 import contextlib
 import errno
