@@ -25,7 +25,7 @@ ROOMS = {
     " auto hypergradient choose",
     "tuners": "base trust alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
-    "training": "history identity checkpoints progress callbacks fit",
+    "training": "history identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers cohort result sweep",

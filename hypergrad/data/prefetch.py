@@ -76,7 +76,7 @@ def feed(
     finally:
         stopped.set()
         # A source that blocks for good must not block the end of the run.
-        thread.join(timeout=5)
+        thread.join(timeout=1)
 
 
 def _read(train: Constant | Stream, valid: Constant | Stream, save: bool) -> Fed:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Self
 
+from hypergrad.checks import in_one_sentence
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -137,8 +139,89 @@ class JournalLock:
         return f"process {text} on this machine"
 
     def _let_go(self) -> None:
+        # In words: a process that was forked in between has the file open, too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+class FolderLock:
+    """A folder is written by one process and one thread: a second one gets ValueError at once.
+
+    A lock of the kernel, which ends with its process and is not inherited by processes that it
+    starts, on a file in the folder that names its owner. Where only one machine sees such a lock
+    (some network mounts), an owner on another machine that did not end by itself is warned of.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], what: str) -> None:
+        self._folder, self._what = os.path.realpath(folder), what
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        # The kernel knows processes alone; a fork takes nothing over.
+        if _folders.setdefault((os.getpid(), self._folder), self) is not self:
+            raise ValueError(self._refusal("another thread of this process"))
+        try:
+            flags = os.O_RDWR | os.O_CREAT
+            self._descriptor = os.open(os.path.join(self._folder, ".lock"), flags, 0o666)
+            self._take()
+        except OSError as error:
+            self.__exit__()
+            raise in_one_sentence(
+                error,
+                f"{self._what}: {self._folder!r} cannot be written",
+                "make room or give the right to write, and run the same command again",
+            ) from None
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                if self._owner()[:2] == self._me()[:2]:
+                    os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = -1
+        _folders.pop((os.getpid(), self._folder), None)
+
+    def _take(self) -> None:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    host, pid, since = [*self._owner(), "?", "?", "?"][:3]
+                    who = f"process {pid} on {host}, since {since}"
+                    raise ValueError(self._refusal(who)) from None
+        owner = self._owner()
+        if owner and owner[0] != self._me()[0]:
+            _log.warning(
+                f"{self._what}: process {owner[1]} on {owner[0]} wrote to {self._folder!r} and did "
+                "not end by itself; if it still runs, end it."
+            )
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, "\n".join(self._me()).encode(), 0)
+
+    def _refusal(self, who: str) -> str:
+        return (
+            f"{self._what}: {self._folder!r} is written by {who}: wait for its end, or name "
+            "another folder."
+        )
+
+    def _owner(self) -> list[str]:
+        text = os.pread(self._descriptor, 1000, 0).decode(errors="replace")
+        return text.splitlines() if text.count("\n") == 2 else []
+
+    def _me(self) -> list[str]:
+        return [socket.gethostname(), str(os.getpid()), time.strftime("%Y-%m-%d %H:%M:%S")]
+
+
+_folders: dict[tuple[int, str], FolderLock] = {}
 
 
 @cache

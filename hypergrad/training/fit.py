@@ -4,8 +4,6 @@ import contextlib
 import itertools
 import logging
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -24,6 +22,7 @@ from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, 
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import FitProgress
+from hypergrad.training.signals import Signals, Stopped
 from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
@@ -119,7 +118,10 @@ def fit(
 
     A checkpoint of another problem, space or start is refused; one that is torn is dropped for the
     one before. SIGTERM saves, then ends the process as its earlier handler does, else with exit
-    status 143; only where `fit` runs in the main thread.
+    status 143; within five seconds where data or a callback hang, and at once when it comes again.
+    Ctrl-C saves and is then raised, saying where. Both only where `fit` runs in the main thread.
+    One process at a time writes to a folder; guard it as you would a program, as the state of a
+    loader is unpickled from it.
 
     Cost over the loop: see docs/benchmarks.md (`python -m benchmarks.fit`).
 
@@ -168,12 +170,11 @@ def fit(
     run = _Run(tuner, resumed, asked, steps, about)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
-        # Without a checkpoint there is nothing to save: SIGTERM then does what it always does.
-        terminated = None
+        # Without a checkpoint there is nothing to save: signals then do what they always do.
         if checkpoint is not None:
             run.saver = stack.enter_context(Saver(checkpoint))
             run.every = checkpoint.every
-            terminated = stack.enter_context(_on_sigterm())
+            stack.enter_context(run.signals)
         ahead = run.prepare(batches)
         for callback in callbacks:
             # Before `open`, so that one which fails half-way is closed, too.
@@ -181,13 +182,9 @@ def fit(
             getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
         run.progress = stack.enter_context(FitProgress(resumed.done, asked.stop, steps))
-        run.through(ahead, terminated)
+        run.through(ahead)
     # Only here: at the end of the stack the last save was waited for.
-    if terminated is not None and terminated.is_set():
-        # A handler of the user's own has its turn; the usual one would end us without cleaning up.
-        if callable(signal.getsignal(signal.SIGTERM)):
-            signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
+    run.end_if_wanted()
     return run.result()
 
 
@@ -219,13 +216,17 @@ class _Run:
         self.saved = resumed.done
         self.bad_in_a_row = 0
         self.update = _compiled(tuner.update)
+        self.signals = Signals()
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
         """What is left of `batches`, once the program is seen to be the checkpoint's."""
         try:
-            fed = next(batches)
+            with self.signals.within():
+                fed = next(batches)
         except RanOut as reason:
             self._ran_out(reason)
+            return iter(())
+        except Stopped:
             return iter(())
         if self.saver is not None:
             program = program_of(self.update.trace(self.state, fed.train, fed.valid))
@@ -240,11 +241,11 @@ class _Run:
             self.about["program"] = program
         return iter(()) if self.done == self.asked.stop else itertools.chain([fed], batches)
 
-    def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
+    def through(self, batches: Iterator[Fed]) -> None:
         """All updates, as long as there are data and nobody wants an end."""
         pending: deque[_Pending] = deque()
         try:
-            for fed in batches:
+            for fed in self._waited_for(batches):
                 self.state, info = self.update(self.state, fed.train, fed.valid)
                 loss = getattr(getattr(self.state, "inner", None), "loss", None)
                 self.done, self.positions = self.done + 1, fed.positions
@@ -254,14 +255,37 @@ class _Run:
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
                     self._settle(pending.popleft())
-                if terminated is not None and terminated.is_set():
+                if self.signals.wanted is not None:
                     break
         except RanOut as reason:
             self._ran_out(reason)
+        except Stopped:
+            self.callbacks = ()  # one of them may be what hangs
         while pending:
-            self._settle(pending.popleft())
+            try:
+                self._settle(pending.popleft())
+            except Stopped:
+                self.callbacks = ()
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
+
+    def _waited_for(self, batches: Iterator[Fed]) -> Iterator[Fed]:
+        while True:
+            with self.signals.within():
+                fed = next(batches, None)
+            if fed is None:
+                return
+            yield fed
+
+    def end_if_wanted(self) -> None:
+        """End as a signal asked for."""
+        if self.signals.wanted is not None and self.saver is not None:
+            message = (
+                f"checkpoint: stopped by {self.signals.wanted.name}; {self.saved} updates are "
+                f"saved in {self.saver.folder}, and the same command goes on from there."
+            )
+            _log.warning(message)
+            self.signals.end(message)
 
     def result(self) -> FitResult:
         """What `fit` returns. Raises FloatingPointError."""
@@ -282,7 +306,8 @@ class _Run:
         finite = np.isfinite(record.loss) if record.finite is None else record.finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         for callback in self.callbacks:
-            callback(record)
+            with self.signals.within():
+                callback(record)
         self.progress.show(record)
         # After the callbacks, which are to show this update, and before a save of what is lost.
         if self.bad_in_a_row == _HOPELESS:
@@ -331,18 +356,3 @@ def _strong(leaf: Leaf) -> jax.Array:
     if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
         return leaf
     return jnp.asarray(leaf, jnp.result_type(leaf))
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside the main thread, where no handler can be, it never is."""
-    terminated = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield terminated
-        return
-
-    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    try:
-        yield terminated
-    finally:
-        signal.signal(signal.SIGTERM, before)
