@@ -26,8 +26,7 @@ class Signals:
 
     The first SIGTERM or Ctrl-C sets `wanted`, to which the loop looks between updates. What it
     waits for `within` is broken off by `Stopped`: at once after Ctrl-C, after two seconds after
-    SIGTERM. A second SIGTERM does what it would have done without us, a second Ctrl-C is a
-    KeyboardInterrupt.
+    SIGTERM. A second SIGTERM ends the process at once, a second Ctrl-C is a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -82,8 +81,10 @@ class Signals:
         if self._broke_off:
             self._break_off()
         elif self.wanted == signal.SIGTERM:
-            self._give_back(signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            # A handler of the user's own gets it once, when all is saved.
+            if self._before[signal.SIGTERM] == signal.SIG_DFL:
+                self._give_back(signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.wanted = signal.SIGTERM
             threading.Thread(target=self._watch, name="hypergrad-sigterm", daemon=True).start()
