@@ -136,12 +136,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def without_passwords(text: str) -> str:
+def without_passwords(text: str, urls_only: bool = False) -> str:
     """`text` without the passwords of URLs in it: they must not stand in messages.
+
+    A URL may lack its slashes or its scheme, unless `urls_only`: in a program `x[:, i]@w` is none.
 
     >>> without_passwords("postgresql://me:pa@ss@host/db?sslpassword=x")
     'postgresql://me:***@host/db?sslpassword=***'
     """
+    if urls_only:
+        return re.sub(r"(\w://[^\s/:@'\"]*:)[^\s'\"]*@", r"\1***@", text)
     # Greedy: a password that was not quoted may hold an @ itself.
     text = re.sub(r"((?:^|[\s'\"=(])(?:[\w+.-]+:/*)?[^\s/:@'\"]*:)[^\s]*@", r"\1***@", text)
     return re.sub(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)

@@ -102,6 +102,8 @@ def _sweep(options: argparse.Namespace) -> int:
         result = function(**{key: value for key, value in given.items() if value is not None})
     except Exception as error:
         raise _Ended(f"{options.file}: {_short(error)}", NOTHING_FOUND) from error
+    if getattr(result, "interrupted", False):
+        raise KeyboardInterrupt
     if not hasattr(result, "study"):
         raise _Ended(
             f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."

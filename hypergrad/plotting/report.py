@@ -12,7 +12,7 @@ import optuna
 from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import failed_trials, ranked, short, states
+from hypergrad.study.ranking import failed_trials, ranked, reason_of, short, states
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR
 
@@ -102,7 +102,7 @@ def _failures(study: optuna.Study) -> str:
     if not failed:
         return ""
     texts = [
-        f"<p>#{t.number}: {html.escape(str(t.params))}</p>"
+        f"<p>#{t.number}: {html.escape(str(t.params))}<br>{html.escape(reason_of(t))}</p>"
         f"<pre>{html.escape(str(t.user_attrs.get(ERROR, 'no traceback was recorded')))}</pre>"
         for t in failed[:10]
     ]

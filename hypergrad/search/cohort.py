@@ -149,10 +149,34 @@ class Standings(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Trials whose program raised, and the traceback."""
+    """Trials whose program raised.
+
+    Attributes:
+      proposals: the trials.
+      error: the traceback; its last line is the reason.
+      reason: type and text of the exception, in a line.
+      before_training: whether it was raised while a program was made or traced, as every trial of
+        the program would meet it, and not by the device.
+    """
 
     proposals: Sequence[Proposal]
     error: str
+    reason: str
+    before_training: bool
+
+
+def failure(proposals: Sequence[Proposal], error: Exception) -> Failure:
+    """What there is to say about trials whose program raised `error`."""
+    told = traceback.TracebackException.from_exception(error)
+    # JAX's note about frames that it left out would stand where the reason does.
+    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in str(note)]
+    told.__notes__ = notes or None
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    of_device = isinstance(error, jax.errors.JaxRuntimeError | FloatingPointError)
+    lines = "".join(told.format()).splitlines()
+    # A text of several lines, or a note, is behind it otherwise.
+    lines += [reason] if lines[-1] != reason else []
+    return Failure(proposals, "\n".join(lines), reason, not of_device)
 
 
 @dataclasses.dataclass(eq=False)
@@ -218,8 +242,8 @@ class Cohort:
                 groups.append(self._group(team, _width(len(team), most)))
             except ProblemError:
                 raise
-            except Exception:
-                yield Failure(team, traceback.format_exc())
+            except Exception as error:
+                yield failure(team, error)
         return groups
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
@@ -249,7 +273,7 @@ class Cohort:
                     # Memory may suffice for one where it does not for all: each alone, from here.
                     groups = [_part(group, [i]) for i in range(len(group.proposals))] + groups
                 else:
-                    yield Failure(group.proposals, traceback.format_exc())
+                    yield failure(group.proposals, error)
         return trained, standings
 
     def _advanced(self, group: Group, done: int, until: int) -> Group:

@@ -4,14 +4,15 @@ import itertools
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import optuna
 
-from hypergrad.checks import choice, integer
+from hypergrad.checks import choice, integer, printable
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
@@ -21,12 +22,17 @@ from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
+from hypergrad.study.storage import open_storage, told_in_one_sentence
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
 from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
+
+# Trials that fail alike before any training, after which no other is tried; and how often it is
+# said who is waited for, in seconds.
+_ALIKE, _TELL_EVERY = 3, 60.0
 
 
 def sweep(
@@ -92,7 +98,9 @@ def sweep(
         left) where standard error is a terminal. The logger "hypergrad" gets a line per rung.
 
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
-    traceback (user attribute `error`), the logger gets a warning, and the sweep goes on.
+    traceback (user attributes `error` and `reason`), the logger gets a warning, and the sweep goes
+    on; but not after three that have failed alike before any training, where none has trained.
+    Ctrl-C ends the sweep with what it has: running trials are queued again.
 
     Raises:
       ValueError: what `open_study` refuses (another space, another direction); a scheduler whose
@@ -138,14 +146,18 @@ def sweep(
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
-    with open_study(
-        space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
-    ) as opened:
+    backend = open_storage(storage)
+    with (
+        told_in_one_sentence(backend),
+        open_study(
+            space, backend, sampler, direction, sampler_seed, name, num_trials=num_trials
+        ) as opened,
+    ):
         check_recipe(opened.study, num_steps=num_steps, batch_size=batch_size, metric=metric)
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)
-        with SweepProgress(num_trials, progress) as view:
+        with SweepProgress(num_trials, progress) as view, _UntilInterrupted() as interrupted:
             cohort = Cohort(
                 programs,
                 _score_by(metric),
@@ -157,6 +169,7 @@ def sweep(
                 seed,
                 view.show if view.is_open else None,
             )
+            alike = _AllAlike(space)
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
@@ -165,9 +178,11 @@ def sweep(
                     break
                 for news in cohort.run(teams, ladder, population):
                     _tell(opened, news)
+                    alike.see(news)
                     _look_back(view, opened, cohort)
+    spent = cohort.spent
     return SweepResult(
-        opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed
+        opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
     )
 
 
@@ -223,14 +238,19 @@ def _ask_or_wait(
     opened: OpenStudy, count: int, population: int, record: bool
 ) -> list[list[Proposal]]:
     """Proposals as of `_ask`; where none are left, others', if they die, until all have ended."""
-    ended = False
+    ended, told = False, time.monotonic()
     while True:
         teams = _ask(opened, count, population, record)
         # Others may have given trials back between our asking and our looking: ask once more.
         if teams or ended:
             return teams
         if not opened.recover():
-            ended = not opened.progress().running
+            running = opened.progress().running
+            ended = not running
+            if running and time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                who = printable("; ".join(opened.others())) or "processes that use Optuna alone"
+                _log.warning(f"waiting for {running} trials that are run by {who}")
             # Each look reads the whole study, and a second is little beside a trial.
             time.sleep(0.0 if ended else 1.0)
 
@@ -260,7 +280,7 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
         for proposal in news.proposals:
             opened.fail(proposal, news.error)
         numbers = ", ".join(f"#{proposal.number}" for proposal in news.proposals)
-        _log.warning(f"{numbers} failed: {news.error.strip().splitlines()[-1]}")
+        _log.warning(f"{numbers} failed: {printable(news.reason)}")
         return
     for proposal, score, refined, attrs, fate in news.trials:
         if fate == "diverged":
@@ -275,6 +295,52 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
     best = "none finite" if news.best is None else f"best {news.best:.4g}"
     going = sum(standing.fate == "goes on" for standing in news.trials)
     _log.info(f"{len(news.trials)} trials at {news.steps} steps: {best}, {going} go on")
+
+
+class _UntilInterrupted:
+    """Ctrl-C ends what stands in it, and no more: what has finished is a result."""
+
+    once = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.once = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if self.once:
+            _log.warning(
+                "interrupted: the result holds what has finished; running trials are queued again, "
+                "and the same call goes on with them where it has a storage."
+            )
+        return self.once
+
+
+class _AllAlike:
+    """Ends a sweep in which nothing has trained, as the same error meets one trial after another.
+
+    Raises:
+      ProblemError: three have failed alike before any training, under more than one choice where
+        there are several, and none has trained.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._reasons: Counter[str] | None = Counter()
+        self._choices: set[frozenset[Any]] = set()
+        self._fewest = 2 if space.discrete else 1
+
+    def see(self, news: Standings | Failure) -> None:
+        if isinstance(news, Standings):
+            # What meets all has not met these.
+            self._reasons = None if news.trials else self._reasons
+        elif self._reasons is not None and news.before_training:
+            self._reasons[news.reason] += len(news.proposals)
+            self._choices |= {frozenset(p.choices.items()) for p in news.proposals}
+            alike = self._reasons[news.reason] >= _ALIKE
+            if alike and len(self._choices) >= self._fewest:
+                raise ProblemError(
+                    f"make_problem: {self._reasons[news.reason]} trials have failed alike before "
+                    f"any training, and none has trained: {news.reason}"
+                )
 
 
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:

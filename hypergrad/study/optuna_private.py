@@ -94,6 +94,11 @@ def _generators(sampler: BaseSampler, seen: set[int]) -> Iterator[np.random.Rand
             yield value
 
 
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Return where a study is kept, which it does not tell."""
+    return study._storage
+
+
 def backend_of(storage: BaseStorage) -> object:
     """Return what a storage keeps its studies in: itself, or the database or file it wraps."""
     if isinstance(storage, _CachedStorage | JournalStorage):

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hypergrad.checks import integer, printable
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import ERROR, counted
+from hypergrad.study.slots import ERROR, REASON, counted
 
 
 class Best(NamedTuple):
@@ -75,10 +75,18 @@ def table(study: optuna.Study, count: int = 10) -> str:
         lines.append(
             f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
         )
-    errors = [t.user_attrs[ERROR] for t in failed_trials(study) if t.user_attrs.get(ERROR)]
-    if errors and len(lines) == 1:
-        lines.append(f"the last error: {errors[-1].strip().splitlines()[-1]}")
+    reasons = [reason_of(trial) for trial in failed_trials(study)]
+    if reasons and len(lines) == 1:
+        lines.append(f"the last error: {reasons[-1]}")
     return "\n".join(lines)
+
+
+def reason_of(trial: FrozenTrial) -> str:
+    """Why a trial failed, in a line."""
+    error = str(trial.user_attrs.get(ERROR, "")).strip().splitlines()
+    # A study of an earlier version has no reasons.
+    reason = trial.user_attrs.get(REASON) or (error[-1] if error else "no traceback was recorded")
+    return printable(str(reason))
 
 
 def failed_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -216,12 +216,9 @@ def dashboard_command(storage: BaseStorage) -> str:
         ...
     ValueError: This study is kept in memory, where no dashboard can see it: sweep with ...
     """
-    backend = backend_of(storage)
-    if isinstance(backend, JournalFileBackend | JournalReader):
-        path = backend.path if isinstance(backend, JournalReader) else path_of(backend)
-        return f"optuna-dashboard {shlex.quote(path)}"
-    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
-        url = without_passwords(backend.url).split("***")
+    backend, place = backend_of(storage), place_of(storage)
+    if place is not None:
+        url = without_passwords(place).split("***") if "://" in place else [place]
         return "optuna-dashboard " + '"$PASSWORD"'.join(map(shlex.quote, url))
     if isinstance(backend, GrpcStorageProxy):
         raise ValueError(
@@ -234,6 +231,18 @@ def dashboard_command(storage: BaseStorage) -> str:
     raise ValueError(
         f"This study is kept {kept}: sweep with storage='sweep.journal' or a database's URL."
     )
+
+
+def place_of(storage: BaseStorage) -> str | None:
+    """Return the path or the URL by which another process can open a storage; None without one."""
+    backend = backend_of(storage)
+    if isinstance(backend, JournalReader):
+        return backend.path
+    if isinstance(backend, JournalFileBackend):
+        return path_of(backend)
+    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
+        return backend.url
+    return None
 
 
 def _is_in_memory(url: str) -> bool:

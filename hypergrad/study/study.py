@@ -4,6 +4,7 @@
 ordinary Optuna study: its plots, its dashboard and its storages work.
 """
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -16,18 +17,20 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from hypergrad.checks import choice, integer
+from hypergrad.checks import choice, integer, printable, without_passwords
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
 from hypergrad.study.signature import check_same
-from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, trial_counts
+from hypergrad.study.slots import ASKED, ERROR, REASON, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
-from hypergrad.study.workers import Worker
+from hypergrad.study.workers import Worker, others_alive
+
+_log = logging.getLogger("hypergrad")
 
 # A traceback's end says what went wrong; databases limit a text's length.
-_LONGEST_ERROR = 8000
+_LONGEST_ERROR, _LONGEST_REASON = 8000, 500
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,14 @@ class OpenStudy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            # What went wrong first is what a person has to know.
+            _log.warning(f"running trials could not be given back: {printable(str(error))}")
 
     def ask(
         self, fixed_choices: Mapping[str, Any] | None = None, *, record: bool = True
@@ -226,8 +235,14 @@ class OpenStudy:
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
     def fail(self, proposal: Proposal, error: str) -> bool:
-        """Record that a trial failed for good, with its traceback as user attribute `error`."""
-        return self._tell(proposal, TrialState.FAIL, None, None, {ERROR: error[-_LONGEST_ERROR:]})
+        """Record that a trial failed for good: its traceback, and the last line of it.
+
+        They are the user attributes `error` and `reason`. No URL's password is in them.
+        """
+        error = without_passwords(error, urls_only=True)
+        reason = printable(error.strip().splitlines()[-1])
+        attrs = {ERROR: error[-_LONGEST_ERROR:], REASON: reason[:_LONGEST_REASON]}
+        return self._tell(proposal, TrialState.FAIL, None, None, attrs)
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
@@ -268,6 +283,10 @@ class OpenStudy:
     def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
         return trial_counts(self.study)
+
+    def others(self) -> list[str]:
+        """Say who else works on the study, each in a few words."""
+        return others_alive(self.storage, self._worker.study_id, self._worker.id)
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.
