@@ -18,7 +18,7 @@ ROOMS = {
     "checks": "",
     "files": "lock journal",
     "space": "dimensions space description",
-    "data": "keys batches splits streams prefetch",
+    "data": "keys contents batches splits streams prefetch",
     "optim": "transforms schedules",
     "problem": "inner_gradient problem noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
@@ -28,7 +28,7 @@ ROOMS = {
     "training": "history identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
-    "search": "schedulers cohort result sweep",
+    "search": "schedulers recipe cohort result sweep",
     "nn": "dropout linen nnx",
     "testing": "contract check",
     "cli": "",

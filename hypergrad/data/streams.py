@@ -12,6 +12,7 @@ import numpy as np
 
 from hypergrad import checks
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches, num_steps
+from hypergrad.data.contents import contents
 from hypergrad.trees import Batch, Leaf, Train, Tree, leaf_names, path_name
 
 _log = logging.getLogger("hypergrad")
@@ -70,8 +71,14 @@ class Stream:
             self._open()
         if self._group is None:
             return jax.device_put(jax.tree.map(_copy, self._next()))
-        batches = [self._next() for _ in range(self._group)]
+        # A source may fill one buffer again and again.
+        batches = [jax.tree.map(_copy, self._next()) for _ in range(self._group)]
         return jax.device_put(jax.tree.map(_stack, *batches))
+
+    @property
+    def awaited(self) -> str:
+        """Which batch is read next, in words."""
+        return f"batch {self._read + 1} of {self._name}"
 
     def save(self) -> None:
         """Ask the iterable for its state, where it has one, so that `position` is quick to find."""
@@ -121,10 +128,15 @@ class Stream:
 
     def _raw(self) -> Batch:
         """The next batch as the iterable gives it, from its start again where it ends."""
-        batch = next(self._iterator, _END)
-        if batch is _END:
-            self._iterator = iter(self._source)
+        try:
             batch = next(self._iterator, _END)
+            if batch is _END:
+                self._iterator = iter(self._source)
+                batch = next(self._iterator, _END)
+        except Exception as error:
+            source = type(self._source).__name__
+            said = f"its {source} raised {type(error).__name__}: {error}"
+            raise _of_kind(error, f"{self.awaited.capitalize()} cannot be read: {said}") from error
         if batch is _END:
             raise self._exhausted()
         self._read += 1
@@ -219,6 +231,15 @@ def open_source(
     return Stream(name, data, group, position)
 
 
+def fixed(**data: Train | Batch) -> dict[str, dict[str, str]]:
+    """What those of the arguments hold that every update gets anew, see `contents`."""
+    return {
+        name: contents(value)
+        for name, value in data.items()
+        if isinstance(value, Minibatches) or _is_arrays(value)
+    }
+
+
 def steps_of(train: Train, steps_per_update: int | None) -> int:
     """K, from the axis that `train` has, or as given where it is an iterable of single batches."""
     if steps_per_update is not None:
@@ -286,6 +307,13 @@ def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 def _copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     # A device on the host may share an array's memory, which its owner may write to again.
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def _of_kind(error: Exception, text: str) -> Exception:
+    try:
+        return type(error)(text)
+    except Exception:  # a kind that takes more than a text
+        return RuntimeError(text)
 
 
 def _pack(state: object) -> str:

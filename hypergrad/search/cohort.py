@@ -21,6 +21,7 @@ from hypergrad.problem.structure import StructureError
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.space.space import Space
 from hypergrad.study.study import Proposal
+from hypergrad.trees import Hyper
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import Population, width_for
 from hypergrad.tuners.population.refine import Refine
@@ -46,7 +47,7 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Programs:
-    """Programs by their choices, each made once.
+    """Programs by their choices, each made once; `made` is told of choices, problem and values.
 
     Raises:
       ProblemError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or
@@ -59,6 +60,7 @@ class Programs:
     batch_size: int
     refine: Refine | None
     steps_per_update: int
+    made: Callable[[dict[str, Any], Problem, Hyper], None] | None = None
     _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
 
     def of(self, choices: dict[str, Any]) -> Program:
@@ -108,6 +110,8 @@ class Programs:
             require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
+        if self.made is not None:
+            self.made(choices, problem, middle)
 
 
 class Group(NamedTuple):

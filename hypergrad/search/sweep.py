@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import jax
@@ -17,6 +18,7 @@ from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
+from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
@@ -153,7 +155,13 @@ def sweep(
             space, backend, sampler, direction, sampler_seed, name, num_trials=num_trials
         ) as opened,
     ):
-        check_recipe(opened.study, num_steps=num_steps, batch_size=batch_size, metric=metric)
+        recipe: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
+        recipe |= {"metric": metric, "refine": describe_refine(refine)}
+        recipe |= {"told": told if moves else None}
+        if storage is not None:  # in memory nobody else's trials can be
+            recipe |= {"data": describe_data(data)}
+            programs.made = partial(check_losses, opened.study, data, batch_size)
+        check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)

@@ -8,12 +8,13 @@ transaction keeps its locks on PostgreSQL for hours. Each is mended here.
 import contextlib
 import os
 import random
+import re
 import shlex
 import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -97,17 +98,22 @@ def told_in_one_sentence(storage: BaseStorage) -> Iterator[None]:
         if not (database and isinstance(backend, RDBStorage)):
             raise
         raise OSError(
-            f"storage={without_passwords(backend.url)!r} cannot be used ({_reason(error)}): what "
+            f"storage={without_passwords(backend.url)!r} cannot be used "
+            f"({_reason(error, backend.url)}): what "
             "was told before stands in it; see that it is there and has room, and run the same "
             "call again."
         ) from None
 
 
-def _reason(error: BaseException) -> str:
-    """What a database's driver says, in one line."""
+def _reason(error: BaseException, url: str) -> str:
+    """What a database's driver says, in one line, without the URL's password or a part of it."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    text = str(getattr(cause, "orig", None) or cause or error)
-    return without_passwords(" ".join(text.split()))
+    text = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
+    password = re.search(r"://[^/:@]*:(.*)@", url)
+    # One that was not quoted is taken apart, and its parts for a host or a port.
+    for part in re.split(r"[@:/?#]", unquote(password[1])) if password else ():
+        text = text.replace(part, "***") if part else text
+    return without_passwords(text)
 
 
 def _open_database(url: str, read_only: bool) -> BaseStorage:
@@ -143,8 +149,8 @@ def _existing(url: str) -> RDBStorage:
 
 def _unusable(url: str, error: BaseException) -> str:
     return (
-        f"storage={without_passwords(url)!r} cannot be opened: {_reason(error)}. Check the URL, "
-        "that the server runs, or that the file's folder exists, and that this user may write "
+        f"storage={without_passwords(url)!r} cannot be opened: {_reason(error, url)}. Check the "
+        "URL, that the server runs, or that the file's folder exists, and that this user may write "
         "there."
     )
 

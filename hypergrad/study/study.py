@@ -22,7 +22,7 @@ from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
-from hypergrad.study.signature import check_same
+from hypergrad.study.signature import check_same, grid_seed
 from hypergrad.study.slots import ASKED, ERROR, REASON, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker, others_alive
@@ -73,7 +73,7 @@ def open_study(
     `storage` is None (memory), a path `"sweep.journal"`, a database's URL or an Optuna storage.
     `sampler` is `"tpe"` and `"random"` (Optuna's, with its defaults), `"grid"` (all values of the
     discrete hyperparameters, `grid_points` values evenly on the scale of each Float and of each
-    Int that has more), or an Optuna sampler. At most `num_trials` trials are run over all
+    Int that has more, in an order that no seed changes), or an Optuna sampler. At most `num_trials` trials are run over all
     processes and all times that the study is opened; None is no limit.
 
     Several processes may open one study at the same time. The first alone uses `seed`, and its
@@ -103,8 +103,9 @@ def open_study(
     if max_retries is not None:
         max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
-    # Every process lists the grid for itself, in an order that only an equal seed makes the same.
-    points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
+    grid_points = integer("grid_points", grid_points, 2)
+    if sampler == "grid":
+        coordinates.grid(grid_points, seed)  # refuses one that is too large
     engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
     study = optuna.create_study(
@@ -118,6 +119,10 @@ def open_study(
         load_if_exists=True,
     )
     check_same(study, coordinates, direction)
+    points = None
+    if sampler == "grid":
+        # Every process lists the grid for itself: a number is a point, whatever its seed.
+        points = coordinates.grid(grid_points, grid_seed(study, grid_points, seed))
     worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
     slots = Slots(study, worker, num_trials, points, max_retries)
     randomness = SavedRandomness(engine, seed, worker)

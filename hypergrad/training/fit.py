@@ -15,7 +15,7 @@ import numpy as np
 
 from hypergrad.checks import integer
 from hypergrad.data.prefetch import Fed, feed
-from hypergrad.data.streams import RanOut, open_source, refuse_missing_axis, steps_of
+from hypergrad.data.streams import RanOut, fixed, open_source, refuse_missing_axis, steps_of
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.callbacks import check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
@@ -155,7 +155,7 @@ def fit(
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
-        about = describe(tuner, state, steps)
+        about = describe(tuner, state, steps) | {"data": fixed(train=train, valid=valid)}
         resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
     complete = resumed.done == asked.stop
