@@ -1,7 +1,10 @@
 """What a sweep and a run say of themselves: comparable scores, reasons, ends, secrets, pickles."""
 
+import contextlib
+import dataclasses
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -369,3 +372,52 @@ def test_a_stopped_worker_is_waited_for_and_given_up(
     finally:
         process.kill()
         process.communicate()
+
+
+def test_bad_data_are_told_from_divergence(caplog: pytest.LogCaptureFixture) -> None:
+    """One NaN among 128 numbers: 34 of 60 updates were refused, and nobody said why."""
+    x = X.copy()
+    x[3, 1] = np.nan
+    tuner = hg.alternating(make({}), SPACE)
+    state = tuner.init({"rate": 0.02}, jax.random.key(0))
+    valid = X[64:], Y[64:]
+    train = hg.Minibatches((x[:32], Y[:32]), batch_size=8, num_steps=4)
+    for data, valid_data, match in (
+        (train, valid, r"training step \d+, is not finite.* train, in examples \[3\] of 32"),
+        (
+            (x[None, :32], Y[None, :32]),
+            valid,
+            r"train, in steps and examples \[\[0, 3\]\] of 1 x 32",
+        ),
+        ((X[None, :32], Y[None, :32]), (x, Y), r"infinity in valid, in examples \[3\] of 96"),
+        ([(x[:8], Y[:8]), (X[:8], Y[:8])], valid, "It read batches 1 to 2 of train"),
+    ):
+        caplog.clear()
+        given = {"steps_per_update": 2} if isinstance(data, list) else {}
+        with contextlib.suppress(FloatingPointError):
+            hg.fit(tuner, state, data, valid_data, 12, **given)
+        assert re.search(match, caplog.text), caplog.text
+        assert caplog.text.count("is not finite") == 1
+    with pytest.raises(FloatingPointError, match=r"train, in .*; valid, in examples \[3\]"):
+        hg.fit(tuner, state, train, (x, Y), 25)
+    table = sweep(data=splits(x)).table()
+    assert "NaN or infinity in data.train, in examples [3] of 32 (leaf 0)" in table
+    # Divergence is not blamed on the data.
+    caplog.clear()
+    wide = hg.Space({"rate": hg.Float(1e-3, 1e6, scale="log")})
+    result = sweep(None, 1, space=wide, enqueue=[{"rate": 1e5}], num_steps=200)
+    assert "#0 failed: ValueError: the score is" in caplog.text
+    assert "infinity in" not in caplog.text + result.table()
+
+
+def test_a_training_loss_of_nan_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Gradients may be finite where the loss is not: what `where` hides is no derivative."""
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return _loss(w, hyper, batch, key) + jax.lax.stop_gradient(jnp.nan)
+
+    problem = hg.bilevel(lambda k: jnp.zeros(4), loss, _loss, lambda h: optax.sgd(h["rate"]))
+    tuner = hg.alternating(problem, SPACE)
+    train = hg.Minibatches((X[:32], Y[:32]), batch_size=8, num_steps=4)
+    hg.fit(tuner, tuner.init({"rate": 0.02}, jax.random.key(0)), train, (X[32:], Y[32:]), 5)
+    assert "The training loss was not finite in 5 of 5 updates" in caplog.text

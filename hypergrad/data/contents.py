@@ -46,7 +46,7 @@ def bad_examples(data: Tree, axes: int = 1) -> str | None:
     `axes` is 1 for examples, 2 for K batches of them.
 
     >>> bad_examples((np.array([1.0, np.nan, 2.0]),))
-    '0 in [1] of 3'
+    '[1] of 3 (leaf 0)'
     """
     for name, leaf in zip(leaf_names(data), map(as_array, jax.tree.leaves(data)), strict=True):
         if not isinstance(leaf, np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -58,5 +58,5 @@ def bad_examples(data: Tree, axes: int = 1) -> str | None:
             named = ", ".join(str(at[0] if len(at) == 1 else list(at)) for at in places)
             more = ", ..." if len(bad) > len(places) else ""
             of = " x ".join(map(str, leaf.shape[:axes]))
-            return f"{name} in [{named}{more}] of {of}"
+            return f"[{named}{more}] of {of} (leaf {name})"
     return None

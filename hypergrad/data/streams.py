@@ -221,7 +221,7 @@ def open_source(
     name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
 ) -> Constant | Stream:
     """`data` as what updates take from: as it is, or `group` batches of it from `position` on."""
-    if isinstance(data, Minibatches) or _is_arrays(data):
+    if is_fixed(data):
         return Constant(data)
     if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
         raise TypeError(
@@ -233,11 +233,12 @@ def open_source(
 
 def fixed(**data: Train | Batch) -> dict[str, dict[str, str]]:
     """What those of the arguments hold that every update gets anew, see `contents`."""
-    return {
-        name: contents(value)
-        for name, value in data.items()
-        if isinstance(value, Minibatches) or _is_arrays(value)
-    }
+    return {name: contents(value) for name, value in data.items() if is_fixed(value)}
+
+
+def is_fixed(data: Train | Batch) -> bool:
+    """Whether every update gets this as it is: arrays, or a `Minibatches`."""
+    return isinstance(data, Minibatches) or _is_arrays(data)
 
 
 def steps_of(train: Train, steps_per_update: int | None) -> int:
@@ -246,7 +247,7 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
         steps_per_update = checks.integer(
             "steps_per_update", steps_per_update, remedy=FIXES_A_SHAPE
         )
-    if not isinstance(train, Minibatches) and not _is_arrays(train):
+    if not is_fixed(train):
         if steps_per_update is None:
             raise ValueError(
                 f"train is a {type(train).__name__} of single batches, and fit cannot know how "

@@ -1,4 +1,4 @@
-"""Trials that train together: programs of equal choices, and cohorts that are halved at rungs.
+"""Trials that train together: groups of one program, and cohorts that are halved at rungs.
 
 Nothing here knows of a study: proposals come in, standings go out, and `sweep` asks and tells.
 """
@@ -12,106 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.data.batches import Minibatches
-from hypergrad.data.splits import Splits
-from hypergrad.estimators.base import Estimator, Window, require_structure
-from hypergrad.estimators.difference import FiniteDifference
-from hypergrad.problem.problem import Problem
-from hypergrad.problem.structure import StructureError
+from hypergrad.search.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
-from hypergrad.space.space import Space
 from hypergrad.study.study import Proposal
-from hypergrad.trees import Hyper
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
-from hypergrad.tuners.population.population import Population, width_for
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.tuners.population.population import width_for
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 _TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 # How often a rung says how far it is.
 _PARTS = 10
-
-
-class ProblemError(ValueError):
-    """A mistake in `make_problem` that every trial would meet: it ends the sweep."""
-
-
-class Program(NamedTuple):
-    """A problem of fixed choices, the space of its active Floats, and what trains its members."""
-
-    problem: Problem
-    space: Space
-    members: Population
-
-
-@dataclasses.dataclass(eq=False)
-class Programs:
-    """Programs by their choices, each made once; `made` is told of choices, problem and values.
-
-    Raises:
-      ProblemError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or
-        reads one that the space lacks.
-    """
-
-    make_problem: Callable[[dict[str, Any]], Problem]
-    space: Space
-    data: Splits
-    batch_size: int
-    refine: Refine | None
-    steps_per_update: int
-    made: Callable[[dict[str, Any], Problem, Hyper], None] | None = None
-    _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
-
-    def of(self, choices: dict[str, Any]) -> Program:
-        """The program of these choices."""
-        key = frozenset(choices.items())
-        if key not in self._made:
-            self._made[key] = self._make(choices)
-        return self._made[key]
-
-    def plain(self, choices: dict[str, Any]) -> Program:
-        """The same without refinement: hyperparameters stand still."""
-        problem, space, _ = program = self.of(choices)
-        if self.refine is None:
-            return program
-        return Program(problem, space, self._population(problem, space, None))
-
-    def _make(self, choices: dict[str, Any]) -> Program:
-        problem = self.make_problem(dict(choices))
-        if not isinstance(problem, Problem):
-            raise ProblemError(
-                f"make_problem returned {type(problem).__name__} for {choices}: return a "
-                "hypergrad.Problem, such as hypergrad.bilevel makes."
-            )
-        active = [n for n in self.space.continuous if self.space.is_active(n, choices)]
-        space = Space({n: dataclasses.replace(self.space[n], when=None) for n in active})
-        self._check(problem, space, choices)
-        # Choices under which no Float is active leave nothing to refine.
-        refine = self.refine if space.continuous else None
-        return Program(problem, space, self._population(problem, space, refine))
-
-    def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
-        train, valid, test = self.data
-        steps = None if refine is not None else self.steps_per_update
-        return Population(
-            problem, space, refine, train, valid, self.batch_size, steps_per_update=steps, test=test
-        )
-
-    def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
-        estimator = None if self.refine is None else self.refine.estimator
-        if not isinstance(estimator, Estimator):
-            # Nothing is differentiated, but a value that the problem ignores is a mistake.
-            estimator = FiniteDifference()
-        middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
-        batches = Minibatches(self.data.train, self.batch_size, self.steps_per_update)
-        window = Window(problem, None, batches, self.data.valid, jax.random.key(0))
-        try:
-            require_structure(estimator, window, middle)
-        except StructureError as error:
-            raise ProblemError(f"make_problem({choices}): {error}") from error
-        if self.made is not None:
-            self.made(choices, problem, middle)
 
 
 class Group(NamedTuple):
@@ -145,11 +56,15 @@ class Standing(NamedTuple):
 
 
 class Standings(NamedTuple):
-    """The trials that have trained for so many steps, and the best finite score among them."""
+    """The trials that have trained for so many steps, and the best finite score among them.
+
+    `why_not_finite` says whether the data are the reason where a trial's score is not finite.
+    """
 
     steps: int
     trials: list[Standing]
     best: float | None
+    why_not_finite: str = ""
 
 
 class Failure(NamedTuple):
@@ -364,7 +279,8 @@ class Cohort:
             elif standing.proposal.number not in going:
                 standing = standing._replace(fate="stopped" if after else "finished")
             trials.append(standing)
-        return Standings(steps, trials, best[0].score if best else None)
+        why = self.programs.bad_data if len(finite) < len(standings) else ""
+        return Standings(steps, trials, best[0].score if best else None, why)
 
 
 def _shrunk(group: Group, kept: set[int], most: int) -> Group:

@@ -17,7 +17,8 @@ from hypergrad.checks import choice, integer, printable
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
-from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
+from hypergrad.search.cohort import Cohort, Failure, Standings, Told
+from hypergrad.search.programs import ProblemError, Programs
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
@@ -292,7 +293,9 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
         return
     for proposal, score, refined, attrs, fate in news.trials:
         if fate == "diverged":
-            opened.fail(proposal, f"ValueError: the score is {score} after {news.steps} steps.")
+            error = f"ValueError: the score is {score} after {news.steps} steps"
+            opened.fail(proposal, f"{error}{news.why_not_finite}.")
+            _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
             continue
         opened.report(proposal, score, news.steps)
         values = None if proposal.recorded else refined

@@ -73,8 +73,9 @@ def open_study(
     `storage` is None (memory), a path `"sweep.journal"`, a database's URL or an Optuna storage.
     `sampler` is `"tpe"` and `"random"` (Optuna's, with its defaults), `"grid"` (all values of the
     discrete hyperparameters, `grid_points` values evenly on the scale of each Float and of each
-    Int that has more, in an order that no seed changes), or an Optuna sampler. At most `num_trials` trials are run over all
-    processes and all times that the study is opened; None is no limit.
+    Int that has more, in an order that no seed changes), or an Optuna sampler. At most
+    `num_trials` trials are run over all processes and all times that the study is opened; None is
+    no limit.
 
     Several processes may open one study at the same time. The first alone uses `seed`, and its
     random state is kept, so that it goes on where it stopped when it is opened again with the

@@ -19,6 +19,7 @@ from hypergrad.data.streams import RanOut, fixed, open_source, refuse_missing_ax
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.callbacks import check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
+from hypergrad.training.doubts import Doubts
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import FitProgress
@@ -34,6 +35,10 @@ _AHEAD = 4
 # Updates without a finite loss, in a row, after which there is no hope: a start that diverges is
 # tried over a quarter of its steps, a sixteenth, ..., which 16 refusals bring down to a single one.
 _HOPELESS = 20
+_EITHER = (
+    "Either training diverges there: start from a lower learning rate; or the data or a loss give "
+    "NaN: hypergrad.check_hypergradient names the step, the leaf and the likely cause."
+)
 
 
 class FitResult(NamedTuple):
@@ -167,7 +172,7 @@ def fit(
         asked.stop,
         1 if checkpoint is None else checkpoint.every,
     )
-    run = _Run(tuner, resumed, asked, steps, about)
+    run = _Run(tuner, resumed, asked, steps, about, Doubts(train, valid, steps))
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
         # Without a checkpoint there is nothing to save: signals then do what they always do.
@@ -207,7 +212,13 @@ class _Run:
     progress: FitProgress
 
     def __init__(
-        self, tuner: Tuner, resumed: Resumed, asked: range, steps: int, about: dict[str, Any]
+        self,
+        tuner: Tuner,
+        resumed: Resumed,
+        asked: range,
+        steps: int,
+        about: dict[str, Any],
+        doubts: Doubts,
     ) -> None:
         self.tuner, self.asked = tuner, asked
         self.steps, self.about = steps, about
@@ -216,7 +227,7 @@ class _Run:
         self.saved = resumed.done
         self.bad_in_a_row = 0
         self.update = _compiled(tuner.update)
-        self.signals = Signals()
+        self.signals, self.doubts = Signals(), doubts
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
         """What is left of `batches`, once the program is seen to be the checkpoint's."""
@@ -297,12 +308,14 @@ class _Run:
         # A run that was too short to be hopeless.
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
+        self.doubts.say()
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
         return FitResult(self.state, hyper, self.history, schedule)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)
         self.history.append(record)
+        self.doubts.see(record, pending.train_loss is not None, pending.positions)
         finite = np.isfinite(record.loss) if record.finite is None else record.finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         for callback in self.callbacks:
@@ -338,9 +351,8 @@ class _Run:
         where = "" if step in (None, -1) else f" (its training step {step} was the first bad one)"
         why = f": {REASONS[last.refused]}" if last.refused else ""
         return FloatingPointError(
-            f"After update {last.update}{where} {what}{why}. It trained under {hyper}. Either "
-            "training diverges there: start from a lower learning rate; or the data or a loss give "
-            "NaN: hypergrad.check_hypergradient names the step, the leaf and the likely cause."
+            f"After update {last.update}{where} {what}{why}. It trained under {hyper}. "
+            + (self.doubts.cause() or _EITHER)
         )
 
 
