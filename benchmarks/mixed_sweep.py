@@ -27,7 +27,7 @@ import numpy as np
 import optuna
 
 import hypergrad as hg
-from hypergrad.search.cohort import Programs
+from hypergrad.search.programs import Programs
 from hypergrad.search.schedulers import bracket_steps, brackets
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.study import open_study
