@@ -1,6 +1,7 @@
 """Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
 
 import math
+import os
 import re
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -72,8 +73,19 @@ def positive(
 
 def positive_if_known(name: str, value: Leaf, remedy: str = "") -> None:
     """`positive`, of a number or of every entry of an array; of a traced one nothing is known."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.asarray(value).dtype.kind not in "fiuV":
+        raise WrongTypeError(f"{_given(name, value)} is no number and no array of them.")
+    positive(name, np.min(value).item(), remedy, infinite=True)
+
+
+def numbers(name: str, value: Leaf) -> None:
+    """Refuse what is neither a number nor an array of them; a traced one passes unread."""
     if not isinstance(value, jax.core.Tracer):
-        positive(name, np.min(value).item(), remedy, infinite=True)
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiuV" or np.isnan(array.astype(float)).any():
+            raise WrongTypeError(f"{name} is {_shown(value)}: give numbers.")
 
 
 def finite(name: str, value: Any, remedy: str = "") -> float:
@@ -114,6 +126,79 @@ def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> s
         end = f", {remedy}." if remedy else "."
         raise ValueError(f"{_given(name, value)} is unknown: choose {listed}{end}")
     return value
+
+
+def instance(name: str, value: Any, kinds: Any, remedy: str) -> None:
+    """Refuse what is no instance of `kinds` (a type, or a union of types).
+
+    >>> instance("space", 3, dict, "a hypergrad.Space")
+    Traceback (most recent call last):
+        ...
+    hypergrad.checks.WrongTypeError: space is 3, of type int: give a hypergrad.Space.
+    """
+    if not isinstance(value, kinds):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give {remedy}.")
+
+
+def having(name: str, value: Any, parts: Collection[str], remedy: str) -> None:
+    """Refuse what lacks one of the attributes `parts`, or is a class that has them."""
+    if isinstance(value, type) or not all(hasattr(value, part) for part in parts):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give {remedy}.")
+
+
+def function(name: str, value: Any, remedy: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise WrongTypeError(f"{name} is {_shown(value)}, which cannot be called: give {remedy}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse all but True and False."""
+    instance(name, value, bool | np.bool_, "True or False")
+
+
+def text(name: str, value: Any) -> str:
+    """`value`, a text that is not empty."""
+    instance(name, value, str, "a text")
+    if not value:
+        raise ValueError(f"{name} is empty: give a text.")
+    return value
+
+
+def checked_seed(seed: Any) -> int:
+    """`seed`, as NumPy's and JAX's generators take it."""
+    if integer("seed", seed, 0) >= 2**32:
+        raise ValueError(f"seed={seed!r} must lie below 2**32.")
+    return int(seed)
+
+
+def folder_name(name: str, value: Any) -> str:
+    """`value`, the path of a folder or a file, as a text."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise WrongTypeError(f"{name}={value!r} is no path: give a name.")
+    return path
+
+
+def optimizer(name: str, value: Any) -> None:
+    """Refuse what is no optax transformation."""
+    remedy = "an optax transformation, such as optax.adam(0.03)"
+    having(name, value, ("init", "update"), remedy)
+
+
+def random_key(name: str, value: Any) -> None:
+    """Refuse what is no PRNG key, typed or raw; a batch of them passes."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not (
+        dtype == np.uint32 or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give a PRNG key, jax.random.key(0).")
+
+
+def _shown(value: Any) -> str:
+    short = repr(value)
+    short = short if len(short) <= 80 else f"{short[:80]} ..."
+    return f"{short}, of type {type(value).__name__}"
 
 
 def in_one_sentence(error: OSError, what: str, then: str) -> OSError:

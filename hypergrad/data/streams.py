@@ -267,13 +267,19 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
 def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """Refuses a data set where K stacked batches belong: it would train on single examples.
 
-    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`.
+    Told by arrays of one structure whose leaves have as many axes in `valid` as in `train`, or
+    more, where `valid` has such an axis.
     """
     if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
         return
     if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
         return
     shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (train, valid)]
+    if all(len(x) < len(v) for x, v in zip(*shapes, strict=True)):
+        raise ValueError(
+            f"valid's leaves {shapes[1]} have more axes than train's {shapes[0]}: valid is one "
+            "batch, [batch, ...], without an axis of steps."
+        )
     if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):
         raise ValueError(
             f"train's leaves {shapes[0]} have as many axes as valid's {shapes[1]}, and lack the "

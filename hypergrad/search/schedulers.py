@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hypergrad.checks import integer, integer_field, positive, within
+from hypergrad.checks import instance, integer, integer_field, positive, within
 
 
 class Rung(NamedTuple):
@@ -109,6 +109,7 @@ def brackets(
     num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     if scheduler is None or isinstance(scheduler, PopulationBasedTraining):
         return [(Rung(num_trials, num_steps),)]
+    instance("scheduler", scheduler, _Halving, "Hyperband, SuccessiveHalving, or None")
     if scheduler.min_steps > num_steps:
         raise ValueError(
             f"scheduler={scheduler!r} gives every run at least {scheduler.min_steps} steps, but "

@@ -1,5 +1,7 @@
 """The sweep: an Optuna study outside, populations trained in one program, gradients inside."""
 
+import contextlib
+import inspect
 import itertools
 import logging
 import os
@@ -13,8 +15,17 @@ import jax
 import jax.numpy as jnp
 import optuna
 
-from hypergrad.checks import choice, integer, printable
-from hypergrad.data.batches import Minibatches
+from hypergrad.checks import (
+    checked_seed,
+    choice,
+    flag,
+    function,
+    instance,
+    integer,
+    printable,
+    text,
+)
+from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told
@@ -23,6 +34,7 @@ from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
+from hypergrad.study.distributions import Coordinates
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.storage import open_storage, told_in_one_sentence
@@ -111,7 +123,13 @@ def sweep(
         mistake that every trial would meet, such as a `make_problem` that ignores or lacks a
         hyperparameter, or an unknown metric.
     """
-    _check_types(space, data, refine, scheduler)
+    _check_types(make_problem, space, data, refine, scheduler)
+    seed, name = checked_seed(seed), text("name", name)
+    flag("progress", progress)
+    batch_size = integer("batch_size", batch_size, remedy=FIXES_A_SHAPE)
+    if metric is not None:
+        text("metric", metric)
+    enqueue = _checked_points(enqueue, space)
     if refine is not None and not space.continuous:
         raise ValueError(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
@@ -195,7 +213,28 @@ def sweep(
     )
 
 
-def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
+def _checked_points(enqueue: Iterable[Mapping[str, Any]], space: Space) -> list[Mapping[str, Any]]:
+    instance("enqueue", enqueue, Iterable, "a list of points, dicts by name")
+    if isinstance(enqueue, Mapping | str):
+        raise TypeError(f"enqueue={enqueue!r} is one point: give a list of them, [{enqueue!r}].")
+    points = list(enqueue)
+    for i, point in enumerate(points):
+        Coordinates(space).check(point, f"enqueue[{i}]", complete=False)
+    return points
+
+
+def _check_types(make_problem: Any, space: Any, data: Any, refine: Any, scheduler: Any) -> None:
+    if isinstance(make_problem, Problem):
+        raise TypeError("make_problem is a Problem: give a function, lambda choices: problem.")
+    function("make_problem", make_problem, "choices -> Problem")
+    with contextlib.suppress(ValueError):  # of what has no signature
+        try:
+            inspect.signature(make_problem).bind({})
+        except TypeError as error:
+            raise TypeError(
+                f"make_problem cannot be called with the choices alone ({error}): give a function "
+                "choices -> Problem."
+            ) from None
     schedulers = "SuccessiveHalving, Hyperband, PopulationBasedTraining"
     for name, value, kinds, remedy in (
         ("space", space, Space, "a hypergrad.Space"),
@@ -205,6 +244,13 @@ def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
     ):
         if not isinstance(value, kinds):
             raise TypeError(f"{name} is a {type(value).__name__}: give {remedy}.")
+    for name in ("train", "valid"):
+        leaves = jax.tree.leaves(getattr(data, name))
+        if not leaves or not all(jnp.ndim(leaf) for leaf in leaves):
+            raise ValueError(
+                f"data.{name} must hold arrays of examples, [examples, ...]: give all of "
+                "hypergrad.Splits(train, valid, test)."
+            )
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:

@@ -17,7 +17,15 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from hypergrad.checks import choice, integer, printable, without_passwords
+from hypergrad.checks import (
+    checked_seed,
+    choice,
+    instance,
+    integer,
+    printable,
+    text,
+    without_passwords,
+)
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
@@ -98,6 +106,10 @@ def open_study(
     ...     opened.progress().finished
     3
     """
+    instance("space", space, Space, "a hypergrad.Space")
+    text("name", name)
+    if seed is not None:
+        checked_seed(seed)
     choice("direction", direction, ("minimize", "maximize"))
     if num_trials is not None:
         num_trials = integer("num_trials", num_trials, remedy="or None for no limit")

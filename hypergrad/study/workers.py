@@ -39,6 +39,7 @@ class Worker:
         self, storage: BaseStorage, study_id: int, beat_every: float, grace: float
     ) -> None:
         positive("beat_every", beat_every, "a period in seconds")
+        positive("grace", grace, "a time in seconds", infinite=True)
         if grace < 2 * beat_every:
             raise ValueError(
                 f"grace={grace!r} seconds declares a worker dead before it misses two beats: give "

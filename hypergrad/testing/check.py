@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.checks import integer
+from hypergrad.checks import instance, integer, positive, random_key
 from hypergrad.data.batches import step_inputs
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.forward import Tangents, pushforward
+from hypergrad.estimators.hypergradient import checked_hyper
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem, steps_done, training_steps
+from hypergrad.problem.problem import Problem, refuse_no_problem, steps_done, training_steps
 from hypergrad.space.space import Space
 from hypergrad.trees import (
     Batch,
@@ -27,7 +28,6 @@ from hypergrad.trees import (
     is_inexact,
     leaf_names,
     split_inexact,
-    strong,
 )
 
 
@@ -117,7 +117,14 @@ def check_hypergradient(
       ValueError: a hyperparameter disagrees, never reaches the loss, is an integer, or its gradient
         is not finite (with the first step, the leaf, and the likely cause).
     """
-    hyper = strong(hyper)
+    refuse_no_problem(problem)
+    random_key("key", key)
+    instance("estimator", estimator, Estimator, "one such as hypergrad.Unrolled()")
+    if space is not None:
+        instance("space", space, Space, "a hypergrad.Space, or None for raw coordinates")
+    if rtol is not None:
+        positive("rtol", rtol, "or None")
+    hyper = checked_hyper(hyper)
     max_entries = integer("max_entries", max_entries)
     window = Window(problem, inner, train, valid, key)
     estimator.check_structure(window, hyper)

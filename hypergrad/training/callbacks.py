@@ -29,6 +29,7 @@ Each class below imports its tracker when it is used, and writes no update twice
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hypergrad.checks import folder_name, instance, text
 from hypergrad.training.history import Record, scalars
 
 # Records that MLflow gets at once, and the most metrics that it takes in one request.
@@ -75,7 +77,7 @@ class JSONLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+        self._path = Path(folder_name("path", path))
         if not self._path.absolute().parent.is_dir():
             raise ValueError(
                 f"path={os.fspath(path)!r} lies in {str(self._path.absolute().parent)!r}, which is "
@@ -134,7 +136,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = os.fspath(folder)
+        self._folder = folder_name("folder", folder)
         self._writer: Any = None
 
     def open(self, history: Sequence[Record], update: int) -> None:
@@ -178,7 +180,11 @@ class MLflow:
         tracking_uri: str | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        self._experiment, self._name = experiment, run
+        self._experiment, self._name = text("experiment", experiment), text("run", run)
+        if tracking_uri is not None:
+            text("tracking_uri", tracking_uri)
+        if params is not None:
+            instance("params", params, Mapping, "a dict of what to note, or None")
         self._uri, self._params = tracking_uri, dict(params or {})
         self._client: Any = None
         self._waiting: list[Record] = []
@@ -190,7 +196,11 @@ class MLflow:
         client = MlflowClient(self._uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else client.create_experiment(self._experiment)
-        runs = client.search_runs([experiment], f"attributes.run_name = '{self._name}'")
+        runs = [
+            run
+            for run in client.search_runs([experiment], _filter(self._name))
+            if run.info.run_name == self._name
+        ]
         run = runs[0] if runs else client.create_run(experiment, run_name=self._name)
         self._client, self._run = client, run.info.run_id
         # A run that is found again may have been ended.
@@ -232,6 +242,16 @@ class MLflow:
         if batch:
             self._client.log_batch(self._run, batch)
         self._waiting = []
+
+
+def _filter(name: str) -> str:
+    """What finds runs by their name, others among them where quotes are in it."""
+    part = max(re.split(r"['\"]", name), key=len)
+    return f"attributes.run_name {'=' if part == name else 'LIKE'} '{_around(part, name)}'"
+
+
+def _around(part: str, name: str) -> str:
+    return part if part == name else f"%{part}%"
 
 
 class WandB:

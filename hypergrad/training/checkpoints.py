@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import in_one_sentence, integer_field
+from hypergrad.checks import folder_name, in_one_sentence, integer_field
 from hypergrad.files.lock import FolderLock
 from hypergrad.training.history import History
 from hypergrad.training.identity import difference, is_key
@@ -58,8 +58,7 @@ class Checkpoint:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | os.PathLike) or not os.fspath(self.folder):
-            raise TypeError(f"folder={self.folder!r} is no path: give a folder's name.")
+        folder_name("folder", self.folder)
         integer_field(self, "every")
         integer_field(self, "keep")
         path = self.path

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import integer
+from hypergrad.checks import folder_name, integer
 from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import RanOut, fixed, open_source, refuse_missing_axis, steps_of
 from hypergrad.optim.schedules import Schedule
@@ -150,8 +150,8 @@ def fit(
     _check_types(tuner, state, train)
     num_updates = integer("num_updates", num_updates)
     check(callbacks)
-    if isinstance(checkpoint, str | os.PathLike):
-        checkpoint = Checkpoint(checkpoint)
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(folder_name("checkpoint", checkpoint))
     steps = steps_of(train, steps_per_update)
     refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)

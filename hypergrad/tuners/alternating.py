@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.checks import positive
+from hypergrad.checks import random_key
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
@@ -28,7 +28,7 @@ from hypergrad.trees import (
     path_name,
     select,
 )
-from hypergrad.tuners.base import Info, Position, Tuner
+from hypergrad.tuners.base import Info, Position, Tuner, refuse_wrong
 from hypergrad.tuners.trust import (
     Trust,
     TunerState,
@@ -92,11 +92,12 @@ def alternating(
     True
     """
     estimator = as_estimator(estimator, validate_at=0.8)
-    positive("max_move", max_move, "a share of the range", infinite=True)
+    refuse_wrong(problem, space, outer_optimizer, trust, max_move)
     # Chosen among some sixty settings, see docs/experiments.md.
     optimizer = outer_optimizer or optax.adam(0.03, b1=0.3, b2=0.99, eps=1e-20)
 
     def init(hyper: Hyper, key: Key, inner: InnerState = None) -> TunerState:
+        random_key("key", key)
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         if inner is None:
