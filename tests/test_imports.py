@@ -28,7 +28,7 @@ ROOMS = {
     "training": "history doubts identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
-    "search": "schedulers recipe programs cohort result sweep",
+    "search": "schedulers arguments recipe programs cohort endings result sweep",
     "nn": "dropout linen nnx",
     "testing": "contract check",
     "cli": "",

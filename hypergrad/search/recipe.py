@@ -25,7 +25,8 @@ _LOSSES = "hypergrad:losses"
 
 def describe_data(data: Splits) -> dict[str, dict[str, str]]:
     """Type, shape and checksum of each array of the splits."""
-    return {name: contents(split) for name, split in data._asdict().items()}
+    splits = {"train": data.train, "valid": data.valid, "test": data.test}
+    return {name: contents(split) for name, split in splits.items()}
 
 
 def describe_refine(refine: Refine | None) -> dict[str, str] | None:

@@ -1,15 +1,12 @@
 """The sweep: an Optuna study outside, populations trained in one program, gradients inside."""
 
-import contextlib
-import inspect
 import itertools
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +16,6 @@ from hypergrad.checks import (
     checked_seed,
     choice,
     flag,
-    function,
-    instance,
     integer,
     printable,
     text,
@@ -28,13 +23,14 @@ from hypergrad.checks import (
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
+from hypergrad.search.arguments import check_types, checked_points
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told
+from hypergrad.search.endings import AllAlike, UntilInterrupted
 from hypergrad.search.programs import ProblemError, Programs
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
 from hypergrad.space.space import Space
-from hypergrad.study.distributions import Coordinates
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.storage import open_storage, told_in_one_sentence
@@ -45,9 +41,8 @@ from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 
-# Trials that fail alike before any training, after which no other is tried; and how often it is
-# said who is waited for, in seconds.
-_ALIKE, _TELL_EVERY = 3, 60.0
+# How often it is said who is waited for, in seconds.
+_TELL_EVERY = 60.0
 
 
 def sweep(
@@ -123,13 +118,13 @@ def sweep(
         mistake that every trial would meet, such as a `make_problem` that ignores or lacks a
         hyperparameter, or an unknown metric.
     """
-    _check_types(make_problem, space, data, refine, scheduler)
+    check_types(make_problem, space, data, refine, scheduler)
     seed, name = checked_seed(seed), text("name", name)
     flag("progress", progress)
     batch_size = integer("batch_size", batch_size, remedy=FIXES_A_SHAPE)
     if metric is not None:
         text("metric", metric)
-    enqueue = _checked_points(enqueue, space)
+    enqueue = checked_points(enqueue, space)
     if refine is not None and not space.continuous:
         raise ValueError(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
@@ -184,7 +179,7 @@ def sweep(
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)
-        with SweepProgress(num_trials, progress) as view, _UntilInterrupted() as interrupted:
+        with SweepProgress(num_trials, progress) as view, UntilInterrupted() as interrupted:
             cohort = Cohort(
                 programs,
                 _score_by(metric),
@@ -196,7 +191,7 @@ def sweep(
                 seed,
                 view.show if view.is_open else None,
             )
-            alike = _AllAlike(space)
+            alike = AllAlike(space)
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
@@ -211,46 +206,6 @@ def sweep(
     return SweepResult(
         opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
     )
-
-
-def _checked_points(enqueue: Iterable[Mapping[str, Any]], space: Space) -> list[Mapping[str, Any]]:
-    instance("enqueue", enqueue, Iterable, "a list of points, dicts by name")
-    if isinstance(enqueue, Mapping | str):
-        raise TypeError(f"enqueue={enqueue!r} is one point: give a list of them, [{enqueue!r}].")
-    points = list(enqueue)
-    for i, point in enumerate(points):
-        Coordinates(space).check(point, f"enqueue[{i}]", complete=False)
-    return points
-
-
-def _check_types(make_problem: Any, space: Any, data: Any, refine: Any, scheduler: Any) -> None:
-    if isinstance(make_problem, Problem):
-        raise TypeError("make_problem is a Problem: give a function, lambda choices: problem.")
-    function("make_problem", make_problem, "choices -> Problem")
-    with contextlib.suppress(ValueError):  # of what has no signature
-        try:
-            inspect.signature(make_problem).bind({})
-        except TypeError as error:
-            raise TypeError(
-                f"make_problem cannot be called with the choices alone ({error}): give a function "
-                "choices -> Problem."
-            ) from None
-    schedulers = "SuccessiveHalving, Hyperband, PopulationBasedTraining"
-    for name, value, kinds, remedy in (
-        ("space", space, Space, "a hypergrad.Space"),
-        ("data", data, Splits, "hypergrad.Splits(train, valid, test)"),
-        ("refine", refine, Refine | None, "a hypergrad.Refine, or None"),
-        ("scheduler", scheduler, Scheduler | None, f"one of {schedulers}, or None"),
-    ):
-        if not isinstance(value, kinds):
-            raise TypeError(f"{name} is a {type(value).__name__}: give {remedy}.")
-    for name in ("train", "valid"):
-        leaves = jax.tree.leaves(getattr(data, name))
-        if not leaves or not all(jnp.ndim(leaf) for leaf in leaves):
-            raise ValueError(
-                f"data.{name} must hold arrays of examples, [examples, ...]: give all of "
-                "hypergrad.Splits(train, valid, test)."
-            )
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
@@ -352,52 +307,6 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
     best = "none finite" if news.best is None else f"best {news.best:.4g}"
     going = sum(standing.fate == "goes on" for standing in news.trials)
     _log.info(f"{len(news.trials)} trials at {news.steps} steps: {best}, {going} go on")
-
-
-class _UntilInterrupted:
-    """Ctrl-C ends what stands in it, and no more: what has finished is a result."""
-
-    once = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        self.once = kind is not None and issubclass(kind, KeyboardInterrupt)
-        if self.once:
-            _log.warning(
-                "interrupted: the result holds what has finished; running trials are queued again, "
-                "and the same call goes on with them where it has a storage."
-            )
-        return self.once
-
-
-class _AllAlike:
-    """Ends a sweep in which nothing has trained, as the same error meets one trial after another.
-
-    Raises:
-      ProblemError: three have failed alike before any training, under more than one choice where
-        there are several, and none has trained.
-    """
-
-    def __init__(self, space: Space) -> None:
-        self._reasons: Counter[str] | None = Counter()
-        self._choices: set[frozenset[Any]] = set()
-        self._fewest = 2 if space.discrete else 1
-
-    def see(self, news: Standings | Failure) -> None:
-        if isinstance(news, Standings):
-            # What meets all has not met these.
-            self._reasons = None if news.trials else self._reasons
-        elif self._reasons is not None and news.before_training:
-            self._reasons[news.reason] += len(news.proposals)
-            self._choices |= {frozenset(p.choices.items()) for p in news.proposals}
-            alike = self._reasons[news.reason] >= _ALIKE
-            if alike and len(self._choices) >= self._fewest:
-                raise ProblemError(
-                    f"make_problem: {self._reasons[news.reason]} trials have failed alike before "
-                    f"any training, and none has trained: {news.reason}"
-                )
 
 
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:

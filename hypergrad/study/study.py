@@ -17,15 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from hypergrad.checks import (
-    checked_seed,
-    choice,
-    instance,
-    integer,
-    printable,
-    text,
-    without_passwords,
-)
+from hypergrad import checks
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
@@ -106,19 +98,19 @@ def open_study(
     ...     opened.progress().finished
     3
     """
-    instance("space", space, Space, "a hypergrad.Space")
-    text("name", name)
+    checks.instance("space", space, Space, "a hypergrad.Space")
+    checks.text("name", name)
     if seed is not None:
-        checked_seed(seed)
-    choice("direction", direction, ("minimize", "maximize"))
+        checks.checked_seed(seed)
+    checks.choice("direction", direction, ("minimize", "maximize"))
     if num_trials is not None:
-        num_trials = integer("num_trials", num_trials, remedy="or None for no limit")
+        num_trials = checks.integer("num_trials", num_trials, remedy="or None for no limit")
     if max_retries is not None:
-        max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
+        max_retries = checks.integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
-    grid_points = integer("grid_points", grid_points, 2)
-    if sampler == "grid":
-        coordinates.grid(grid_points, seed)  # refuses one that is too large
+    grid_points = checks.integer("grid_points", grid_points, 2)
+    # Every process lists the grid for itself: a number is a point, whatever its seed.
+    points = coordinates.grid(grid_points, 0) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
     study = optuna.create_study(
@@ -132,10 +124,8 @@ def open_study(
         load_if_exists=True,
     )
     check_same(study, coordinates, direction)
-    points = None
-    if sampler == "grid":
-        # Every process lists the grid for itself: a number is a point, whatever its seed.
-        points = coordinates.grid(grid_points, grid_seed(study, grid_points, seed))
+    if points is not None and (first := grid_seed(study, grid_points, seed)) != 0:
+        points = coordinates.grid(grid_points, first)
     worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
     slots = Slots(study, worker, num_trials, points, max_retries)
     randomness = SavedRandomness(engine, seed, worker)
@@ -176,7 +166,7 @@ class OpenStudy:
             if kind is None:
                 raise
             # What went wrong first is what a person has to know.
-            _log.warning(f"running trials could not be given back: {printable(str(error))}")
+            _log.warning(f"running trials could not be given back: {checks.printable(str(error))}")
 
     def ask(
         self, fixed_choices: Mapping[str, Any] | None = None, *, record: bool = True
@@ -253,12 +243,9 @@ class OpenStudy:
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
     def fail(self, proposal: Proposal, error: str) -> bool:
-        """Record that a trial failed for good: its traceback, and the last line of it.
-
-        They are the user attributes `error` and `reason`. No URL's password is in them.
-        """
-        error = without_passwords(error, urls_only=True)
-        reason = printable(error.strip().splitlines()[-1])
+        """Record that a trial failed for good: attribute `error`, and its last line, `reason`."""
+        error = checks.without_passwords(error, urls_only=True)
+        reason = checks.printable(error.strip().splitlines()[-1])
         attrs = {ERROR: error[-_LONGEST_ERROR:], REASON: reason[:_LONGEST_REASON]}
         return self._tell(proposal, TrialState.FAIL, None, None, attrs)
 
