@@ -131,6 +131,24 @@ def brackets(
     return result
 
 
+def in_whole_updates(
+    bracket: tuple[Rung, ...], scheduler: Scheduler | None, steps: int
+) -> tuple[Rung, ...]:
+    """The bracket with its rungs at multiples of `steps`, rounded down, but not below `min_steps`.
+
+    Rungs that fall together are one, at which losers are stopped once.
+
+    >>> in_whole_updates((Rung(9, 100), Rung(3, 300), Rung(1, 900)), SuccessiveHalving(100), 300)
+    (Rung(members=9, steps=300), Rung(members=3, steps=900))
+    """
+    least, eta = (scheduler.min_steps, scheduler.eta) if isinstance(scheduler, _Halving) else (1, 1)
+    stops = [max(rung.steps // steps, -(-least // steps)) * steps for rung in bracket]
+    members = bracket[0].members
+    return tuple(
+        Rung(max(1, members // eta**i), stop) for i, stop in enumerate(dict.fromkeys(stops))
+    )
+
+
 def bracket_steps(bracket: tuple[Rung, ...]) -> int:
     """Return the inner steps that a bracket trains, summed over its members; promotions resume.
 

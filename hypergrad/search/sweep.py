@@ -29,7 +29,13 @@ from hypergrad.search.endings import AllAlike, UntilInterrupted
 from hypergrad.search.programs import ProblemError, Programs
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
-from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
+from hypergrad.search.schedulers import (
+    PopulationBasedTraining,
+    Rung,
+    Scheduler,
+    brackets,
+    in_whole_updates,
+)
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
@@ -81,7 +87,7 @@ def sweep(
       data: the splits. Scores are taken on all of `valid`; `test` is only reported.
       num_trials: in all, over all processes and restarts that share the storage.
       num_steps: training steps of a full run, a multiple of the recipe's steps per update. Rungs
-        are rounded down to such multiples.
+        are rounded down to such multiples, but not below the scheduler's `min_steps`.
       batch_size: examples per training step.
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", or any Optuna sampler.
@@ -150,7 +156,7 @@ def sweep(
         )
     steps = _steps_per_update(refine, num_steps)
     ladders = [
-        tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
+        in_whole_updates(ladder, scheduler, steps)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
     # Once: every program has a population of its own, and all share these arrays.
