@@ -15,6 +15,7 @@ of `fit`, which must not grow.
 """
 
 import contextlib
+import logging
 import os
 import random
 import resource
@@ -57,41 +58,44 @@ def of_sweeps(folder: Path, quick: bool) -> dict[str, Tried]:
     return {
         f"journal, disk full for {full:.0f} s": _sweeps(folder, "full.journal", _fill(full)),
         f"SQLite, disk full for {full:.0f} s": _sweeps(folder, "full.db", _fill(full)),
-        f"journal, SIGSTOP for {stopped:.0f} s": _sweeps(folder, "stop.journal", _stop(stopped), 2),
+        f"journal, SIGSTOP for {stopped:.0f} s": _sweeps(
+            folder, "stop.journal", _stop(stopped), 2, 1
+        ),
         "journal, Ctrl-C": _sweeps(folder, "interrupt.journal", _interrupt),
         "broken journals": broken_journals(folder),
     }
 
 
 def _sweeps(
-    folder: Path, name: str, mishap: Callable[[Any, str], None], processes: int = 1
+    folder: Path, name: str, mishap: Callable[[Any, str], None], processes: int = 1, times: int = 3
 ) -> Tried:
-    """One sweep that the mishap befalls once in each of three parts; then it is ended."""
+    """Sweeps that the mishap befalls, each somewhere else."""
+    found = [_survives(folder, f"{i}-{name}", mishap, processes, i + 1) for i in range(times)]
+    return Tried(times, sum(found))
+
+
+def _survives(
+    folder: Path, name: str, mishap: Callable[[Any, str], None], processes: int, rungs: int
+) -> bool:
+    """Whether a sweep that the mishap befalls after so many rungs is whole in the end."""
     from benchmarks.crash import command_of, count_of, finished_trials, start
 
     storage = str(folder / name)
     storage = f"sqlite:///{storage}" if name.endswith(".db") else storage
-    command = command_of(storage, num_trials=24)
-    tried, kept, known = 0, 0, {}
-    for part in range(3):
-        alive = [start(command, folder) for _ in range(processes)]
-        if not alive[0].await_lines(part + 1, " steps: "):
-            break
-        time.sleep(random.uniform(0.0, 0.3))
-        known |= finished_trials(storage)
-        mishap(alive[0], storage)
-        for process in alive[1:]:
-            process.finish()
-        alive[0].ends_within(300)
-        now = finished_trials(storage)
-        tried += 1
-        kept += all(now.get(number) == trial for number, trial in known.items())
+    command = command_of(storage, num_trials=16)
+    alive = [start(command, folder) for _ in range(processes)]
+    if not alive[0].await_lines(rungs, " steps: "):
+        raise RuntimeError(f"{name}: the sweep ended before anything befell it")
+    time.sleep(random.uniform(0.0, 0.3))
+    known = finished_trials(storage)
+    mishap(alive[0], storage)
+    for process in alive[1:]:
+        process.finish()
+    alive[0].ends_within(300)
     start(command, folder).finish()
-    now = finished_trials(storage)
-    whole = count_of(storage)._replace(kills=0)
-    sound = (whole.finished, whole.doubled, whole.zombies) == (24, 0, 0)
-    sound = sound and all(now.get(number) == trial for number, trial in known.items())
-    return Tried(tried, kept if sound else 0)
+    now, whole = finished_trials(storage), count_of(storage)
+    kept = all(now.get(number) == trial for number, trial in known.items())
+    return kept and (whole.finished, whole.doubled, whole.zombies) == (16, 0, 0)
 
 
 def _fill(seconds: float) -> Callable[[Any, str], None]:
@@ -126,6 +130,7 @@ def broken_journals(folder: Path) -> Tried:
     """Each broken form is read, goes on, and holds what it held."""
     from tests.test_journal import BROKEN, read, run
 
+    logging.getLogger("hypergrad").setLevel(logging.ERROR)  # it tells of each broken line
     path = folder / "broken.journal"
     run(path, 3)
     whole = path.read_bytes()

@@ -267,20 +267,27 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
 def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """Refuses a data set where K stacked batches belong: it would train on single examples.
 
-    Told by arrays of one structure whose leaves have as many axes in `valid` as in `train`, or
-    more, where `valid` has such an axis.
+    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`. A
+    `valid` that has such an axis is told by one axis more, before the same shapes.
     """
-    if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
+    arrays = train.arrays if isinstance(train, Minibatches) else train
+    if not (_is_arrays(arrays) and _is_arrays(valid)) or isinstance(valid, Minibatches):
         return
-    if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
+    if jax.tree.structure(arrays) != jax.tree.structure(valid):
         return
-    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (train, valid)]
-    if all(len(x) < len(v) for x, v in zip(*shapes, strict=True)):
+    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (arrays, valid)]
+    pairs = list(zip(*shapes, strict=True))
+    if isinstance(train, Minibatches):
+        examples = any(len(x) > 1 for x, _ in pairs)  # not numbers alone, as indices are
+        stacked = examples and all(len(v) == len(x) + 1 and v[2:] == x[1:] for x, v in pairs)
+    else:
+        stacked = all(len(v) > 1 and v[1:] == x for x, v in pairs)
+    if stacked:
         raise ValueError(
-            f"valid's leaves {shapes[1]} have more axes than train's {shapes[0]}: valid is one "
-            "batch, [batch, ...], without an axis of steps."
+            f"valid's leaves {shapes[1]} have an axis before those of train, {shapes[0]}: valid is "
+            "one batch, [batch, ...], without an axis of steps."
         )
-    if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):
+    if not isinstance(train, Minibatches) and all(len(x) == len(v) for x, v in pairs):
         raise ValueError(
             f"train's leaves {shapes[0]} have as many axes as valid's {shapes[1]}, and lack the "
             "leading axis K of steps: give hypergrad.Minibatches(train, batch_size=32, "

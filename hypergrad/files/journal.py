@@ -302,7 +302,10 @@ def _write(file: BinaryIO, offset: int, data: bytes) -> None:
 def _refuse_other_files(path: str) -> None:
     with open(path, "rb") as file:
         begin = file.read(1 << 16)
-        if _may_begin(begin) or any(log_of(line) for line in (begin, *file)):
+        if _may_begin(begin):
+            return
+        file.seek(0)
+        if any(log_of(line) for line in file):
             return
     raise ValueError(_no_journal(path, begin))
 
