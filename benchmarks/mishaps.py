@@ -194,6 +194,7 @@ def _second_writers(folder: Path, count: int) -> Tried:
         place = folder / f"shared-{i}"
         first = start(place)
         wait_for(first, random.randrange(40))
+        first.send_signal(signal.SIGSTOP)  # or it would be done before the second one is imported
         begin = time.monotonic()
         second = subprocess.run(
             [sys.executable, "-m", "tests.resume_worker", str(place), "0.01"],
@@ -201,6 +202,7 @@ def _second_writers(folder: Path, count: int) -> Tried:
             capture_output=True,
             text=True,
         )
+        first.send_signal(signal.SIGCONT)
         first.communicate()
         refused = second.returncode == 1 and "is written by process" in second.stderr
         ended = not first.returncode and equal(reference, finish(place))

@@ -134,6 +134,8 @@ def _report(options: argparse.Namespace) -> int:
 def _print_table(study: Any, count: int) -> int:
     from hypergrad.study.ranking import ranked, table
 
+    if count < 0:
+        raise _Ended(f"--count {count} must be 0 or more.")
     with _well_formed(study):
         text, found = table(study, count), ranked(study)
     print(text)

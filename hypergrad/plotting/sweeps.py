@@ -16,6 +16,7 @@ import optuna
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import (
     PALETTE,
@@ -200,5 +201,9 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     for name, draw in pictures.items():
         figure: Figure = np.atleast_1d(draw(study))[0].figure
         written.append(Path(folder) / f"{name}.png")
-        written[-1].write_bytes(png(figure))
+        try:
+            written[-1].write_bytes(png(figure))
+        except OSError as error:
+            what = f"the picture {written[-1]} cannot be written"
+            raise in_one_sentence(error, what, "make room, or name another folder") from None
     return written

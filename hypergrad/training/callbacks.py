@@ -27,18 +27,20 @@ Each class below imports its tracker when it is used, and writes no update twice
 0.5
 """
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from hypergrad.checks import folder_name, instance, text
+from hypergrad.checks import folder_name, in_one_sentence, instance, text
 from hypergrad.training.history import Record, scalars
 
 # Records that MLflow gets at once, and the most metrics that it takes in one request.
@@ -89,20 +91,39 @@ class JSONLines:
         """Write what came before, and nothing of what is to come."""
         # A run that resumes brings its records along: they take the place of the file's own.
         first = history[0].update if history else update
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        with open(beside, "w") as file:
-            file.writelines(line for line in lines if _update_of(line) < first)
-            file.writelines(_line(record) for record in history)
-        # In one move: a process that is killed until here leaves the old file.
-        os.replace(beside, self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115  closed by `close`
+        with self._written():
+            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+            # A name that nobody can have put a link at.
+            beside = self._path.with_name(f"{secrets.token_hex(8)}.tmp")
+            try:
+                with open(beside, "x") as file:
+                    file.writelines(line for line in lines if _update_of(line) < first)
+                    file.writelines(_line(record) for record in history)
+                # In one move: a process that is killed until here leaves the old file.
+                os.replace(beside, self._path)
+            finally:
+                beside.unlink(missing_ok=True)
+            # Unbuffered: a killed process loses what it has not handed to the system, and what a
+            # full disk refused would be written at the end.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     def __call__(self, record: Record) -> None:
         """Write one line."""
-        self._file.write(_line(record))
-        # A killed process loses what it has not handed to the system.
-        self._file.flush()
+        with self._written():
+            left = _line(record).encode()
+            while left:
+                left = left[self._file.write(left) :]
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise in_one_sentence(
+                error,
+                f"path={str(self._path)!r} cannot be written",
+                "the lines before stand in it; make room and run the same command again",
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
