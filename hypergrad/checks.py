@@ -81,11 +81,12 @@ def positive_if_known(name: str, value: Leaf, remedy: str = "") -> None:
 
 
 def numbers(name: str, value: Leaf) -> None:
-    """Refuse what is neither a number nor an array of them; a traced one passes unread."""
-    if not isinstance(value, jax.core.Tracer):
-        array = np.asarray(value)
-        if array.dtype.kind not in "fiuV" or np.isnan(array.astype(float)).any():
-            raise WrongTypeError(f"{name} is {_shown(value)}: give numbers.")
+    """Refuse what is neither a number nor an array of them, whose values are not read."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        return
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+    if dtype.kind not in "fiuV":
+        raise WrongTypeError(f"{name} is {_shown(value)}: give numbers.")
 
 
 def finite(name: str, value: Any, remedy: str = "") -> float:

@@ -222,9 +222,9 @@ def _positions(values: jax.Array, num_steps: Leaf | None, positions: Leaf | None
 
 
 def _check_lengths(warmup_steps: Leaf, decay_steps: Leaf) -> None:
-    if _concrete(warmup_steps) and warmup_steps < 0:
+    if _concrete(warmup_steps) and not warmup_steps >= 0:  # NaN is not, either
         raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more.")
-    if _concrete(warmup_steps, decay_steps) and decay_steps <= warmup_steps:
+    if _concrete(warmup_steps, decay_steps) and not decay_steps > warmup_steps:
         raise ValueError(
             f"decay_steps={decay_steps} must exceed warmup_steps={warmup_steps}: it counts from "
             "step 0, warm-up included."

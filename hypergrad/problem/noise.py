@@ -177,7 +177,7 @@ def check_rate(rate: ArrayLike) -> None:
         return
     checks.numbers("rate", rate)
     value = np.asarray(rate, dtype=np.float64)
-    if np.any((value < 0) | (value >= 1)):
+    if not np.all((value >= 0) & (value < 1)):
         raise ValueError(
             f"dropout rate must lie in [0, 1), got rate={rate}: it is the share of units dropped, "
             "not kept; declare it as Float(0.0, 0.8) or clip it"
