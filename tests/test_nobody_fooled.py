@@ -26,7 +26,7 @@ from hypergrad.checks import without_passwords
 from hypergrad.cli import main
 from hypergrad.data import prefetch
 from hypergrad.study import workers
-from hypergrad.study.storage import open_storage, told_in_one_sentence
+from hypergrad.study.storage import dashboard_command, open_storage, told_in_one_sentence
 from hypergrad.study.study import open_study
 
 SPACE = hg.Space({"rate": hg.Float(1e-3, 0.3, scale="log")})
@@ -421,3 +421,12 @@ def test_a_training_loss_of_nan_is_told(caplog: pytest.LogCaptureFixture) -> Non
     train = hg.Minibatches((X[:32], Y[:32]), batch_size=8, num_steps=4)
     hg.fit(tuner, tuner.init({"rate": 0.02}, jax.random.key(0)), train, (X[32:], Y[32:]), 5)
     assert "The training loss was not finite in 5 of 5 updates" in caplog.text
+
+
+def test_the_dashboards_command_leaves_the_password_to_the_shell() -> None:
+    storage = object.__new__(optuna.storages.RDBStorage)
+    storage.url = URLS[0]
+    command = dashboard_command(storage)
+    assert SECRET not in command
+    shell = ["sh", "-c", f"PASSWORD={SECRET}; echo {command.split()[1]}"]
+    assert subprocess.run(shell, capture_output=True, text=True).stdout.strip() == URLS[0]

@@ -97,10 +97,10 @@ class JournalReader(BaseJournalBackend):
                         yield log or _NOTHING
                 waiting = []
         # Whole but for its end. It is read again: the place stays before it.
-        last = log_of(waiting[-1][0] + b"\n") if waiting and self._is_last_said else None
-        if last is not None and number + len(waiting) > log_number_from:
-            yield from [_NOTHING] * (len(waiting) - 1)
-            yield last
+        if self._is_last_said and len(waiting) == 1 and number >= log_number_from:
+            last = log_of(waiting[0][0] + b"\n")
+            if last is not None:
+                yield last
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Refuse: who reads changes nothing."""
