@@ -13,7 +13,8 @@ trials are read by Optuna alone.
 Columns: finished trials of the 60; lost: finished trials that a later reading lacks or that
 changed; doubled: finished trials beyond one per slot; zombies: trials left RUNNING or WAITING;
 restarted: trials that died with their process and ran again; seconds. PostgreSQL is installed and
-started where that can be (`benchmarks/postgresql.py`), else left out with the reason.
+started where that can be (`benchmarks/postgresql.py`), else left out with the reason. Then what
+else may befall a sweep, tried and survived: `benchmarks/mishaps.py`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import hypergrad as hg
+from benchmarks import mishaps
 from benchmarks.postgresql import UnavailableError, server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +142,10 @@ class Process:
             self._popen.wait(seconds)
         return self._popen.returncode is not None
 
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
     def kill(self) -> None:
         self._popen.kill()
         self._popen.wait()
@@ -175,21 +181,11 @@ def crash(
     Raises:
       RuntimeError: a process failed by itself.
     """
-    command = [sys.executable, "-m", "benchmarks.crash", "--sweep", storage]
-    command += ["--trials", str(num_trials), "--programs", str(programs)]
-    command += ["--population", str(population)]
-    command += ["--hyperband"] if hyperband else []
-    environment = {
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    command = command_of(storage, num_trials, programs, population, hyperband)
     rng = random.Random(seed)
     begin, done, lost = time.monotonic(), 0, 0
     known: dict[int, Any] = {}
-    alive = [Process(command, environment) for _ in range(processes)]
+    alive = [start(command, folder) for _ in range(processes)]
     try:
         for i in range(kills):
             victim = alive[i % processes]
@@ -210,28 +206,59 @@ def crash(
             for process in dying:
                 process.kill()
                 time.sleep(rng.uniform(0.0, 0.1))
-            now = _finished(storage)
+            now = finished_trials(storage)
             lost += sum(now.get(number) != trial for number, trial in known.items())
             known = now
-            alive = [Process(command, environment) if p in dying else p for p in alive]
+            alive = [start(command, folder) if p in dying else p for p in alive]
         for process in alive:
             process.finish()
     finally:
         for process in alive:
             process.kill()
-    now = _finished(storage)
+    now = finished_trials(storage)
     lost += sum(now.get(number) != trial for number, trial in known.items())
+    return count_of(storage)._replace(lost=lost, kills=done, seconds=time.monotonic() - begin)
+
+
+def command_of(
+    storage: str,
+    num_trials: int,
+    programs: int = 1,
+    population: int = 1,
+    hyperband: bool = False,
+) -> list[str]:
+    """The sweep as a command."""
+    command = [sys.executable, "-m", "benchmarks.crash", "--sweep", storage]
+    command += ["--trials", str(num_trials), "--programs", str(programs)]
+    command += ["--population", str(population)]
+    return command + (["--hyperband"] if hyperband else [])
+
+
+def start(command: list[str], folder: Path) -> Process:
+    """Run it; `folder` keeps compiled programs."""
+    environment = {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return Process(command, environment)
+
+
+def count_of(storage: str) -> Outcome:
+    """What a storage holds; nothing is known of what was lost."""
     trials = _trials(storage)
     slots = Counter(t.system_attrs.get("hypergrad:root", t.number) for t in with_result(trials))
     states = Counter(t.state for t in trials)
     return Outcome(
         finished=len(slots),
-        lost=lost,
+        lost=0,
         doubled=sum(slots.values()) - len(slots),
         zombies=states[TrialState.RUNNING] + states[TrialState.WAITING],
         restarted=sum("hypergrad:lost" in t.system_attrs for t in trials),
-        kills=done,
-        seconds=time.monotonic() - begin,
+        kills=0,
+        seconds=0.0,
     )
 
 
@@ -258,7 +285,8 @@ def with_result(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     ]
 
 
-def _finished(storage: str) -> dict[int, Any]:
+def finished_trials(storage: str) -> dict[int, Any]:
+    """What each finished trial says."""
     found = with_result(_trials(storage))
     return {t.number: (t.state, t.value, t.params, t.user_attrs["start"]) for t in found}
 
@@ -311,6 +339,7 @@ def main(
                 wrong = outcome.lost or outcome.doubled or outcome.zombies
                 if outcome.finished != num_trials or wrong:
                     raise AssertionError(f"{label}: {outcome}")
+        mishaps.show(mishaps.of_sweeps(Path(name), quick))
     return rows
 
 

@@ -10,7 +10,7 @@ still imports and compiles. Then the same command is run again, and its final st
 JSON lines are compared byte by byte with those of a run that was never killed. Prints a line per
 kill: signal, the update aimed at and the last one printed, the newest checkpoint found, whether all
 bytes are equal.
-Target: 20 of 20.
+Target: 20 of 20. Then what else may befall a run, tried and survived: `benchmarks/mishaps.py`.
 """
 
 import signal
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import mishaps
 from hypergrad.training.checkpoints import saved_updates
 from tests.resume_worker import UPDATES
 
@@ -96,7 +97,8 @@ def main(quick: bool = False) -> int:
             target = "start" if aim is None else aim
             line = f"{i + 1:4} {number.name:8}{target:>9}{reached:>8}{found:>11}  {ended}"
             print(line, flush=True)
-    print(f"{same} of {kills} with the same bytes")
+        print(f"{same} of {kills} with the same bytes")
+        mishaps.show(mishaps.of_runs(folder, quick))
     return same
 
 

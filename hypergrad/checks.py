@@ -1,6 +1,8 @@
 """Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
 
 import math
+import os
+import re
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -71,8 +73,20 @@ def positive(
 
 def positive_if_known(name: str, value: Leaf, remedy: str = "") -> None:
     """`positive`, of a number or of every entry of an array; of a traced one nothing is known."""
-    if not isinstance(value, jax.core.Tracer):
-        positive(name, np.min(value).item(), remedy, infinite=True)
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.asarray(value).dtype.kind not in "fiuV":
+        raise WrongTypeError(f"{_given(name, value)} is no number and no array of them.")
+    positive(name, np.min(value).item(), remedy, infinite=True)
+
+
+def numbers(name: str, value: Leaf) -> None:
+    """Refuse what is neither a number nor an array of them, whose values are not read."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        return
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+    if dtype.kind not in "fiuV":
+        raise WrongTypeError(f"{name} is {_shown(value)}: give numbers.")
 
 
 def finite(name: str, value: Any, remedy: str = "") -> float:
@@ -113,6 +127,114 @@ def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> s
         end = f", {remedy}." if remedy else "."
         raise ValueError(f"{_given(name, value)} is unknown: choose {listed}{end}")
     return value
+
+
+def instance(name: str, value: Any, kinds: Any, remedy: str) -> None:
+    """Refuse what is no instance of `kinds` (a type, or a union of types).
+
+    >>> instance("space", 3, dict, "a hypergrad.Space")
+    Traceback (most recent call last):
+        ...
+    hypergrad.checks.WrongTypeError: space is 3, of type int: give a hypergrad.Space.
+    """
+    if not isinstance(value, kinds):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give {remedy}.")
+
+
+def having(name: str, value: Any, parts: Collection[str], remedy: str) -> None:
+    """Refuse what lacks one of the attributes `parts`, or is a class that has them."""
+    if isinstance(value, type) or not all(hasattr(value, part) for part in parts):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give {remedy}.")
+
+
+def function(name: str, value: Any, remedy: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise WrongTypeError(f"{name} is {_shown(value)}, which cannot be called: give {remedy}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse all but True and False."""
+    instance(name, value, bool | np.bool_, "True or False")
+
+
+def text(name: str, value: Any) -> str:
+    """`value`, a text that is not empty."""
+    instance(name, value, str, "a text")
+    if not value:
+        raise ValueError(f"{name} is empty: give a text.")
+    return value
+
+
+def checked_seed(seed: Any) -> int:
+    """`seed`, as NumPy's and JAX's generators take it."""
+    if integer("seed", seed, 0) >= 2**32:
+        raise ValueError(f"seed={seed!r} must lie below 2**32.")
+    return int(seed)
+
+
+def folder_name(name: str, value: Any) -> str:
+    """`value`, the path of a folder or a file, as a text."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise WrongTypeError(f"{name}={value!r} is no path: give a name.")
+    return path
+
+
+def optimizer(name: str, value: Any) -> None:
+    """Refuse what is no optax transformation."""
+    remedy = "an optax transformation, such as optax.adam(0.03)"
+    having(name, value, ("init", "update"), remedy)
+
+
+def random_key(name: str, value: Any) -> None:
+    """Refuse what is no PRNG key, typed or raw; a batch of them passes."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not (
+        dtype == np.uint32 or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    ):
+        raise WrongTypeError(f"{name} is {_shown(value)}: give a PRNG key, jax.random.key(0).")
+
+
+def _shown(value: Any) -> str:
+    short = repr(value)
+    short = short if len(short) <= 80 else f"{short[:80]} ..."
+    return f"{short}, of type {type(value).__name__}"
+
+
+def in_one_sentence(error: OSError, what: str, then: str) -> OSError:
+    """`error` again, of its kind, as `what` failed, why, and what to do `then`.
+
+    >>> in_one_sentence(OSError(28, "No space left"), "a.txt cannot be written", "make room")
+    OSError('a.txt cannot be written (No space left): make room.')
+    """
+    told = type(error)(f"{what} ({error.strerror or error}): {then}.")
+    told.errno = error.errno
+    return told
+
+
+def printable(text: str) -> str:
+    r"""`text` with what would steer a terminal written out.
+
+    >>> print(printable("a\x1b[2Jb\nc"))
+    a\x1b[2Jb\nc
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_passwords(text: str, urls_only: bool = False) -> str:
+    """`text` without the passwords of URLs in it: they must not stand in messages.
+
+    A URL may lack its slashes or its scheme, unless `urls_only`: in a program `x[:, i]@w` is none.
+
+    >>> without_passwords("postgresql://me:pa@ss@host/db?sslpassword=x")
+    'postgresql://me:***@host/db?sslpassword=***'
+    """
+    if urls_only:
+        return re.sub(r"(\w://[^\s/:@'\"]*:)[^\s'\"]*@", r"\1***@", text)
+    # Greedy: a password that was not quoted may hold an @ itself.
+    text = re.sub(r"((?:^|[\s'\"=(])(?:[\w+.-]+:/*)?[^\s/:@'\"]*:)[^\s]*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)
 
 
 def _given(name: str, value: object) -> str:

@@ -5,13 +5,16 @@ or a storage that cannot be used; 130 interrupted, with running trials back in t
 """
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from hypergrad.checks import printable, without_passwords
 
 DONE, NOTHING_FOUND, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -69,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     except KeyboardInterrupt:
         message, code = _Ended("interrupted: running trials are in the queue again."), INTERRUPTED
-    print(f"hypergrad: {message}", file=sys.stderr)
+    print(f"hypergrad: {_told(str(message))}", file=sys.stderr)
     return code
+
+
+def _told(text: str) -> str:
+    """What a terminal may be shown, in one line: no escapes, no passwords."""
+    return printable(without_passwords(" ".join(text.split())))
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -94,6 +102,8 @@ def _sweep(options: argparse.Namespace) -> int:
         result = function(**{key: value for key, value in given.items() if value is not None})
     except Exception as error:
         raise _Ended(f"{options.file}: {_short(error)}", NOTHING_FOUND) from error
+    if getattr(result, "interrupted", False):
+        raise KeyboardInterrupt
     if not hasattr(result, "study"):
         raise _Ended(
             f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."
@@ -114,8 +124,9 @@ def _report(options: argparse.Namespace) -> int:
     if not Path(options.out).absolute().parent.is_dir():
         raise _Ended(f"--out {options.out} lies in a folder that does not exist: make it.")
     try:
-        print(write_report(study, options.out))
-    except (OSError, ValueError) as error:
+        with _well_formed(study):
+            print(write_report(study, options.out))
+    except OSError as error:
         raise _Ended(f"--out {options.out}: {_short(error)}") from error
     return DONE
 
@@ -123,8 +134,23 @@ def _report(options: argparse.Namespace) -> int:
 def _print_table(study: Any, count: int) -> int:
     from hypergrad.study.ranking import ranked, table
 
-    print(table(study, count))
-    return DONE if ranked(study) else NOTHING_FOUND
+    if count < 0:
+        raise _Ended(f"--count {count} must be 0 or more.")
+    with _well_formed(study):
+        text, found = table(study, count), ranked(study)
+    print(text)
+    return DONE if found else NOTHING_FOUND
+
+
+@contextlib.contextmanager
+def _well_formed(study: Any) -> Iterator[None]:
+    """What a study of somebody else's makes may raise is one line."""
+    try:
+        yield
+    except (_Ended, OSError):
+        raise
+    except Exception as error:
+        raise _Ended(f"the study {study.study_name!r} cannot be read: {_short(error)}") from error
 
 
 def _load(file: str) -> Any:
@@ -165,7 +191,8 @@ def _study(options: argparse.Namespace) -> Any:
     if "://" not in path and not Path(path).is_file():
         raise _Ended(f"{options.storage} is no file: give the --storage of a sweep.")
     try:
-        storage = open_storage(options.storage)
+        # To show changes nothing: no lock, no file beside it, no line cut off.
+        storage = open_storage(options.storage, read_only=True)
         names = optuna.get_all_study_names(storage)
     except Exception as error:
         raise _Ended(f"{options.storage}: {_short(error)}") from error
@@ -195,8 +222,15 @@ def _short(error: BaseException) -> str:
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given, which may be a URL with a password."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_told(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hypergrad",
         description="Sweeps of hypergrad: start or join one, show it, report it.",
         epilog=_EXAMPLE,

@@ -1,6 +1,7 @@
 """Where records go: each tracker's own files, read back, with no update twice under resume."""
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,3 +159,47 @@ def test_wandb_writes_offline(tmp_path: Path) -> None:
             rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     assert [row["_step"] for row in rows] == list(range(6))
     assert [row["hyper/l2/1"] for row in rows] == [2.0 + update for update in range(6)]
+
+
+def test_a_full_disk_is_one_sentence_with_the_path(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "history.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = JSONLines(path)
+    lines.open([], 0)
+    record = Record(0, 0.5, 0.75, {"rate": np.array(0.125)}, None)
+    lines(record)
+    whole = path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"history\.jsonl' cannot be written \(File too large\)"):
+            lines(record._replace(update=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines.close()
+    # Half a line is replaced when the run goes on.
+    lines.open([], 1)
+    lines(record._replace(update=1))
+    lines.close()
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [0, 1]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["it's", 'a "run"', 'it\'s a "run"', "50% _of_ it"])
+def test_an_mlflow_run_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """A quote ended the filter, and a second opening made a second run or an error."""
+    pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    record = Record(0, 0.5, 0.75, {"rate": np.array(0.125)}, None)
+    for opening in range(2):
+        callback = MLflow("test", name, tracking_uri=uri)
+        callback.open([], 0)
+        assert callback._last == opening - 1
+        callback(record)
+        callback.close()
+    other = MLflow("test", f"{name} other", tracking_uri=uri)
+    other.open([], 0)
+    assert other._last == -1
+    other.close()

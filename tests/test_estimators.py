@@ -367,10 +367,10 @@ def test_wrong_arguments_are_named() -> None:
         hg.Unrolled(window=0)
     with pytest.raises(ValueError, match=r"checkpoint='all' is unknown"):
         hg.Unrolled(checkpoint="all")
-    with pytest.raises(
-        ValueError, match=r"validate_at='first' is not possible in a window of 4 steps"
-    ):
-        hypergradient_of(oracle, hg.Unrolled(validate_at="first"))
+    with pytest.raises(ValueError, match=r"validate_at='first' is no place"):
+        hg.Unrolled(validate_at="first")
+    with pytest.raises(ValueError, match=r"validate_at=5 is not possible in a window of 4 steps"):
+        hypergradient_of(oracle, hg.Unrolled(validate_at=5))
     with pytest.raises(ValueError, match=r"memory_limit=5 is read by checkpoint='auto' only"):
         hg.Unrolled(memory_limit=5)
     with pytest.raises(ValueError, match=r"chunk=0 must be at least 1"):

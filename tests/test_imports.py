@@ -16,18 +16,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 ROOMS = {
     "trees": "",
     "checks": "",
+    "files": "lock journal",
     "space": "dimensions space description",
-    "data": "keys batches splits streams prefetch",
+    "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "problem": "rules inner_gradient problem compressed noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
-    "training": "history identity checkpoints progress callbacks fit",
+    "training": "history doubts identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
-    "search": "schedulers cohort result sweep candidates tuned tune",
+    "search": "schedulers arguments recipe programs cohort endings result sweep"
+    " candidates tuned tune",
     "nn": "dropout linen nnx",
     "testing": "contract causes check",
     "cli": "",

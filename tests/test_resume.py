@@ -254,10 +254,14 @@ def test_a_torn_checkpoint_is_skipped(
     assert_same_run(_fit(20, checkpoint), whole)
     assert "update 11" in caplog.text and "update 8" in caplog.text and "torn" in caplog.text
     assert (checkpoint.path / "11.torn").is_dir() and (checkpoint.path / "8.torn").is_dir()
-    # all of them torn: from the start
+    # All of them torn: nobody begins at 0 without having said so, and all stay as they are.
     for path in _files(checkpoint.path):
         os.truncate(path, 0)
-    assert_same_run(_fit(20, checkpoint), whole)
+    before = sorted(path.name for path in checkpoint.path.iterdir())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"none of those in .* can be used .*update 20"):
+            _fit(20, checkpoint)
+        assert sorted(path.name for path in checkpoint.path.iterdir()) == before
 
 
 @orbax_complains

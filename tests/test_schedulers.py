@@ -4,7 +4,14 @@ from itertools import pairwise
 
 import pytest
 
-from hypergrad.search.schedulers import Hyperband, Rung, SuccessiveHalving, bracket_steps, brackets
+from hypergrad.search.schedulers import (
+    Hyperband,
+    Rung,
+    SuccessiveHalving,
+    bracket_steps,
+    brackets,
+    in_whole_updates,
+)
 
 
 def test_brackets_are_those_of_the_paper():
@@ -85,3 +92,21 @@ def test_what_is_no_integer_is_refused(value):
         Hyperband(value)
     with pytest.raises(TypeError, match=r"num_trials=.* is no integer"):
         brackets(None, 10, value)
+
+
+@pytest.mark.parametrize("scheduler", [Hyperband, SuccessiveHalving])
+@pytest.mark.parametrize("steps", [1, 5, 10, 25, 50])
+@pytest.mark.parametrize("min_steps", [1, 3, 12, 40])
+def test_rungs_of_whole_updates(scheduler, steps, min_steps):
+    """Two rungs at one step halved twice there, and a rung could end below `min_steps`."""
+    recipe = scheduler(min_steps, eta=2)
+    for bracket in brackets(recipe, num_steps=100, num_trials=200):
+        rungs = in_whole_updates(bracket, recipe, steps)
+        stops = [rung.steps for rung in rungs]
+        assert stops == sorted(set(stops)) and stops[-1] == 100
+        assert all(stop % steps == 0 and stop >= min_steps for stop in stops)
+        assert rungs[0].members == bracket[0].members
+        pairs = pairwise(rung.members for rung in rungs)
+        assert all(after == max(1, before // 2) for before, after in pairs)
+        if steps == 1:
+            assert rungs == bracket

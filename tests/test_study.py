@@ -333,11 +333,14 @@ def test_a_wide_int_is_thinned_on_its_scale():
 
 def test_a_resumed_grid_repeats_and_leaves_out_nothing(tmp_path):
     path, found = str(tmp_path / "a.journal"), []
-    for count in (4, 1, 100):
-        with open_study(FLAT, path, "grid", seed=1) as opened:
+    for seed, count in enumerate((4, 1, 100)):
+        # Another seed shuffled anew: a point came twice, and one never.
+        with open_study(FLAT, path, "grid", seed=seed) as opened:
             assert count == 100 or opened.ask() is not None  # Given back when it closes.
             found += run(opened, count)
     assert len(found) == len({tuple(p.values()) for p in found}) == 15
+    with pytest.raises(ValueError, match=r"grid_points=4, but the grid .* has 5"):
+        open_study(FLAT, path, "grid", grid_points=4)
 
 
 # Resuming.

@@ -1,6 +1,7 @@
 """Data on the device before it is needed: a thread reads, stacks and moves it."""
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Generator
@@ -13,6 +14,10 @@ from hypergrad.trees import Batch, Train
 
 # Groups of batches that wait on the device, besides the one in use.
 _READY = 2
+# After how many seconds without data it is said who is waited for.
+_TELL_AFTER = 30.0
+
+_log = logging.getLogger("hypergrad")
 
 
 class Fed(NamedTuple):
@@ -69,14 +74,27 @@ def feed(
     thread.start()
     try:
         for _ in range(first, stop):
-            item = ready.get()
+            item = _awaited(ready, train, valid)
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         stopped.set()
         # A source that blocks for good must not block the end of the run.
-        thread.join(timeout=5)
+        thread.join(timeout=1)
+
+
+def _awaited(
+    ready: queue.Queue[Fed | BaseException], train: Constant | Stream, valid: Constant | Stream
+) -> Fed | BaseException:
+    """What comes next; says who keeps it waiting."""
+    waited = 0.0
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=_TELL_AFTER)
+        waited += _TELL_AFTER
+        names = " or ".join(s.awaited for s in (train, valid) if isinstance(s, Stream))
+        _log.warning(f"{names} has been waited for {waited:.0f} s: does its loader hang?")
 
 
 def _read(train: Constant | Stream, valid: Constant | Stream, save: bool) -> Fed:

@@ -12,6 +12,7 @@ import numpy as np
 
 from hypergrad import checks
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches, num_steps
+from hypergrad.data.contents import contents
 from hypergrad.trees import Batch, Leaf, Train, Tree, leaf_names, path_name
 
 _log = logging.getLogger("hypergrad")
@@ -70,8 +71,14 @@ class Stream:
             self._open()
         if self._group is None:
             return jax.device_put(jax.tree.map(_copy, self._next()))
-        batches = [self._next() for _ in range(self._group)]
+        # A source may fill one buffer again and again.
+        batches = [jax.tree.map(_copy, self._next()) for _ in range(self._group)]
         return jax.device_put(jax.tree.map(_stack, *batches))
+
+    @property
+    def awaited(self) -> str:
+        """Which batch is read next, in words."""
+        return f"batch {self._read + 1} of {self._name}"
 
     def save(self) -> None:
         """Ask the iterable for its state, where it has one, so that `position` is quick to find."""
@@ -121,10 +128,15 @@ class Stream:
 
     def _raw(self) -> Batch:
         """The next batch as the iterable gives it, from its start again where it ends."""
-        batch = next(self._iterator, _END)
-        if batch is _END:
-            self._iterator = iter(self._source)
+        try:
             batch = next(self._iterator, _END)
+            if batch is _END:
+                self._iterator = iter(self._source)
+                batch = next(self._iterator, _END)
+        except Exception as error:
+            source = type(self._source).__name__
+            said = f"its {source} raised {type(error).__name__}: {error}"
+            raise _of_kind(error, f"{self.awaited.capitalize()} cannot be read: {said}") from error
         if batch is _END:
             raise self._exhausted()
         self._read += 1
@@ -209,7 +221,7 @@ def open_source(
     name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
 ) -> Constant | Stream:
     """`data` as what updates take from: as it is, or `group` batches of it from `position` on."""
-    if isinstance(data, Minibatches) or _is_arrays(data):
+    if is_fixed(data):
         return Constant(data)
     if not isinstance(data, Iterable) or isinstance(data, dict | str | bytes):
         raise TypeError(
@@ -219,9 +231,14 @@ def open_source(
     return Stream(name, data, group, position)
 
 
-def has_no_axis(train: Train) -> bool:
-    """Whether `train` is an iterable of single batches: nothing in it says how many a K is."""
-    return not isinstance(train, Minibatches) and not _is_arrays(train)
+def fixed(**data: Train | Batch) -> dict[str, dict[str, str]]:
+    """What those of the arguments hold that every update gets anew, see `contents`."""
+    return {name: contents(value) for name, value in data.items() if is_fixed(value)}
+
+
+def is_fixed(data: Train | Batch) -> bool:
+    """Whether every update gets this as it is: arrays, or a `Minibatches`."""
+    return isinstance(data, Minibatches) or _is_arrays(data)
 
 
 def steps_of(train: Train, steps_per_update: int | None) -> int:
@@ -230,7 +247,7 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
         steps_per_update = checks.integer(
             "steps_per_update", steps_per_update, remedy=FIXES_A_SHAPE
         )
-    if has_no_axis(train):
+    if not is_fixed(train):
         if steps_per_update is None:
             raise ValueError(
                 f"train is a {type(train).__name__} of single batches, and fit cannot know how "
@@ -251,14 +268,27 @@ def steps_of(train: Train, steps_per_update: int | None) -> int:
 def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """Refuses a data set where K stacked batches belong: it would train on single examples.
 
-    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`.
+    Told by arrays of one structure whose leaves have as many axes in `train` as in `valid`. A
+    `valid` that has such an axis is told by one axis more, before the same shapes.
     """
-    if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
+    arrays = train.arrays if isinstance(train, Minibatches) else train
+    if not (_is_arrays(arrays) and _is_arrays(valid)) or isinstance(valid, Minibatches):
         return
-    if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
+    if jax.tree.structure(arrays) != jax.tree.structure(valid):
         return
-    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (train, valid)]
-    if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):
+    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (arrays, valid)]
+    pairs = list(zip(*shapes, strict=True))
+    if isinstance(train, Minibatches):
+        examples = any(len(x) > 1 for x, _ in pairs)  # not numbers alone, as indices are
+        stacked = examples and all(len(v) == len(x) + 1 and v[2:] == x[1:] for x, v in pairs)
+    else:
+        stacked = all(len(v) > 1 and v[1:] == x for x, v in pairs)
+    if stacked:
+        raise ValueError(
+            f"valid's leaves {shapes[1]} have an axis before those of train, {shapes[0]}: valid is "
+            "one batch, [batch, ...], without an axis of steps."
+        )
+    if not isinstance(train, Minibatches) and all(len(x) == len(v) for x, v in pairs):
         raise ValueError(
             f"train's leaves {shapes[0]} have as many axes as valid's {shapes[1]}, and lack the "
             "leading axis K of steps: give hypergrad.Minibatches(train, batch_size=32, "
@@ -292,6 +322,13 @@ def _stack(*leaves: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
 def _copy(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     # A device on the host may share an array's memory, which its owner may write to again.
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def _of_kind(error: Exception, text: str) -> Exception:
+    try:
+        return type(error)(text)
+    except Exception:  # a kind that takes more than a text
+        return RuntimeError(text)
 
 
 def _pack(state: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hypergrad import checks
 from hypergrad.data.batches import num_steps, step_inputs
 from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.problem.problem import Problem, steps_done, training_steps, validation_loss
@@ -240,12 +241,31 @@ def checked_estimate(
     estimator = estimator.resolve(window, hyper)
     require_structure(estimator, window, hyper)
     try:
-        return estimator.estimate(window, hyper, state)
+        result = estimator.estimate(window, hyper, state)
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             "A function of the problem closes over a traced value, whose derivative would be lost. "
             "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
         ) from error
+    pair = type(result) is tuple and len(result) == 2
+    if not pair or not isinstance(result[0], Estimate):
+        raise TypeError(
+            f"estimator={estimator!r}: its estimate returned a {type(result).__name__}: return "
+            "(hypergrad.Estimate(loss, grad, inner, info), state)."
+        )
+    return result
+
+
+def refuse_wrong_place(validate_at: ValidateAt) -> None:
+    """Refuse what no window could be judged at; `Window.judging` knows its length."""
+    if validate_at in ("last", "mean") and isinstance(validate_at, str):
+        return
+    share = isinstance(validate_at, float) and 0 < validate_at <= 1
+    if not share and not (checks.is_integer(validate_at) and validate_at >= 1):  # type: ignore[operator]
+        raise ValueError(
+            f"validate_at={validate_at!r} is no place: choose 'last', 'mean', an integer (the mean "
+            "of that many last parameters), or a float up to 1.0 (that share of the window)."
+        )
 
 
 def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> None:

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from hypergrad.checks import instance, positive
 from hypergrad.estimators.auto import (
     CG,
     Choice,
@@ -16,7 +17,7 @@ from hypergrad.estimators.auto import (
 from hypergrad.estimators.base import Estimator, ValidateAt, Window, compiled_estimate
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, refuse_no_problem
 from hypergrad.problem.structure import require_use
 from hypergrad.space.space import Space
 from hypergrad.trees import (
@@ -82,6 +83,10 @@ def choose_estimator(
     >>> chosen = choose_estimator(problem, space, None, {"lr": 0.1}, *data, jax.random.key(0))
     Unrolled(window=None, checkpoint='none', ...): 1 hyperparameter over 5 steps; ...
     """
+    refuse_no_problem(problem)
+    instance("space", space, Space, "a hypergrad.Space")
+    if memory_limit is not None:
+        positive("memory_limit", memory_limit, "bytes, or None")
     hyper = strong(space.validate(hyper))
     window = Window(problem, inner, train, valid, key)
     limit = device_bytes() if memory_limit is None else memory_limit

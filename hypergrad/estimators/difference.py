@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.checks import positive
-from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, summary
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    ValidateAt,
+    Window,
+    refuse_wrong_place,
+    summary,
+)
 from hypergrad.trees import Hyper, Scalar, State, Tree, split_inexact
 
 
@@ -37,6 +44,7 @@ class FiniteDifference(Estimator):
     perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        refuse_wrong_place(self.validate_at)
         positive("step", self.step, "for instance 1e-5")
 
     def estimate(self, window: Window, hyper: Hyper, state: State) -> tuple[Estimate, State]:

@@ -9,7 +9,14 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad import checks
 from hypergrad.data.keys import NOISE
-from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, summary
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    ValidateAt,
+    Window,
+    refuse_wrong_place,
+    summary,
+)
 from hypergrad.problem.problem import steps_done
 from hypergrad.trees import Hyper, InnerState, Key, Leaf, Scalar, State, path_name, strong, widen
 
@@ -113,6 +120,7 @@ class Evolution(Estimator):
     perturbs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        refuse_wrong_place(self.validate_at)
         checks.integer_field(self, "pairs", remedy="antithetic pairs of particles, for instance 16")
         checks.positive("std", self.std, "in the coordinates of hyper, for instance 0.01")
         checks.choice("method", self.method, get_args(Method))

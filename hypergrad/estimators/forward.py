@@ -10,7 +10,15 @@ from jax.flatten_util import ravel_pytree
 
 from hypergrad import checks
 from hypergrad.data.batches import step_inputs
-from hypergrad.estimators.base import Estimate, Estimator, Progress, ValidateAt, Window, summary
+from hypergrad.estimators.base import (
+    Estimate,
+    Estimator,
+    Progress,
+    ValidateAt,
+    Window,
+    refuse_wrong_place,
+    summary,
+)
 from hypergrad.problem.problem import steps_done
 from hypergrad.problem.structure import naming_backward_rules
 from hypergrad.trees import Batch, Hyper, Scalar, State, Tree, split_inexact
@@ -50,6 +58,8 @@ class Forward(Estimator):
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_wrong_place(self.validate_at)
+        checks.flag("carry", self.carry)
         if self.chunk is not None:
             checks.integer_field(self, "chunk", remedy="or None for all at once")
 

@@ -2,11 +2,14 @@
 
 from typing import Literal
 
+import jax
+
+from hypergrad.checks import having, numbers, random_key
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, strong
+from hypergrad.problem.problem import Problem, refuse_no_problem
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, leaf_names, strong
 
 
 def hypergradient(
@@ -48,10 +51,22 @@ def hypergradient(
     >>> hypergradient(problem, hyper, None, one_step, one_step[0], key).grad["lr"]
     Array(-2., dtype=float32)
     """
-    hyper = strong(hyper)
+    refuse_no_problem(problem)
+    random_key("key", key)
+    hyper = checked_hyper(hyper)
+    if inner is not None:
+        having("inner", inner, ("params",), "problem.init(hyper, key), or None")
     window = Window(problem, inner, train, valid, key)
     estimator = as_estimator(estimator)
     return checked_estimate(estimator, window, hyper, estimator.init(window, hyper))[0]
+
+
+def checked_hyper(hyper: Hyper) -> Hyper:
+    """`hyper` as strong arrays; refuses what is none by its name."""
+    for name, leaf in zip(leaf_names(hyper), jax.tree.leaves(hyper), strict=True):
+        if not hasattr(leaf, "dtype"):
+            numbers(f"hyper[{name!r}]", leaf)
+    return strong(hyper)
 
 
 def as_estimator(

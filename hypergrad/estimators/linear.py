@@ -129,6 +129,8 @@ class ConjugateGradient(LinearSolver):
     def __post_init__(self) -> None:
         checks.integer_field(self, "max_steps")
         checks.positive("damping", self.damping, zero=True)
+        checks.positive("tolerance", self.tolerance, zero=True)
+        checks.flag("warm_start", self.warm_start)
 
     def init(self, b: Tree) -> State:
         """Zeros like `b` if warm."""
@@ -178,6 +180,7 @@ class GMRES(LinearSolver):
         checks.integer_field(self, "max_steps")
         checks.integer_field(self, "cycles")
         checks.positive("damping", self.damping, zero=True)
+        checks.positive("tolerance", self.tolerance, zero=True)
 
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
@@ -311,6 +314,7 @@ class Richardson(LinearSolver):
     def __post_init__(self) -> None:
         checks.integer_field(self, "steps")
         checks.positive("step_size", self.step_size)
+        checks.flag("warm_start", self.warm_start)
 
     def init(self, b: Tree) -> State:
         """Zeros like `b` if warm."""

@@ -18,6 +18,7 @@ from hypergrad.estimators.base import (
     ValidateAt,
     Window,
     compiled_estimate,
+    refuse_wrong_place,
     scan,
     summary,
 )
@@ -66,6 +67,7 @@ class Unrolled(Estimator):
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_wrong_place(self.validate_at)
         if self.window is not None:
             checks.integer_field(self, "window", remedy="or None for all K steps")
         if self.memory_limit is not None:

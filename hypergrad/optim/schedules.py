@@ -59,6 +59,7 @@ def piecewise_linear(
     >>> [float(schedule(step)) for step in (0, 4, 5, 8, 99)]
     [0.0, 0.800000011920929, 1.0, 0.699999988079071, 0.5]
     """
+    checks.numbers("values", values)
     values = jnp.asarray(values)
     positions = _positions(values, num_steps, positions)
 
@@ -103,6 +104,7 @@ def piecewise_constant(values: Leaf, steps_each: int) -> Schedule:
         "piecewise_linear(positions=)"
     )
     steps_each = checks.integer("steps_each", steps_each, remedy=remedy)
+    checks.numbers("values", values)
     values = jnp.asarray(values)
     if not values.ndim:
         raise ValueError(f"values={values} needs a leading axis of windows: give [{values}].")
@@ -134,6 +136,9 @@ def warmup_cosine(
     >>> [round(float(schedule(step)), 4) for step in (0, 5, 10, 60, 110)]
     [0.0, 0.05, 0.1, 0.05, 0.0]
     """
+    names = ("peak", "warmup_steps", "decay_steps", "floor", "start")
+    for name, value in zip(names, (peak, warmup_steps, decay_steps, floor, start), strict=True):
+        checks.numbers(name, value)
     _check_lengths(warmup_steps, decay_steps)
 
     def schedule(step: Leaf) -> jax.Array:
@@ -160,6 +165,7 @@ def exponential_decay(initial: Leaf, rate: Leaf, transition_steps: Leaf) -> opta
     >>> [float(schedule(step)) for step in (0, 10, 20)]
     [1.0, 0.5, 0.25]
     """
+    checks.numbers("initial", initial)
     checks.positive_if_known("rate", rate)
     checks.positive_if_known("transition_steps", transition_steps)
 
@@ -216,9 +222,9 @@ def _positions(values: jax.Array, num_steps: Leaf | None, positions: Leaf | None
 
 
 def _check_lengths(warmup_steps: Leaf, decay_steps: Leaf) -> None:
-    if _concrete(warmup_steps) and warmup_steps < 0:
+    if _concrete(warmup_steps) and not warmup_steps >= 0:  # NaN is not, either
         raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more.")
-    if _concrete(warmup_steps, decay_steps) and decay_steps <= warmup_steps:
+    if _concrete(warmup_steps, decay_steps) and not decay_steps > warmup_steps:
         raise ValueError(
             f"decay_steps={decay_steps} must exceed warmup_steps={warmup_steps}: it counts from "
             "step 0, warm-up included."

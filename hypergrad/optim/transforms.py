@@ -38,6 +38,10 @@ def norm_adam(
     >>> [round(float(u), 3) for u in updates]
     [-0.06, -0.08]
     """
+    if not callable(learning_rate):
+        checks.positive_if_known("learning_rate", learning_rate, "give 0.1, for instance")
+    for name, value in (("b1", b1), ("b2", b2)):
+        _check_decay(name, value)
 
     def init(params: Params) -> NormAdamState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -140,6 +144,8 @@ def hypergradient_descent(
     checks.choice("rule", rule, ("additive", "multiplicative"))
     _check_rate("learning_rate", learning_rate)
     _check_rate("hyper_learning_rate", hyper_learning_rate)
+    checks.function("optimizer_factory", optimizer_factory, "learning_rate -> optax transformation")
+    checks.positive("min_learning_rate", min_learning_rate, zero=True)
 
     def init(params: Params) -> HypergradientDescentState:
         rate = widen(learning_rate)
@@ -177,6 +183,11 @@ def hypergradient_descent(
         return updates, HypergradientDescentState(rate, tangent, optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_decay(name: str, value: Leaf) -> None:
+    if not isinstance(value, jax.core.Tracer) and checks.within(name, value, 0, 1) == 1:
+        raise ValueError(f"{name}={value!r} must lie below 1: give 0.9, for instance.")
 
 
 def _check_rate(name: str, value: Leaf) -> None:
@@ -264,6 +275,8 @@ def with_prefix(
     f: Callable[..., jax.Array], name: str, prefix: Tree, tree: Params, *rest: Params
 ) -> Params:
     """`f(value, leaf, ...)` of every leaf of `tree`, with the value of `prefix` at or above it."""
+    for leaf in jax.tree.leaves(prefix) or [prefix]:
+        checks.numbers(name, leaf)
 
     def on_leaf(value: Leaf, leaf: jax.Array, *others: jax.Array) -> jax.Array:
         ours, shape = jnp.shape(value), jnp.shape(leaf)

@@ -19,6 +19,7 @@ except ImportError as error:
         "hypergrad's pictures need matplotlib: pip install 'hypergrad-jax[plots]'."
     ) from error
 
+from hypergrad.checks import printable
 from hypergrad.space.dimensions import Float
 
 GivenAxes = Axes | Sequence[Axes] | np.ndarray | None
@@ -33,6 +34,11 @@ def chosen(names: Iterable[str] | None, known: Sequence[str], kind: str) -> list
         if name not in known:
             raise ValueError(f"names holds {name!r}: the {kind} are {list(known)}.")
     return list(names)
+
+
+def literal(text: str) -> str:
+    """`text` as matplotlib draws it letter by letter: a `$` would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def given_or_new(axes: GivenAxes, names: Sequence[str]) -> dict[str, Axes]:
@@ -62,7 +68,7 @@ def new_panels(count: int, size: tuple[float, float] | None = None) -> np.ndarra
 def set_hyper_axis(axis: Axes, name: str, dimension: Float) -> None:
     """Sets the vertical axis to a hyperparameter's name, its scale and its range."""
     # A long name shrinks to the height of its panel.
-    axis.set_ylabel(name, fontsize=10 * min(1, 22 / len(name)))
+    axis.set_ylabel(literal(name), fontsize=10 * min(1, 22 / len(name)))
     if dimension.scale == "log":
         axis.set_yscale("log")
     elif dimension.scale == "reverse_log":
@@ -116,7 +122,7 @@ def legend_above(axis: Axes, handles: Sequence[Artist], labels: Sequence[str]) -
     columns = int(inches / (0.07 * (max(map(len, labels)) + 5)))
     axis.legend(
         handles,
-        labels,
+        [*map(literal, labels)],
         loc="lower left",
         bbox_to_anchor=(0, 1),
         ncols=min(max(columns, 1), len(labels)),

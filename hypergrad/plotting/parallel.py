@@ -5,7 +5,7 @@ import optuna
 from matplotlib.lines import Line2D
 
 from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
-from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, new_panels
+from hypergrad.plotting.panels import Axes, ReverseLogLocator, legend_above, literal, new_panels
 from hypergrad.space.dimensions import Categorical, Float
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
@@ -71,7 +71,7 @@ def _label(axis: Axes, space: Space, width: float) -> None:
     axis.set_xlim(-0.55, len(space) - 0.9)
     axis.set_ylim(_INACTIVE - 0.05 if conditional else -0.05, 1.05)
     axis.set_yticks([])
-    axis.set_xticks(range(len(space)), list(space), fontsize=9)
+    axis.set_xticks(range(len(space)), [*map(literal, space)], fontsize=9)
     # Names that would run into one another are slanted.
     if 0.09 * max(map(len, space)) > width / len(space):
         for label in axis.get_xticklabels():
@@ -117,4 +117,4 @@ def _marks(space: Space, name: str) -> list[tuple[str, float]]:
 
 def _write(axis: Axes, x: float, y: float, text: str) -> None:
     box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.6}
-    axis.text(x - 0.05, y, text, ha="right", va="center", fontsize=7.5, zorder=4, bbox=box)
+    axis.text(x - 0.05, y, literal(text), ha="right", va="center", fontsize=7.5, zorder=4, bbox=box)

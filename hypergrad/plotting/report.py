@@ -3,14 +3,16 @@
 import base64
 import html
 import math
+import secrets
 import tempfile
 from pathlib import Path
 
 import optuna
 
+from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import failed_trials, ranked, short, states
+from hypergrad.study.ranking import failed_trials, ranked, reason_of, short, states
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR
 
@@ -100,7 +102,7 @@ def _failures(study: optuna.Study) -> str:
     if not failed:
         return ""
     texts = [
-        f"<p>#{t.number}: {html.escape(str(t.params))}</p>"
+        f"<p>#{t.number}: {html.escape(str(t.params))}<br>{html.escape(reason_of(t))}</p>"
         f"<pre>{html.escape(str(t.user_attrs.get(ERROR, 'no traceback was recorded')))}</pre>"
         for t in failed[:10]
     ]
@@ -123,8 +125,16 @@ def write_report(study: optuna.Study, path: str | Path) -> Path:
     Raises:
       ValueError: no sweep has opened the study.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(study), encoding="utf-8")
-    part.replace(path)
+    path, text = Path(path), page(study)
+    # A name that nobody can have put a link at, and rights as the umask gives them.
+    part = path.with_name(f"{secrets.token_hex(8)}.part")
+    try:
+        with open(part, "x", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise in_one_sentence(
+            error, f"the report {path} cannot be written", "nothing was changed there"
+        ) from None
     return path

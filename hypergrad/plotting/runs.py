@@ -23,6 +23,7 @@ from hypergrad.plotting.panels import (
     chosen,
     given_or_new,
     legend_above,
+    literal,
     log_if_wide,
     new_panels,
     set_hyper_axis,
@@ -227,7 +228,7 @@ def plot_run(
         _legend(axes[count], without="refused")
     figure = axes[0].figure
     if title:
-        figure.suptitle(title)
+        figure.suptitle(literal(title))
     return figure
 
 

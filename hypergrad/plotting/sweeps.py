@@ -16,6 +16,7 @@ import optuna
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.colors import BEST_COLOR, OTHER_COLOR, Colors
 from hypergrad.plotting.panels import (
     PALETTE,
@@ -25,6 +26,7 @@ from hypergrad.plotting.panels import (
     chosen,
     given_or_new,
     legend_above,
+    literal,
     log_if_wide,
     new_panels,
     png,
@@ -99,7 +101,7 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     # The largest on top.
     found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
     axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
-    axis.barh(list(found), list(found.values()), color=PALETTE[0], height=0.65)
+    axis.barh([*map(literal, found)], list(found.values()), color=PALETTE[0], height=0.65)
     for i, share in enumerate(found.values()):
         text = f"{share:.2f}" if share >= 0.01 else "<0.01"
         axis.text(share, i, f" {text}", va="center", fontsize=8)
@@ -199,5 +201,9 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     for name, draw in pictures.items():
         figure: Figure = np.atleast_1d(draw(study))[0].figure
         written.append(Path(folder) / f"{name}.png")
-        written[-1].write_bytes(png(figure))
+        try:
+            written[-1].write_bytes(png(figure))
+        except OSError as error:
+            what = f"the picture {written[-1]} cannot be written"
+            raise in_one_sentence(error, what, "make room, or name another folder") from None
     return written

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from hypergrad import checks
 from hypergrad.data.batches import mix_bits
 from hypergrad.trees import Key
 
@@ -83,6 +84,8 @@ def dropout(
     >>> bool(abs(gradient.mean() - 4.0) < 0.1)
     True
     """
+    checks.numbers("x", x)
+    checks.random_key("key", key)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"dropout needs a floating x, got dtype {x.dtype}: cast x before dropout")
@@ -160,7 +163,7 @@ def resolve(form: str | Form) -> Form:
     """The mask function named by `form`; a function is returned as it is."""
     if callable(form):
         return form
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise ValueError(
             f"unknown dropout form {form!r}: use one of {sorted(FORMS)} "
             "or a function (rate, bits) -> mask"
@@ -172,8 +175,9 @@ def check_rate(rate: ArrayLike) -> None:
     """Raise `ValueError` for a concrete rate outside [0, 1); a traced one passes unread."""
     if isinstance(rate, jax.core.Tracer):
         return
+    checks.numbers("rate", rate)
     value = np.asarray(rate, dtype=np.float64)
-    if np.any((value < 0) | (value >= 1)):
+    if not np.all((value >= 0) & (value < 1)):
         raise ValueError(
             f"dropout rate must lie in [0, 1), got rate={rate}: it is the share of units dropped, "
             "not kept; declare it as Float(0.0, 0.8) or clip it"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad import checks
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
@@ -116,6 +117,7 @@ def bilevel(
     >>> float(problem.step(inner, {"lr": 0.25}, jnp.ones(3), jax.random.key(0)).params)
     0.5
     """
+    _check_functions(init_params, train_loss, valid_loss, optimizer, absorb, metrics)
     train_pair = refuse_hard_dropout(with_aux(train_loss, "train_loss"))
 
     def loss_of_trainable(trained: Params, rest: Tree, batch: Batch, key: Key) -> Any:
@@ -127,7 +129,8 @@ def bilevel(
     def init(hyper: Hyper, key: Key) -> Inner:
         params = init_params(key)
         params = cast_like(params, params)  # strong dtypes: weak ones recompile at the next window
-        opt_state = optimizer(hyper).init(_split(params, trainable)[0])
+        transform = _transformation(optimizer, hyper)
+        opt_state = transform.init(_split(params, trainable)[0])
         # Read from the state, as the transformation itself is opaque.
         _refuse_injected_rates(opt_state)
         opt_state = cast_like(opt_state, opt_state)
@@ -161,6 +164,41 @@ def bilevel(
         return train_pair(params, hyper, batch, key)[0]
 
     return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+
+
+def _check_functions(
+    init_params: Any, train_loss: Any, valid_loss: Any, optimizer: Any, absorb: Any, metrics: Any
+) -> None:
+    checks.function("init_params", init_params, "key -> params")
+    loss = "(params, hyper, batch, key) -> scalar"
+    checks.function("train_loss", train_loss, loss)
+    checks.function("valid_loss", valid_loss, loss)
+    build = "a function of hyper, lambda hyper: optax.sgd(hyper['learning_rate'])"
+    checks.function("optimizer", optimizer, build)
+    for name, optional in (("absorb", absorb), ("metrics", metrics)):
+        if optional is not None:
+            checks.function(name, optional, "a function, or None")
+
+
+def _transformation(optimizer: Callable[[Any], Any], hyper: Hyper) -> Any:
+    """What `optimizer` builds from `hyper`, seen to be an optax transformation."""
+    try:
+        transform = optimizer(hyper)
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer={optimizer!r} cannot be called with hyper ({error}): give a function such "
+            "as lambda hyper: optax.sgd(hyper['learning_rate'])."
+        ) from error
+    checks.having(
+        "what optimizer(hyper) returns", transform, ("init", "update"), "an optax transformation"
+    )
+    return transform
+
+
+def refuse_no_problem(problem: Any) -> None:
+    """Raises TypeError for what lacks a problem's functions, as swapped arguments do."""
+    parts = ("init", "step", "train_loss", "valid_loss")
+    checks.having("problem", problem, parts, "a hypergrad.Problem, as hypergrad.bilevel makes it")
 
 
 def require_inner(inner: InnerState) -> None:
@@ -293,6 +331,12 @@ def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
 def _split(params: Params, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
     if trainable is None:
         return params, None
+    is_list = isinstance(trainable, Sequence) and hasattr(params, "keys")
+    if not is_list:
+        raise TypeError(
+            f"trainable={trainable!r} names keys of params, a {type(params).__name__}: give a key "
+            "or a list of keys of a mapping, or None for everything."
+        )
     names = [trainable] if isinstance(trainable, str) else list(trainable)
     missing = [name for name in names if name not in params]
     if missing:

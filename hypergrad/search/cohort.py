@@ -1,4 +1,4 @@
-"""Trials that train together: programs of equal choices, and cohorts that are halved at rungs.
+"""Trials that train together: groups of one program, and cohorts that are halved at rungs.
 
 Nothing here knows of a study: proposals come in, standings go out, and `sweep` asks and tells.
 """
@@ -12,18 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.data.batches import Minibatches
-from hypergrad.data.splits import Splits
-from hypergrad.estimators.base import Estimator, Window, require_structure
-from hypergrad.estimators.difference import FiniteDifference
-from hypergrad.problem.problem import Problem
-from hypergrad.problem.structure import StructureError
+from hypergrad.search.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
-from hypergrad.space.space import Space
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
-from hypergrad.tuners.population.population import Population, width_for
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.tuners.population.population import width_for
 from hypergrad.tuners.trust import REASONS
 
 Told = Literal["start", "last", "best", "mean"]
@@ -31,85 +24,6 @@ Told = Literal["start", "last", "best", "mean"]
 _TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
 # How often a rung says how far it is.
 _PARTS = 10
-
-
-class ProblemError(ValueError):
-    """A mistake in `make_problem` that every trial would meet: it ends the sweep."""
-
-
-class Program(NamedTuple):
-    """A problem of fixed choices, the space of its active Floats, and what trains its members."""
-
-    problem: Problem
-    space: Space
-    members: Population
-
-
-@dataclasses.dataclass(eq=False)
-class Programs:
-    """Programs by their choices, each made once.
-
-    Raises:
-      ProblemError: `make_problem` returns no `Problem`, or one that ignores a hyperparameter or
-        reads one that the space lacks.
-    """
-
-    make_problem: Callable[[dict[str, Any]], Problem]
-    space: Space
-    data: Splits
-    batch_size: int
-    refine: Refine | None
-    steps_per_update: int
-    _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
-
-    def of(self, choices: dict[str, Any]) -> Program:
-        """The program of these choices."""
-        key = frozenset(choices.items())
-        if key not in self._made:
-            self._made[key] = self._make(choices)
-        return self._made[key]
-
-    def plain(self, choices: dict[str, Any]) -> Program:
-        """The same without refinement: hyperparameters stand still."""
-        problem, space, _ = program = self.of(choices)
-        if self.refine is None:
-            return program
-        return Program(problem, space, self._population(problem, space, None))
-
-    def _make(self, choices: dict[str, Any]) -> Program:
-        problem = self.make_problem(dict(choices))
-        if not isinstance(problem, Problem):
-            raise ProblemError(
-                f"make_problem returned {type(problem).__name__} for {choices}: return a "
-                "hypergrad.Problem, such as hypergrad.bilevel makes."
-            )
-        active = [n for n in self.space.continuous if self.space.is_active(n, choices)]
-        space = Space({n: dataclasses.replace(self.space[n], when=None) for n in active})
-        self._check(problem, space, choices)
-        # Choices under which no Float is active leave nothing to refine.
-        refine = self.refine if space.continuous else None
-        return Program(problem, space, self._population(problem, space, refine))
-
-    def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
-        train, valid, test = self.data
-        own = None if refine is None else refine.steps_per_update
-        steps = self.steps_per_update if own is None else None
-        return Population(
-            problem, space, refine, train, valid, self.batch_size, steps_per_update=steps, test=test
-        )
-
-    def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
-        estimator = None if self.refine is None else self.refine.estimator
-        if not isinstance(estimator, Estimator):
-            # Nothing is differentiated, but a value that the problem ignores is a mistake.
-            estimator = FiniteDifference()
-        middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
-        batches = Minibatches(self.data.train, self.batch_size, self.steps_per_update)
-        window = Window(problem, None, batches, self.data.valid, jax.random.key(0))
-        try:
-            require_structure(estimator, window, middle)
-        except StructureError as error:
-            raise ProblemError(f"make_problem({choices}): {error}") from error
 
 
 class Group(NamedTuple):
@@ -143,18 +57,46 @@ class Standing(NamedTuple):
 
 
 class Standings(NamedTuple):
-    """The trials that have trained for so many steps, and the best finite score among them."""
+    """The trials that have trained for so many steps, and the best finite score among them.
+
+    `why_not_finite` says whether the data are the reason where a trial's score is not finite.
+    """
 
     steps: int
     trials: list[Standing]
     best: float | None
+    why_not_finite: str = ""
 
 
 class Failure(NamedTuple):
-    """Trials whose program raised, and the traceback."""
+    """Trials whose program raised.
+
+    Attributes:
+      proposals: the trials.
+      error: the traceback; its last line is the reason.
+      reason: type and text of the exception, in a line.
+      before_training: whether it was raised while a program was made or traced, as every trial of
+        the program would meet it, and not by the device.
+    """
 
     proposals: Sequence[Proposal]
     error: str
+    reason: str
+    before_training: bool
+
+
+def failure(proposals: Sequence[Proposal], error: Exception) -> Failure:
+    """What there is to say about trials whose program raised `error`."""
+    told = traceback.TracebackException.from_exception(error)
+    # JAX's note about frames that it left out would stand where the reason does.
+    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in str(note)]
+    told.__notes__ = notes or None
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    of_device = isinstance(error, jax.errors.JaxRuntimeError | FloatingPointError)
+    lines = "".join(told.format()).splitlines()
+    # A text of several lines, or a note, is behind it otherwise.
+    lines += [reason] if lines[-1] != reason else []
+    return Failure(proposals, "\n".join(lines), reason, not of_device)
 
 
 @dataclasses.dataclass(eq=False)
@@ -220,8 +162,8 @@ class Cohort:
                 groups.append(self._group(team, _width(len(team), most)))
             except ProblemError:
                 raise
-            except Exception:
-                yield Failure(team, traceback.format_exc())
+            except Exception as error:
+                yield failure(team, error)
         return groups
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
@@ -251,7 +193,7 @@ class Cohort:
                     # Memory may suffice for one where it does not for all: each alone, from here.
                     groups = [_part(group, [i]) for i in range(len(group.proposals))] + groups
                 else:
-                    yield Failure(group.proposals, traceback.format_exc())
+                    yield failure(group.proposals, error)
         return trained, standings
 
     def _advanced(self, group: Group, done: int, until: int) -> Group:
@@ -341,7 +283,8 @@ class Cohort:
             elif standing.proposal.number not in going:
                 standing = standing._replace(fate="stopped" if after else "finished")
             trials.append(standing)
-        return Standings(steps, trials, best[0].score if best else None)
+        why = self.programs.bad_data if len(finite) < len(standings) else ""
+        return Standings(steps, trials, best[0].score if best else None, why)
 
 
 def _shrunk(group: Group, kept: set[int], most: int) -> Group:

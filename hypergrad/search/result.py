@@ -12,9 +12,10 @@ import numpy as np
 import optuna
 
 from hypergrad.checks import integer
-from hypergrad.search.cohort import Programs
+from hypergrad.search.programs import Programs
+from hypergrad.study.optuna_private import storage_of
 from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
-from hypergrad.study.storage import dashboard_command
+from hypergrad.study.storage import dashboard_command, open_storage, place_of
 from hypergrad.study.study import OpenStudy
 from hypergrad.tuners.population.member import PopulationReport
 
@@ -42,18 +43,29 @@ class Audit(NamedTuple):
 class SweepResult:
     """What `sweep` returns.
 
+    It can be pickled: the study with it where that is in memory; else its storage is opened again,
+    to be read, and a database's URL is in the pickle. Problem and data are left out, so that what
+    was unpickled cannot be audited.
+
     Attributes:
       study: the Optuna study: its plots, its dashboard and its storages work.
       steps_spent: training steps of this call.
+      interrupted: whether Ctrl-C ended it before all trials had.
     """
 
     study: optuna.Study
     steps_spent: int
-    _opened: OpenStudy
-    _programs: Programs
-    _score: Callable[[PopulationReport], jax.Array]
+    _opened: OpenStudy | None
+    _programs: Programs | None
+    _score: Callable[[PopulationReport], jax.Array] | None
     _num_steps: int
     _seed: int
+    interrupted: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        place = place_of(storage_of(self.study))
+        study = self.study if place is None else (place, self.study.study_name)
+        return _unpickled, (study, self.steps_spent, self._num_steps, self._seed, self.interrupted)
 
     def __repr__(self) -> str:
         return f"<SweepResult of {self.study.study_name!r}: {states(self.study)}>"
@@ -69,10 +81,11 @@ class SweepResult:
         Raises:
           ValueError: no trial did.
         """
-        if self._programs.refine is None:
-            return best_of(self.study)
-        trained = len(self.top(len(self.study.trials)))
         kept = self.study.user_attrs.get(_CONFIRMED, {})
+        if self._programs is None or self._programs.refine is None:
+            # What was unpickled cannot train, and has what was confirmed before.
+            return Best(*kept["best"]) if kept else best_of(self.study)
+        trained = len(self.top(len(self.study.trials)))
         if kept.get("of") != trained:
             kept = {"of": trained, "best": list(self.confirm())}
             self.study.set_user_attr(_CONFIRMED, kept)
@@ -99,7 +112,8 @@ class SweepResult:
             all active ones of the space; no seeds.
         """
         values = self.best.hyper if hyper is None else hyper
-        self._opened.check(values)
+        opened, _, _ = self._with_problem()
+        opened.check(values)
         losses = self._retrained(values, seeds, _AUDIT).test_score
         if losses is None:
             raise ValueError(
@@ -143,9 +157,10 @@ class SweepResult:
     def _frozen(self, candidates: list[Best], seeds: int) -> list[tuple[Best, Best]]:
         """Candidates with what their frozen values are worth, the best first; without the lost."""
         found = []
+        _, _, score_of = self._with_problem()
         for best in candidates:
             report = self._retrained(best.hyper, seeds, _CONFIRM)
-            score = float(np.where(report.finite, self._score(report), np.nan).mean())
+            score = float(np.where(report.finite, score_of(report), np.nan).mean())
             if np.isfinite(score):
                 tests = np.nan if report.test_score is None else np.mean(report.test_score)
                 found.append((best, best._replace(score=score, held_out=float(tests))))
@@ -153,7 +168,7 @@ class SweepResult:
 
     def _start_of(self, best: Best) -> Best | None:
         """The values that a trial started from; None where they stood still."""
-        if self._programs.refine is None:
+        if self._with_problem()[1].refine is None:
             return None
         trial = self.study.trials[best.number]
         start = trial.user_attrs.get("start")
@@ -164,8 +179,9 @@ class SweepResult:
     def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> PopulationReport:
         """Reports of full runs under frozen values and seeds that no trial has used."""
         seeds = integer("seeds", seeds)
-        choices = {n: v for n, v in values.items() if n in self._opened.space.discrete}
-        program = self._programs.plain(choices)
+        opened, programs, _ = self._with_problem()
+        choices = {n: v for n, v in values.items() if n in opened.space.discrete}
+        program = programs.plain(choices)
         hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
         keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), stream), seeds)
         state = program.members.init(hypers, keys)
@@ -192,4 +208,23 @@ class SweepResult:
         Raises:
           ValueError: a storage that no other process can open, such as memory.
         """
-        return dashboard_command(self._opened.storage)
+        return dashboard_command(storage_of(self.study))
+
+    def _with_problem(
+        self,
+    ) -> tuple[OpenStudy, Programs, Callable[[PopulationReport], jax.Array]]:
+        if self._opened is None or self._programs is None or self._score is None:
+            raise ValueError(
+                "This result was unpickled, and holds neither problem nor data: call "
+                "hypergrad.sweep again with the same storage, which trains nothing anew, and use "
+                "what it returns."
+            )
+        return self._opened, self._programs, self._score
+
+
+def _unpickled(study: optuna.Study | tuple[str, str], steps_spent: int, *rest: Any) -> SweepResult:
+    if isinstance(study, tuple):
+        place, name = study
+        study = optuna.load_study(study_name=name, storage=open_storage(place, read_only=True))
+    num_steps, seed, interrupted = rest
+    return SweepResult(study, steps_spent, None, None, None, num_steps, seed, interrupted)

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hypergrad.checks import integer, integer_field, positive, within
+from hypergrad.checks import instance, integer, integer_field, positive, within
 
 
 class Rung(NamedTuple):
@@ -109,6 +109,7 @@ def brackets(
     num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     if scheduler is None or isinstance(scheduler, PopulationBasedTraining):
         return [(Rung(num_trials, num_steps),)]
+    instance("scheduler", scheduler, _Halving, "Hyperband, SuccessiveHalving, or None")
     if scheduler.min_steps > num_steps:
         raise ValueError(
             f"scheduler={scheduler!r} gives every run at least {scheduler.min_steps} steps, but "
@@ -128,6 +129,24 @@ def brackets(
         result.append(tuple(rungs))
         left -= members
     return result
+
+
+def in_whole_updates(
+    bracket: tuple[Rung, ...], scheduler: Scheduler | None, steps: int
+) -> tuple[Rung, ...]:
+    """The bracket with its rungs at multiples of `steps`, rounded down, but not below `min_steps`.
+
+    Rungs that fall together are one, at which losers are stopped once.
+
+    >>> in_whole_updates((Rung(9, 100), Rung(3, 300), Rung(1, 900)), SuccessiveHalving(100), 300)
+    (Rung(members=9, steps=300), Rung(members=3, steps=900))
+    """
+    least, eta = (scheduler.min_steps, scheduler.eta) if isinstance(scheduler, _Halving) else (1, 1)
+    stops = [max(rung.steps // steps, -(-least // steps)) * steps for rung in bracket]
+    members = bracket[0].members
+    return tuple(
+        Rung(max(1, members // eta**i), stop) for i, stop in enumerate(dict.fromkeys(stops))
+    )
 
 
 def bracket_steps(bracket: tuple[Rung, ...]) -> int:

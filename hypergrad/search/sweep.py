@@ -5,28 +5,50 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optuna
 
-from hypergrad.checks import choice, integer
-from hypergrad.data.batches import Minibatches
+from hypergrad.checks import (
+    checked_seed,
+    choice,
+    flag,
+    integer,
+    printable,
+    text,
+)
+from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
-from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
+from hypergrad.search.arguments import check_types, checked_points
+from hypergrad.search.cohort import Cohort, Failure, Standings, Told
+from hypergrad.search.endings import AllAlike, UntilInterrupted
+from hypergrad.search.programs import ProblemError, Programs
+from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.result import SweepResult
-from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
+from hypergrad.search.schedulers import (
+    PopulationBasedTraining,
+    Rung,
+    Scheduler,
+    brackets,
+    in_whole_updates,
+)
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
+from hypergrad.study.storage import open_storage, told_in_one_sentence
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
 from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
+
+# How often it is said who is waited for, in seconds.
+_TELL_EVERY = 60.0
 
 
 def sweep(
@@ -65,7 +87,7 @@ def sweep(
       data: the splits. Scores are taken on all of `valid`; `test` is only reported.
       num_trials: in all, over all processes and restarts that share the storage.
       num_steps: training steps of a full run, a multiple of the recipe's steps per update. Rungs
-        are rounded down to such multiples.
+        are rounded down to such multiples, but not below the scheduler's `min_steps`.
       batch_size: examples per training step.
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", or any Optuna sampler.
@@ -92,7 +114,9 @@ def sweep(
         left) where standard error is a terminal. The logger "hypergrad" gets a line per rung.
 
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
-    traceback (user attribute `error`), the logger gets a warning, and the sweep goes on.
+    traceback (user attributes `error` and `reason`), the logger gets a warning, and the sweep goes
+    on; but not after three that have failed alike before any training, where none has trained.
+    Ctrl-C ends the sweep with what it has: running trials are queued again.
 
     Raises:
       ValueError: what `open_study` refuses (another space, another direction); a scheduler whose
@@ -100,7 +124,13 @@ def sweep(
         mistake that every trial would meet, such as a `make_problem` that ignores or lacks a
         hyperparameter, or an unknown metric.
     """
-    _check_types(space, data, refine, scheduler)
+    check_types(make_problem, space, data, refine, scheduler)
+    seed, name = checked_seed(seed), text("name", name)
+    flag("progress", progress)
+    batch_size = integer("batch_size", batch_size, remedy=FIXES_A_SHAPE)
+    if metric is not None:
+        text("metric", metric)
+    enqueue = checked_points(enqueue, space)
     if refine is not None and not space.continuous:
         raise ValueError(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
@@ -126,7 +156,7 @@ def sweep(
         )
     steps = _steps_per_update(refine, num_steps)
     ladders = [
-        tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
+        in_whole_updates(ladder, scheduler, steps)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
     # Once: every program has a population of its own, and all share these arrays.
@@ -138,14 +168,24 @@ def sweep(
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
-    with open_study(
-        space, storage, sampler, direction, sampler_seed, name, num_trials=num_trials
-    ) as opened:
-        check_recipe(opened.study, num_steps=num_steps, batch_size=batch_size, metric=metric)
+    backend = open_storage(storage)
+    with (
+        told_in_one_sentence(backend),
+        open_study(
+            space, backend, sampler, direction, sampler_seed, name, num_trials=num_trials
+        ) as opened,
+    ):
+        recipe: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
+        recipe |= {"metric": metric, "refine": describe_refine(refine)}
+        recipe |= {"told": told if moves else None}
+        if storage is not None:  # in memory nobody else's trials can be
+            recipe |= {"data": describe_data(data)}
+            programs.made = partial(check_losses, opened.study, data, batch_size)
+        check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)
-        with SweepProgress(num_trials, progress) as view:
+        with SweepProgress(num_trials, progress) as view, UntilInterrupted() as interrupted:
             cohort = Cohort(
                 programs,
                 _score_by(metric),
@@ -157,6 +197,7 @@ def sweep(
                 seed,
                 view.show if view.is_open else None,
             )
+            alike = AllAlike(space)
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
@@ -165,22 +206,12 @@ def sweep(
                     break
                 for news in cohort.run(teams, ladder, population):
                     _tell(opened, news)
+                    alike.see(news)
                     _look_back(view, opened, cohort)
+    spent = cohort.spent
     return SweepResult(
-        opened.study, cohort.spent, opened, programs, _score_by(metric), num_steps, seed
+        opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
     )
-
-
-def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
-    schedulers = "SuccessiveHalving, Hyperband, PopulationBasedTraining"
-    for name, value, kinds, remedy in (
-        ("space", space, Space, "a hypergrad.Space"),
-        ("data", data, Splits, "hypergrad.Splits(train, valid, test)"),
-        ("refine", refine, Refine | None, "a hypergrad.Refine, or None"),
-        ("scheduler", scheduler, Scheduler | None, f"one of {schedulers}, or None"),
-    ):
-        if not isinstance(value, kinds):
-            raise TypeError(f"{name} is a {type(value).__name__}: give {remedy}.")
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
@@ -223,14 +254,19 @@ def _ask_or_wait(
     opened: OpenStudy, count: int, population: int, record: bool
 ) -> list[list[Proposal]]:
     """Proposals as of `_ask`; where none are left, others', if they die, until all have ended."""
-    ended = False
+    ended, told = False, time.monotonic()
     while True:
         teams = _ask(opened, count, population, record)
         # Others may have given trials back between our asking and our looking: ask once more.
         if teams or ended:
             return teams
         if not opened.recover():
-            ended = not opened.progress().running
+            running = opened.progress().running
+            ended = not running
+            if running and time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                who = printable("; ".join(opened.others())) or "processes that use Optuna alone"
+                _log.warning(f"waiting for {running} trials that are run by {who}")
             # Each look reads the whole study, and a second is little beside a trial.
             time.sleep(0.0 if ended else 1.0)
 
@@ -260,11 +296,13 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
         for proposal in news.proposals:
             opened.fail(proposal, news.error)
         numbers = ", ".join(f"#{proposal.number}" for proposal in news.proposals)
-        _log.warning(f"{numbers} failed: {news.error.strip().splitlines()[-1]}")
+        _log.warning(f"{numbers} failed: {printable(news.reason)}")
         return
     for proposal, score, refined, attrs, fate in news.trials:
         if fate == "diverged":
-            opened.fail(proposal, f"ValueError: the score is {score} after {news.steps} steps.")
+            error = f"ValueError: the score is {score} after {news.steps} steps"
+            opened.fail(proposal, f"{error}{news.why_not_finite}.")
+            _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
             continue
         if "doubt" in attrs:
             _log.warning(f"#{proposal.number}: {attrs['doubt']}.")

@@ -19,7 +19,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from hypergrad.checks import integer
+from hypergrad.checks import instance, integer
 from hypergrad.space.dimensions import Categorical, Dimension, Float, Int
 from hypergrad.space.space import Space
 
@@ -96,6 +96,7 @@ class Coordinates:
         Raises ValueError naming the hyperparameter: unknown, inadmissible, outside its bounds,
         inactive under the other values, or missing.
         """
+        instance(label, values, Mapping, "a dict of values by name")
         for name, value in values.items():
             if name not in self.space:
                 raise ValueError(f"{label} holds {name!r}: this space holds {list(self.space)}.")

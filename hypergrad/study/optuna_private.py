@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages._cached_storage import _CachedStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial
 
 
@@ -94,14 +94,9 @@ def _generators(sampler: BaseSampler, seen: set[int]) -> Iterator[np.random.Rand
             yield value
 
 
-def symlink_lock(path: str, target: str) -> JournalFileSymlinkLock:
-    """Return the lock of the journal at `path`, a link that points at `target`.
-
-    Optuna's own points at the journal, which says nothing of who holds it.
-    """
-    lock = JournalFileSymlinkLock(path)
-    lock._lock_target_file = target
-    return lock
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Return where a study is kept, which it does not tell."""
+    return study._storage
 
 
 def backend_of(storage: BaseStorage) -> object:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hypergrad.checks import integer
+from hypergrad.checks import integer, printable
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.signature import stored_space
-from hypergrad.study.slots import ERROR, counted
+from hypergrad.study.slots import ERROR, REASON, counted
 
 
 class Best(NamedTuple):
@@ -69,14 +69,24 @@ def table(study: optuna.Study, count: int = 10) -> str:
     """The best trials as text, one line each, and how many there are of each state."""
     lines = [states(study)]
     for best in ranked(study)[: integer("count", count, 0)]:
-        values = "  ".join(f"{name}={short(value)}" for name, value in best.hyper.items())
+        values = "  ".join(
+            f"{printable(name)}={short(value)}" for name, value in best.hyper.items()
+        )
         lines.append(
             f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
         )
-    errors = [t.user_attrs[ERROR] for t in failed_trials(study) if t.user_attrs.get(ERROR)]
-    if errors and len(lines) == 1:
-        lines.append(f"the last error: {errors[-1].strip().splitlines()[-1]}")
+    reasons = [reason_of(trial) for trial in failed_trials(study)]
+    if reasons and len(lines) == 1:
+        lines.append(f"the last error: {reasons[-1]}")
     return "\n".join(lines)
+
+
+def reason_of(trial: FrozenTrial) -> str:
+    """Why a trial failed, in a line."""
+    error = str(trial.user_attrs.get(ERROR, "")).strip().splitlines()
+    # A study of an earlier version has no reasons.
+    reason = trial.user_attrs.get(REASON) or (error[-1] if error else "no traceback was recorded")
+    return printable(str(reason))
 
 
 def failed_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -86,7 +96,7 @@ def failed_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def short(value: Any) -> str:
     """A value in three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else printable(str(value))
 
 
 class Scored(NamedTuple):

@@ -1,5 +1,8 @@
 """What a study was made for, written into it, so that another space or direction is refused."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import optuna
 
 from hypergrad.space.description import fingerprint, first_difference, space_of
@@ -9,6 +12,7 @@ from hypergrad.study.distributions import Coordinates
 # User attributes of the study.
 _SPACE = "hypergrad:space"
 _RECIPE = "hypergrad:recipe"
+_GRID = "hypergrad:grid"
 
 
 def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) -> None:
@@ -45,7 +49,7 @@ def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) ->
     study.set_user_attr(_SPACE, now)
 
 
-def check_recipe(study: optuna.Study, **recipe: int | str | None) -> None:
+def check_recipe(study: optuna.Study, **recipe: Any) -> None:
     """Refuse to go on with what makes scores incomparable; sign a study that is new.
 
     Raises ValueError naming what differs.
@@ -54,14 +58,44 @@ def check_recipe(study: optuna.Study, **recipe: int | str | None) -> None:
     if stored is None:
         study.set_user_attr(_RECIPE, recipe)
         return
-    for name, value in recipe.items():
+    for name in [n for n in recipe if n in stored]:
         # A study signed by an earlier version may lack a name, and is not refused for that.
-        if stored.get(name, value) != value:
+        for path, before, now in _differing(name, stored[name], recipe[name]):
             raise ValueError(
-                f"{name}={value!r}, but the trials of the study {study.study_name!r} in this "
-                f"storage have {name}={stored[name]!r}, so that their scores are of another kind: "
-                "go on as it began, or give another name or storage."
+                f"{path}={now!r}, but the trials of the study {study.study_name!r} in this storage "
+                f"have {path}={before!r}, so that their scores are of another kind: go on as it "
+                "began, or give another name or storage."
             )
+
+
+def _differing(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two entries, by its path."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in [*before, *(n for n in now if n not in before)]:
+            # A digest says nothing across versions of JAX.
+            if (name in before and name in now) or " under JAX " not in name:
+                yield from _differing(f"{path}.{name}", before.get(name), now.get(name))
+    elif before != now:
+        yield path, before, now
+
+
+def grid_seed(study: optuna.Study, points: int, seed: int | None) -> int | None:
+    """The seed of the grid's order, the same whenever and by whomever a study is opened.
+
+    A study of an earlier version has its first opener's, who must be followed by equals. Raises
+    ValueError for another number of points.
+    """
+    stored = study.user_attrs.get(_GRID)
+    if stored is None:
+        if study.get_trials(deepcopy=False):
+            return seed
+        study.set_user_attr(_GRID, points)
+    elif stored != points:
+        raise ValueError(
+            f"grid_points={points}, but the grid of the study {study.study_name!r} in this storage "
+            f"has {stored}: go on with these, or give another name or storage."
+        )
+    return 0
 
 
 def stored_space(study: optuna.Study) -> Space:
@@ -75,4 +109,10 @@ def stored_space(study: optuna.Study) -> Space:
             f"The study {study.study_name!r} says nothing of its space: only studies that "
             "hypergrad.sweep has opened do."
         )
-    return space_of(stored)
+    try:
+        return space_of(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The study {study.study_name!r} describes its space as {str(stored)[:80]!r}, which "
+            f"cannot be read ({type(error).__name__}: {error})."
+        ) from None

@@ -39,8 +39,8 @@ _ADDED = "hypergrad:added"
 _AGAIN = "hypergrad:again"
 # Made by mistake in a race, with the reason; it never ran.
 _CANCELLED = "hypergrad:cancelled"
-# A user attribute: why a trial failed.
-ERROR = "error"
+# User attributes: why a trial failed, by the traceback and in a line.
+ERROR, REASON = "error", "reason"
 
 
 class TrialCounts(NamedTuple):

@@ -1,24 +1,23 @@
 """Where a study is kept: memory, a journal file, or any storage of Optuna, safe against `kill -9`.
 
-Optuna's journal takes a lock file that a killed process leaves behind, and everybody then waits
-30 s for it; a machine that loses power may leave half a line, which no later reader accepts; on
-SQLite two processes can both take the same waiting trial; two that open a new database at once
-both make its tables, and one fails; and a machine that is lost within a transaction keeps its locks
-on PostgreSQL for hours. Each is mended here.
+A journal is in `journal.py`. On SQLite two processes can both take the same waiting trial; two that
+open a new database at once both make its tables, and one fails; and a machine that is lost within a
+transaction keeps its locks on PostgreSQL for hours. Each is mended here.
 """
 
 import contextlib
 import os
 import random
+import re
 import shlex
-import socket
 import time
 import weakref
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, unquote
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import (
     BaseStorage,
     GrpcStorageProxy,
@@ -28,12 +27,9 @@ from optuna.storages import (
 )
 from optuna.storages.journal import JournalFileBackend
 
-from hypergrad.study.optuna_private import backend_of, path_of, symlink_lock
-
-try:
-    import fcntl
-except ImportError:  # Windows: Optuna's own lock alone.
-    fcntl = None  # type: ignore[assignment]
+from hypergrad.checks import WrongTypeError, without_passwords
+from hypergrad.files.journal import Journal, JournalReader
+from hypergrad.study.optuna_private import backend_of, path_of
 
 # How long a process waits for another one's transaction on SQLite, in seconds.
 _SQLITE_PATIENCE = 60
@@ -42,12 +38,18 @@ _SQLITE_PATIENCE = 60
 _POSTGRESQL_PATIENCE = 60
 
 
-def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
+def open_storage(
+    storage: str | os.PathLike[str] | BaseStorage | None, *, read_only: bool = False
+) -> BaseStorage:
     """Return an Optuna storage: None is memory, a path is a journal file, a URL is a database.
 
     A path ends in `.journal` (or `.log`); its folder must exist. `"grpc://host:port"` is Optuna's
     proxy; every other text with `://` is a URL of SQLAlchemy (`sqlite:///sweep.db`,
-    `postgresql://...`). A storage object is used as it is. Raises ValueError for any other text.
+    `postgresql://...`). A storage object is used as it is. What is opened `read_only` is there
+    already, and nothing beside it is made or changed.
+
+    Raises ValueError for any other text and what cannot be opened, and OSError for a journal that
+    cannot be read or written; no message holds a URL's password.
 
     >>> type(open_storage(None)).__name__
     'InMemoryStorage'
@@ -56,109 +58,69 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return optuna.storages.get_storage(storage)
+    if not isinstance(storage, str | os.PathLike) or not isinstance(os.fspath(storage), str):
+        raise WrongTypeError(
+            f"storage={storage!r} is no storage: give a path 'sweep.journal', a database's URL, an "
+            "Optuna storage, or None."
+        )
     text = os.fspath(storage)
+    named = f"storage={without_passwords(text)!r}"
     if text.startswith("grpc://"):
         host, _, port = text.removeprefix("grpc://").rstrip("/").rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"storage={text!r} names no proxy: write 'grpc://host:port'.")
+            raise ValueError(f"{named} names no proxy: write 'grpc://host:port'.")
         return GrpcStorageProxy(host=host, port=int(port))
     if "://" in text:
-        return _open_database(text)
+        return _open_database(text, read_only)
     if not text.endswith((".journal", ".log")):
         raise ValueError(
-            f"storage={text!r} is neither a journal nor a URL: end the path in '.journal', or "
-            "write 'sqlite:///sweep.db'."
+            f"{named} is neither a journal nor a URL: end the path in '.journal', or write "
+            "'sqlite:///sweep.db'."
         )
-    return open_journal(text)
+    return JournalStorage(JournalReader(text) if read_only else Journal(text))
 
 
-def open_journal(path: str) -> JournalStorage:
-    """Return the journal at `path`, made where it is missing, its torn last line cut off."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"storage={path!r} lies in {str(folder)!r}, which is no folder: make it.")
-    if fcntl is None:
-        return JournalStorage(JournalFileBackend(path))
-    lock = _Lock(path)
-    # Optuna asks for two methods; the base class that it names is private.
-    backend = JournalFileBackend(path, lock_obj=lock)  # type: ignore[arg-type]
-    # First, as the storage reads the whole journal when it is made.
-    _cut_torn_line(path, lock)
-    return JournalStorage(backend)
+@contextlib.contextmanager
+def told_in_one_sentence(storage: BaseStorage) -> Iterator[None]:
+    """What a storage raises when it is full or away, as one sentence: OSError, without its frames.
 
-
-class _Lock:
-    """Optuna's symbolic link, behind a lock that the kernel releases when its holder dies.
-
-    The link points at the file of this machine's kernel lock. Whoever has that lock and finds such
-    a link knows that its maker died, and takes it away. Processes that use Optuna alone, and other
-    machines, see a link as Optuna makes it and wait for it.
+    A database's error is a page of its statements otherwise, a journal's one of Optuna's calls.
     """
-
-    def __init__(self, path: str) -> None:
-        # One name per machine: a kernel's lock may not reach beyond it (NFS).
-        self._kernel_file = f"{path}.{_machine()}.lock"
-        self._link_file = path + ".lock"
-        # A name beside the link's own, as the link is followed for its age.
-        self._target = os.path.basename(self._kernel_file)
-        self._link = symlink_lock(path, self._target)
-        self._descriptor = -1
-
-    def acquire(self) -> bool:
-        self._descriptor = os.open(self._kernel_file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            # Another machine breaks a link that is 30 s old by the time on its target: without
-            # this, all of our short locks would look to it like one long one.
-            os.utime(self._kernel_file)
-            with contextlib.suppress(OSError):
-                if os.readlink(self._link_file) == self._target:
-                    self._link.release()
-            return self._link.acquire()
-        except BaseException:
-            self._let_go()
+    try:
+        yield
+    except OSError as error:
+        if not str(error).startswith("storage="):
             raise
-
-    def release(self) -> None:
-        # In this order: whoever has the kernel's lock takes a link that is there for a dead one's.
-        try:
-            self._link.release()
-        finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-
-@cache
-def _machine() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read(8)
-    except OSError:
-        return socket.gethostname()
+        raise error.with_traceback(None) from None
+    except Exception as error:
+        backend = backend_of(storage)
+        database = "sqlalchemy" in type(error).__module__ or isinstance(error, StorageInternalError)
+        if not (database and isinstance(backend, RDBStorage)):
+            raise
+        raise OSError(
+            f"storage={without_passwords(backend.url)!r} cannot be used "
+            f"({_reason(error, backend.url)}): what "
+            "was told before stands in it; see that it is there and has room, and run the same "
+            "call again."
+        ) from None
 
 
-def _cut_torn_line(path: str, lock: _Lock) -> None:
-    # Under the lock, as a line without an end may be one that somebody is just writing.
-    lock.acquire()
-    try:
-        with open(path, "rb+") as file:
-            kept, newline = file.seek(0, os.SEEK_END), -1
-            while kept and newline < 0:
-                begin = max(0, kept - 65536)
-                file.seek(begin)
-                newline = file.read(kept - begin).rfind(b"\n")
-                kept = begin + newline + 1
-            file.truncate(kept)
-    finally:
-        lock.release()
+def _reason(error: BaseException, url: str) -> str:
+    """What a database's driver says, in one line, without the URL's password or a part of it."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    text = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
+    password = re.search(r"://[^/:@]*:(.*)@", url)
+    # One that was not quoted is taken apart, and its parts for a host or a port.
+    for part in re.split(r"[@:/?#]", unquote(password[1])) if password else ():
+        text = text.replace(part, "***") if part else text
+    return without_passwords(text)
 
 
-def _open_database(url: str) -> BaseStorage:
+def _open_database(url: str, read_only: bool) -> BaseStorage:
     if _is_in_memory(url):
         return optuna.storages.get_storage(url)
+    if read_only:
+        return optuna.storages.get_storage(_existing(url))
     if url.startswith("sqlite"):
         return _open_sqlite(url)
     # Connections that a server or a firewall has closed are noticed before they are used.
@@ -170,6 +132,29 @@ def _open_database(url: str) -> BaseStorage:
     return optuna.storages.get_storage(database)
 
 
+def _existing(url: str) -> RDBStorage:
+    """Open a database that has its tables, and write nothing to it."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+        if url.startswith("sqlite") and not (parsed.database or "").startswith("file:"):
+            file = f"file:{quote(os.path.abspath(parsed.database or ''))}"
+            url = f"{parsed.drivername}:///{file}?mode=ro&uri=true"
+        return RDBStorage(url, skip_table_creation=True)
+    except (ArgumentError, ImportError, ValueError) as error:
+        raise ValueError(_unusable(url, error)) from None
+
+
+def _unusable(url: str, error: BaseException) -> str:
+    return (
+        f"storage={without_passwords(url)!r} cannot be opened: {_reason(error, url)}. Check the "
+        "URL, that the server runs, or that the file's folder exists, and that this user may write "
+        "there."
+    )
+
+
 def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     """Open a database, and make its tables where they are missing."""
     from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -178,15 +163,12 @@ def _with_tables(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     while True:
         try:
             return RDBStorage(url, engine_kwargs=dict(engine_kwargs))
-        except DBAPIError as error:
+        except Exception as error:
             # Another process is making the same tables; when it has, we find them.
             race = isinstance(error, IntegrityError) or "already exists" in str(error)
             attempts -= 1
-            if not race or not attempts:
-                raise ValueError(
-                    f"storage={url!r} cannot be opened: {error.orig}. Check that the server runs, "
-                    "or that the file's folder exists, and that this user may write there."
-                ) from error
+            if not race or not attempts or not isinstance(error, DBAPIError):
+                raise ValueError(_unusable(url, error)) from None
         # At random, so that those who collided do not meet again.
         time.sleep(random.uniform(0.01, 0.2))
 
@@ -228,10 +210,11 @@ def _open_sqlite(url: str) -> BaseStorage:
 def dashboard_command(storage: BaseStorage) -> str:
     """Return the shell command that opens optuna-dashboard on `storage`.
 
-    A path stays as it was given, so that a relative one asks for the same folder; a database's URL
-    keeps its password. Install the dashboard by `pip install 'hypergrad-jax[dashboard]'`; it shows
-    a running sweep, too. Raises ValueError for a storage that no other process can open: memory, a
-    proxy, an object that holds no path and no URL.
+    A path stays as it was given, so that a relative one asks for the same folder. In a database's
+    URL `$PASSWORD` stands for the password: set it in the shell. Install the dashboard by
+    `pip install 'hypergrad-jax[dashboard]'`; it shows a running sweep, too. Raises ValueError for a
+    storage that no other process can open: memory, a proxy, an object that holds no path and no
+    URL.
 
     >>> from hypergrad.study.storage import open_storage
     >>> dashboard_command(open_storage("sqlite://"))
@@ -239,11 +222,10 @@ def dashboard_command(storage: BaseStorage) -> str:
         ...
     ValueError: This study is kept in memory, where no dashboard can see it: sweep with ...
     """
-    backend = backend_of(storage)
-    if isinstance(backend, JournalFileBackend):
-        return f"optuna-dashboard {shlex.quote(path_of(backend))}"
-    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
-        return f"optuna-dashboard {shlex.quote(backend.url)}"
+    backend, place = backend_of(storage), place_of(storage)
+    if place is not None:
+        url = without_passwords(place).split("***") if "://" in place else [place]
+        return "optuna-dashboard " + '"$PASSWORD"'.join(map(shlex.quote, url))
     if isinstance(backend, GrpcStorageProxy):
         raise ValueError(
             "This study is kept behind a gRPC proxy, which optuna-dashboard cannot open: run it on "
@@ -255,6 +237,18 @@ def dashboard_command(storage: BaseStorage) -> str:
     raise ValueError(
         f"This study is kept {kept}: sweep with storage='sweep.journal' or a database's URL."
     )
+
+
+def place_of(storage: BaseStorage) -> str | None:
+    """Return the path or the URL by which another process can open a storage; None without one."""
+    backend = backend_of(storage)
+    if isinstance(backend, JournalReader):
+        return backend.path
+    if isinstance(backend, JournalFileBackend):
+        return path_of(backend)
+    if isinstance(backend, RDBStorage) and not _is_in_memory(backend.url):
+        return backend.url
+    return None
 
 
 def _is_in_memory(url: str) -> bool:

@@ -4,6 +4,7 @@
 ordinary Optuna study: its plots, its dashboard and its storages work.
 """
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -16,18 +17,20 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from hypergrad.checks import choice, integer
+from hypergrad import checks
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
-from hypergrad.study.signature import check_same
-from hypergrad.study.slots import ASKED, ERROR, Slots, TrialCounts, trial_counts
+from hypergrad.study.signature import check_same, grid_seed
+from hypergrad.study.slots import ASKED, ERROR, REASON, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
-from hypergrad.study.workers import Worker
+from hypergrad.study.workers import Worker, others_alive
+
+_log = logging.getLogger("hypergrad")
 
 # A traceback's end says what went wrong; databases limit a text's length.
-_LONGEST_ERROR = 8000
+_LONGEST_ERROR, _LONGEST_REASON = 8000, 500
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def open_study(
     `storage` is None (memory), a path `"sweep.journal"`, a database's URL or an Optuna storage.
     `sampler` is `"tpe"` and `"random"` (Optuna's, with its defaults), `"grid"` (all values of the
     discrete hyperparameters, `grid_points` values evenly on the scale of each Float and of each
-    Int that has more), or an Optuna sampler. At most `num_trials` trials are run over all
-    processes and all times that the study is opened; None is no limit.
+    Int that has more, in an order that no seed changes), or an Optuna sampler. At most
+    `num_trials` trials are run over all processes and all times that the study is opened; None is
+    no limit.
 
     Several processes may open one study at the same time. The first alone uses `seed`, and its
     random state is kept, so that it goes on where it stopped when it is opened again with the
@@ -94,14 +98,19 @@ def open_study(
     ...     opened.progress().finished
     3
     """
-    choice("direction", direction, ("minimize", "maximize"))
+    checks.instance("space", space, Space, "a hypergrad.Space")
+    checks.text("name", name)
+    if seed is not None:
+        checks.checked_seed(seed)
+    checks.choice("direction", direction, ("minimize", "maximize"))
     if num_trials is not None:
-        num_trials = integer("num_trials", num_trials, remedy="or None for no limit")
+        num_trials = checks.integer("num_trials", num_trials, remedy="or None for no limit")
     if max_retries is not None:
-        max_retries = integer("max_retries", max_retries, 0, "or None for no limit")
+        max_retries = checks.integer("max_retries", max_retries, 0, "or None for no limit")
     coordinates = Coordinates(space)
-    # Every process lists the grid for itself, in an order that only an equal seed makes the same.
-    points = coordinates.grid(grid_points, seed) if sampler == "grid" else None
+    grid_points = checks.integer("grid_points", grid_points, 2)
+    # Every process lists the grid for itself: a number is a point, whatever its seed.
+    points = coordinates.grid(grid_points, 0) if sampler == "grid" else None
     engine = make_sampler(sampler, seed)
     backend = open_storage(storage)
     study = optuna.create_study(
@@ -115,6 +124,8 @@ def open_study(
         load_if_exists=True,
     )
     check_same(study, coordinates, direction)
+    if points is not None and (first := grid_seed(study, grid_points, seed)) != 0:
+        points = coordinates.grid(grid_points, first)
     worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
     slots = Slots(study, worker, num_trials, points, max_retries)
     randomness = SavedRandomness(engine, seed, worker)
@@ -148,8 +159,14 @@ class OpenStudy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            # What went wrong first is what a person has to know.
+            _log.warning(f"running trials could not be given back: {checks.printable(str(error))}")
 
     def ask(
         self, fixed_choices: Mapping[str, Any] | None = None, *, record: bool = True
@@ -226,8 +243,11 @@ class OpenStudy:
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
     def fail(self, proposal: Proposal, error: str) -> bool:
-        """Record that a trial failed for good, with its traceback as user attribute `error`."""
-        return self._tell(proposal, TrialState.FAIL, None, None, {ERROR: error[-_LONGEST_ERROR:]})
+        """Record that a trial failed for good: attribute `error`, and its last line, `reason`."""
+        error = checks.without_passwords(error, urls_only=True)
+        reason = checks.printable(error.strip().splitlines()[-1])
+        attrs = {ERROR: error[-_LONGEST_ERROR:], REASON: reason[:_LONGEST_REASON]}
+        return self._tell(proposal, TrialState.FAIL, None, None, attrs)
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.
@@ -268,6 +288,10 @@ class OpenStudy:
     def progress(self) -> TrialCounts:
         """Count finished, running and queued trials of all processes."""
         return trial_counts(self.study)
+
+    def others(self) -> list[str]:
+        """Say who else works on the study, each in a few words."""
+        return others_alive(self.storage, self._worker.study_id, self._worker.id)
 
     def recover(self) -> list[int]:
         """Queue again the running trials of dead workers; return their numbers.

@@ -24,6 +24,8 @@ _PREFIX = "hypergrad:worker:"
 # Workers that are open in this process: a record of this process that is not among them was left
 # by an interrupted sweep, whose process lives on (a notebook). With the process, as forks copy it.
 _open_here: dict[str, int] = {}
+# How long a stopped process is waited for, in seconds since its last beat.
+_STOPPED_PATIENCE = 600.0
 
 
 class Worker:
@@ -37,6 +39,7 @@ class Worker:
         self, storage: BaseStorage, study_id: int, beat_every: float, grace: float
     ) -> None:
         positive("beat_every", beat_every, "a period in seconds")
+        positive("grace", grace, "a time in seconds", infinite=True)
         if grace < 2 * beat_every:
             raise ValueError(
                 f"grace={grace!r} seconds declares a worker dead before it misses two beats: give "
@@ -97,9 +100,23 @@ def is_dead(worker: str, record: Mapping[str, Any] | None) -> bool:
         return False
     if record["place"] != _place():
         return time.time() - record["beat"] > record["grace"]
-    if record["pid"] == os.getpid():
+    if record["pid"] == os.getpid() or not _is_running(record["pid"], record["started"]):
         return True
-    return not _is_running(record["pid"], record["started"])
+    # A process that somebody has stopped may be continued, and is waited for, but not for ever.
+    patience = max(_STOPPED_PATIENCE, record["grace"])
+    return _is_stopped(record["pid"]) and time.time() - record["beat"] > patience
+
+
+def others_alive(storage: BaseStorage, study_id: int, me: str) -> list[str]:
+    """Name the other workers that live, for whoever waits for them."""
+    named = []
+    for worker, record in read_workers(storage, study_id).items():
+        if worker != me and not is_dead(worker, record):
+            here = record["place"] == _place()
+            where = "here" if here else f"on {record['place'].split()[0]}"
+            stopped = ", which is stopped" if here and _is_stopped(record["pid"]) else ""
+            named.append(f"process {record['pid']} {where}{stopped}")
+    return named
 
 
 def _forget(stop: threading.Event, worker: str) -> None:
@@ -149,10 +166,21 @@ def _process_start(pid: int) -> str | None:
 
     "gone" stands for a process that was killed and only waits to be reaped.
     """
+    fields = _process_stat(pid)
+    if fields is None:
+        return None
+    return "gone" if fields[0] in "ZX" else fields[19]
+
+
+def _is_stopped(pid: int) -> bool:
+    fields = _process_stat(pid)
+    return fields is not None and fields[0] in "Tt"
+
+
+def _process_stat(pid: int) -> list[str] | None:
     try:
         with open(f"/proc/{pid}/stat") as file:
             # The name, second and in parentheses, may hold anything.
-            fields = file.read().rpartition(")")[2].split()
+            return file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return "gone" if fields[0] in "ZX" else fields[19]

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from hypergrad.checks import integer
+from hypergrad.checks import instance, integer, positive, random_key
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
+from hypergrad.estimators.hypergradient import checked_hyper
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, refuse_no_problem
 from hypergrad.space.space import Space
 from hypergrad.testing.causes import cause_of_nan, entries_of, unless_custom_vjp
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Tree, is_inexact, strong
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Tree, is_inexact
 
 
 class Row(NamedTuple):
@@ -109,7 +110,14 @@ def check_hypergradient(
       ValueError: a hyperparameter disagrees, never reaches the loss, is an integer, or its gradient
         is not finite (with the first step, the leaf, and the likely cause).
     """
-    hyper = strong(hyper)
+    refuse_no_problem(problem)
+    random_key("key", key)
+    instance("estimator", estimator, Estimator, "one such as hypergrad.Unrolled()")
+    if space is not None:
+        instance("space", space, Space, "a hypergrad.Space, or None for raw coordinates")
+    if rtol is not None:
+        positive("rtol", rtol, "or None")
+    hyper = checked_hyper(hyper)
     max_entries = integer("max_entries", max_entries)
     window = Window(problem, inner, train, valid, key)
     unit = hyper if space is None else space.to_unit(hyper)

@@ -27,16 +27,20 @@ Each class below imports its tracker when it is used, and writes no update twice
 0.5
 """
 
+import contextlib
 import json
 import os
+import re
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from hypergrad.checks import folder_name, in_one_sentence, instance, text
 from hypergrad.training.history import Record, scalars
 
 # Records that MLflow gets at once, and the most metrics that it takes in one request.
@@ -75,7 +79,7 @@ class JSONLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
+        self._path = Path(folder_name("path", path))
         if not self._path.absolute().parent.is_dir():
             raise ValueError(
                 f"path={os.fspath(path)!r} lies in {str(self._path.absolute().parent)!r}, which is "
@@ -87,20 +91,39 @@ class JSONLines:
         """Write what came before, and nothing of what is to come."""
         # A run that resumes brings its records along: they take the place of the file's own.
         first = history[0].update if history else update
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        with open(beside, "w") as file:
-            file.writelines(line for line in lines if _update_of(line) < first)
-            file.writelines(_line(record) for record in history)
-        # In one move: a process that is killed until here leaves the old file.
-        os.replace(beside, self._path)
-        self._file = open(self._path, "a")  # noqa: SIM115  closed by `close`
+        with self._written():
+            lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+            # A name that nobody can have put a link at.
+            beside = self._path.with_name(f"{secrets.token_hex(8)}.tmp")
+            try:
+                with open(beside, "x") as file:
+                    file.writelines(line for line in lines if _update_of(line) < first)
+                    file.writelines(_line(record) for record in history)
+                # In one move: a process that is killed until here leaves the old file.
+                os.replace(beside, self._path)
+            finally:
+                beside.unlink(missing_ok=True)
+            # Unbuffered: a killed process loses what it has not handed to the system, and what a
+            # full disk refused would be written at the end.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     def __call__(self, record: Record) -> None:
         """Write one line."""
-        self._file.write(_line(record))
-        # A killed process loses what it has not handed to the system.
-        self._file.flush()
+        with self._written():
+            left = _line(record).encode()
+            while left:
+                left = left[self._file.write(left) :]
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise in_one_sentence(
+                error,
+                f"path={str(self._path)!r} cannot be written",
+                "the lines before stand in it; make room and run the same command again",
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
@@ -134,7 +157,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = os.fspath(folder)
+        self._folder = folder_name("folder", folder)
         self._writer: Any = None
 
     def open(self, history: Sequence[Record], update: int) -> None:
@@ -178,7 +201,11 @@ class MLflow:
         tracking_uri: str | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        self._experiment, self._name = experiment, run
+        self._experiment, self._name = text("experiment", experiment), text("run", run)
+        if tracking_uri is not None:
+            text("tracking_uri", tracking_uri)
+        if params is not None:
+            instance("params", params, Mapping, "a dict of what to note, or None")
         self._uri, self._params = tracking_uri, dict(params or {})
         self._client: Any = None
         self._waiting: list[Record] = []
@@ -190,7 +217,11 @@ class MLflow:
         client = MlflowClient(self._uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else client.create_experiment(self._experiment)
-        runs = client.search_runs([experiment], f"attributes.run_name = '{self._name}'")
+        runs = [
+            run
+            for run in client.search_runs([experiment], _filter(self._name))
+            if run.info.run_name == self._name
+        ]
         run = runs[0] if runs else client.create_run(experiment, run_name=self._name)
         self._client, self._run = client, run.info.run_id
         # A run that is found again may have been ended.
@@ -232,6 +263,16 @@ class MLflow:
         if batch:
             self._client.log_batch(self._run, batch)
         self._waiting = []
+
+
+def _filter(name: str) -> str:
+    """What finds runs by their name, others among them where quotes are in it."""
+    part = max(re.split(r"['\"]", name), key=len)
+    return f"attributes.run_name {'=' if part == name else 'LIKE'} '{_around(part, name)}'"
+
+
+def _around(part: str, name: str) -> str:
+    return part if part == name else f"%{part}%"
 
 
 class WandB:

@@ -5,11 +5,14 @@ when it is complete. What a power failure or a full disk tears all the same is f
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import re
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import integer_field
+from hypergrad.checks import folder_name, in_one_sentence, integer_field
+from hypergrad.files.lock import FolderLock
 from hypergrad.training.history import History
 from hypergrad.training.identity import difference, is_key
 from hypergrad.trees import Leaf, State, Tree
@@ -54,13 +58,21 @@ class Checkpoint:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | os.PathLike) or not os.fspath(self.folder):
-            raise TypeError(f"folder={self.folder!r} is no path: give a folder's name.")
+        folder_name("folder", self.folder)
         integer_field(self, "every")
         integer_field(self, "keep")
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"folder={str(path)!r} is a file: give the name of a folder.")
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            pass  # to be made
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"folder={str(path)!r} is no folder's name ({why}).") from None
+        else:
+            if not path.is_dir():
+                kind = "a link to nowhere" if not path.exists() else "a file"
+                raise ValueError(f"folder={str(path)!r} is {kind}: give the name of a folder.")
         if not path.parent.is_dir():
             raise ValueError(
                 f"folder={str(path)!r} lies in {str(path.parent)!r}, which is no folder: make it."
@@ -73,7 +85,7 @@ class Checkpoint:
 
 
 class TornError(Exception):
-    """A checkpoint that cannot be read, or reads as something else than was written."""
+    """A checkpoint that lacks a file, or reads as something else than was written."""
 
 
 def take_apart(state: State) -> list[np.ndarray]:
@@ -148,7 +160,46 @@ def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
         raise
     # Orbax and what it is built on raise nearly anything on files that are cut short.
     except Exception as error:
-        raise TornError(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+        cannot = _cannot_now(error, folder / str(update))
+        if cannot is not None:
+            raise cannot from None
+        said = " ".join(str(error).split())[:200]
+        raise TornError(f"{type(error).__name__}: {said}") from error
+
+
+def _cannot_now(error: BaseException, path: Path) -> OSError | MemoryError | None:
+    """What kept somebody from reading or writing a checkpoint, in one sentence.
+
+    None where the reason lies in its own files: one that is missing, or holds something else.
+    """
+    found = _system_error(error)
+    if isinstance(found, MemoryError):
+        return MemoryError(f"checkpoint: there is no memory for {str(path)!r}: nothing is changed.")
+    missing = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, None)
+    if found is None or (found.errno in missing and path.is_dir()):
+        return None
+    return in_one_sentence(
+        found,
+        f"checkpoint: {str(path)!r} cannot be read or written",
+        "nothing is changed; see that the folder can be reached and run the same command again",
+    )
+
+
+def _system_error(error: BaseException | None) -> OSError | MemoryError | None:
+    """The error of the system behind orbax's, which tensorstore tells in words only."""
+    while error is not None:
+        if isinstance(error, OSError | MemoryError):
+            return error
+        if isinstance(error, BaseExceptionGroup):
+            found = (_system_error(part) for part in error.exceptions)
+            return next((part for part in found if part is not None), None)
+        if number := re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error)):
+            code = int(number[1] or number[2])
+            return OSError(code, os.strerror(code))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return MemoryError(str(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -165,10 +216,19 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)
+    complain = threading.excepthook
+
+    def unless_orbaxs(args: threading.ExceptHookArgs) -> None:
+        # What went wrong in its threads is raised here, too.
+        if not type(args.thread).__module__.startswith("orbax."):
+            complain(args)
+
+    threading.excepthook = unless_orbaxs
     try:
         yield
     finally:
         logger.setLevel(before)
+        threading.excepthook = complain
 
 
 class Saver:
@@ -180,14 +240,16 @@ class Saver:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self._keep = checkpoint.path, checkpoint.keep
-        self.folder.mkdir(exist_ok=True)
-        # Of killed processes: orbax gives a checkpoint its name when it is complete.
-        for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        self._lock = FolderLock(self.folder, "checkpoint")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hypergrad-save")
         self._running: Future[None] | None = None
 
     def __enter__(self) -> Self:
+        with _writing(self.folder, "made"):
+            self.folder.mkdir(exist_ok=True)
+        self._lock.__enter__()
+        # Of killed processes: orbax gives a checkpoint its name when it is complete.
+        _remove_unfinished(self.folder)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -195,6 +257,7 @@ class Saver:
             self.wait()
         finally:
             self._pool.shutdown()
+            self._lock.__exit__()
 
     def submit(
         self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
@@ -213,10 +276,35 @@ class Saver:
         self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
-        save(self.folder, update, [*take_apart(state), *columns.values()], about)
+        with _writing(self.folder, f"given update {update}"):
+            save(self.folder, update, [*take_apart(state), *columns.values()], about)
         # Not before the new one is whole.
         for old in saved_updates(self.folder)[self._keep :]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, done: str) -> Iterator[None]:
+    """What keeps somebody from writing is one sentence, which says what is kept."""
+    try:
+        yield
+    except Exception as error:
+        found = _system_error(error)
+        if not isinstance(found, OSError):
+            raise
+        _remove_unfinished(folder)
+        kept = saved_updates(folder)[:1]
+        raise in_one_sentence(
+            found,
+            f"checkpoint: {str(folder)!r} cannot be {done}",
+            (f"update {kept[0]} is kept there" if kept else "it holds no checkpoint")
+            + "; make room or give the right to write, and run the same command again",
+        ) from None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class Resumed(NamedTuple):
@@ -240,20 +328,24 @@ class Resumed(NamedTuple):
 def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop: int) -> Resumed:
     """The newest whole checkpoint of the run that `about` describes; `start` where there is none.
 
-    Torn ones are put aside. Raises ValueError where it is of another run, or beyond `stop` updates.
+    Torn ones are put aside once an older one is read. Raises ValueError where it is of another run,
+    or beyond `stop` updates, or where all are torn; OSError and MemoryError where it cannot be read
+    now.
     """
     folder = checkpoint.path
+    if not folder.is_dir():
+        return start
+    with FolderLock(folder, "checkpoint"):
+        return _newest(folder, start, about, stop)
+
+
+def _newest(folder: Path, start: Resumed, about: dict[str, Any], stop: int) -> Resumed:
+    torn: dict[int, TornError] = {}
     for done in saved_updates(folder):
         try:
             arrays, stored = load(folder, done)
         except TornError as error:
-            _log.warning(
-                f"checkpoint: update {done} in {folder} is torn ({error}); it is put aside as "
-                f"{done}.torn, and the one before taken."
-            )
-            # Not deleted: it may be somebody else's, if this is the wrong folder.
-            shutil.rmtree(folder / f"{done}.torn", ignore_errors=True)
-            (folder / str(done)).rename(folder / f"{done}.torn")
+            torn[done] = error
             continue
         differs = difference(stored, about)
         if differs:
@@ -263,6 +355,8 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
                 f"checkpoint: the run in {str(folder)!r} has done {done} updates, more than the "
                 f"{stop} that num_updates asks for: raise num_updates, or name another folder."
             )
+        for bad, why in torn.items():
+            _put_aside(folder, bad, why)
         # The order of `Saver._save`: the state's leaves, then the history's columns.
         num = len(jax.tree.leaves(start.state))
         columns = dict(zip(stored["columns"], arrays[num:], strict=True))
@@ -274,7 +368,24 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
             positions=stored["positions"],
             program=stored.get("program"),
         )
+    reasons = "; ".join(f"update {done}: {error}" for done, error in torn.items())
+    reasons = reasons or ", ".join(sorted(path.name for path in folder.glob("*.torn")))
+    if reasons:
+        raise ValueError(
+            f"checkpoint: none of those in {str(folder)!r} can be used ({reasons}). To begin anew "
+            "name another folder, or remove them."
+        )
     return start
+
+
+def _put_aside(folder: Path, done: int, error: TornError) -> None:
+    _log.warning(
+        f"checkpoint: update {done} in {folder} is torn ({error}); it is put aside as {done}.torn, "
+        "and an older one taken."
+    )
+    # Not deleted: it may be somebody else's, if this is the wrong folder.
+    shutil.rmtree(folder / f"{done}.torn", ignore_errors=True)
+    (folder / str(done)).rename(folder / f"{done}.torn")
 
 
 def refusal(folder: Path, done: int, differs: str) -> ValueError:

@@ -4,10 +4,8 @@ import contextlib
 import itertools
 import logging
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -15,21 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import integer
+from hypergrad.checks import folder_name, integer
 from hypergrad.data.prefetch import Fed, feed
-from hypergrad.data.streams import RanOut, has_no_axis, open_source, refuse_missing_axis, steps_of
+from hypergrad.data.streams import (
+    RanOut,
+    fixed,
+    is_fixed,
+    open_source,
+    refuse_missing_axis,
+    steps_of,
+)
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.callbacks import check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
+from hypergrad.training.doubts import Doubts, remarks_of
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.progress import FitProgress
+from hypergrad.training.signals import Signals, Stopped
 from hypergrad.trees import Batch, Leaf, State, Train, all_finite
 from hypergrad.tuners.alternating import horizon
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.learned import remarks
-from hypergrad.tuners.refusals import refusals_in
-from hypergrad.tuners.trust import LATELY, REASONS
+from hypergrad.tuners.trust import REASONS
 
 _log = logging.getLogger("hypergrad")
 
@@ -38,6 +43,10 @@ _AHEAD = 4
 # Updates without a finite loss, in a row, after which there is no hope: a start that diverges is
 # tried over a quarter of its steps, a sixteenth, ..., which 16 refusals bring down to a single one.
 _HOPELESS = 20
+_EITHER = (
+    "Either training diverges there: start from a lower learning rate; or the data or a loss give "
+    "NaN: hypergrad.check_hypergradient names the step, the leaf and the likely cause."
+)
 
 
 class FitResult(NamedTuple):
@@ -73,7 +82,7 @@ def _lengths(
     if num_updates is not None:
         return steps_of(train, steps_per_update), integer("num_updates", num_updates)
     num_steps = integer("num_steps", num_steps)
-    if steps_per_update is None and has_no_axis(train):
+    if steps_per_update is None and not is_fixed(train):
         steps_per_update = horizon(num_steps)
     steps = steps_of(train, steps_per_update)
     if num_steps < steps:
@@ -149,7 +158,10 @@ def fit(
 
     A checkpoint of another problem, space or start is refused; one that is torn is dropped for the
     one before. SIGTERM saves, then ends the process as its earlier handler does, else with exit
-    status 143; only where `fit` runs in the main thread.
+    status 143; within five seconds where data or a callback hang, and at once when it comes again.
+    Ctrl-C saves and is then raised, saying where. Both only where `fit` runs in the main thread.
+    One process at a time writes to a folder; guard it as you would a program, as the state of a
+    loader is unpickled from it.
 
     A run that ends with more than a third of its last updates refused, with a hyperparameter on a
     bound or one that moved one way throughout says so: the logger "hypergrad" gets a warning, the
@@ -177,8 +189,8 @@ def fit(
     _check_types(tuner, state, train)
     steps, num_updates = _lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
-    if isinstance(checkpoint, str | os.PathLike):
-        checkpoint = Checkpoint(checkpoint)
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(folder_name("checkpoint", checkpoint))
     refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
@@ -186,7 +198,7 @@ def fit(
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
-        about = describe(tuner, state, steps)
+        about = describe(tuner, state, steps) | {"data": fixed(train=train, valid=valid)}
         resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
     complete = resumed.done == asked.stop
@@ -198,15 +210,14 @@ def fit(
         asked.stop,
         1 if checkpoint is None else checkpoint.every,
     )
-    run = _Run(tuner, resumed, asked, steps, about)
+    run = _Run(tuner, resumed, asked, steps, about, Doubts(train, valid, steps))
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(batches))
-        # Without a checkpoint there is nothing to save: SIGTERM then does what it always does.
-        terminated = None
+        # Without a checkpoint there is nothing to save: signals then do what they always do.
         if checkpoint is not None:
             run.saver = stack.enter_context(Saver(checkpoint))
             run.every = checkpoint.every
-            terminated = stack.enter_context(_on_sigterm())
+            stack.enter_context(run.signals)
         ahead = run.prepare(batches)
         for callback in callbacks:
             # Before `open`, so that one which fails half-way is closed, too.
@@ -216,13 +227,9 @@ def fit(
         run.progress = stack.enter_context(
             FitProgress(resumed.done, asked.stop, steps, enabled=progress)
         )
-        run.through(ahead, terminated)
+        run.through(ahead)
     # Only here: at the end of the stack the last save was waited for.
-    if terminated is not None and terminated.is_set():
-        # A handler of the user's own has its turn; the usual one would end us without cleaning up.
-        if callable(signal.getsignal(signal.SIGTERM)):
-            signal.raise_signal(signal.SIGTERM)
-        raise SystemExit(128 + signal.SIGTERM)
+    run.end_if_wanted()
     return run.result()
 
 
@@ -245,7 +252,13 @@ class _Run:
     progress: FitProgress
 
     def __init__(
-        self, tuner: Tuner, resumed: Resumed, asked: range, steps: int, about: dict[str, Any]
+        self,
+        tuner: Tuner,
+        resumed: Resumed,
+        asked: range,
+        steps: int,
+        about: dict[str, Any],
+        doubts: Doubts,
     ) -> None:
         self.tuner, self.asked = tuner, asked
         self.steps, self.about = steps, about
@@ -254,13 +267,17 @@ class _Run:
         self.saved = resumed.done
         self.bad_in_a_row = 0
         self.update = _compiled(tuner.update)
+        self.signals, self.doubts = Signals(), doubts
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
         """What is left of `batches`, once the program is seen to be the checkpoint's."""
         try:
-            fed = next(batches)
+            with self.signals.within():
+                fed = next(batches)
         except RanOut as reason:
             self._ran_out(reason)
+            return iter(())
+        except Stopped:
             return iter(())
         if self.saver is not None:
             program = program_of(self.update.trace(self.state, fed.train, fed.valid))
@@ -275,11 +292,11 @@ class _Run:
             self.about["program"] = program
         return iter(()) if self.done == self.asked.stop else itertools.chain([fed], batches)
 
-    def through(self, batches: Iterator[Fed], terminated: threading.Event | None) -> None:
+    def through(self, batches: Iterator[Fed]) -> None:
         """All updates, as long as there are data and nobody wants an end."""
         pending: deque[_Pending] = deque()
         try:
-            for fed in batches:
+            for fed in self._waited_for(batches):
                 self.state, info = self.update(self.state, fed.train, fed.valid)
                 loss = getattr(getattr(self.state, "inner", None), "loss", None)
                 self.done, self.positions = self.done + 1, fed.positions
@@ -289,14 +306,37 @@ class _Run:
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
                     self._settle(pending.popleft())
-                if terminated is not None and terminated.is_set():
+                if self.signals.wanted is not None:
                     break
         except RanOut as reason:
             self._ran_out(reason)
+        except Stopped:
+            self.callbacks = ()  # one of them may be what hangs
         while pending:
-            self._settle(pending.popleft())
+            try:
+                self._settle(pending.popleft())
+            except Stopped:
+                self.callbacks = ()
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
+
+    def _waited_for(self, batches: Iterator[Fed]) -> Iterator[Fed]:
+        while True:
+            with self.signals.within():
+                fed = next(batches, None)
+            if fed is None:
+                return
+            yield fed
+
+    def end_if_wanted(self) -> None:
+        """End as a signal asked for."""
+        if self.signals.wanted is not None and self.saver is not None:
+            message = (
+                f"checkpoint: stopped by {self.signals.wanted.name}; {self.saved} updates are "
+                f"saved in {self.saver.folder}, and the same command goes on from there."
+            )
+            _log.warning(message)
+            self.signals.end(message)
 
     def result(self) -> FitResult:
         """What `fit` returns. Raises FloatingPointError."""
@@ -309,28 +349,20 @@ class _Run:
         # A run that was too short to be hopeless.
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
+        self.doubts.say()
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
-        return FitResult(self.state, hyper, self.history, schedule, self._remarks())
-
-    def _remarks(self) -> tuple[str, ...]:
-        if not len(self.history):
-            return ()
-        refused = refusals_in([int(r.refused or 0) for r in self.history[-LATELY:]])
-        found = [] if refused is None else [f"What the run leaves behind {refused}"]
-        space, hypers = self.tuner.space, self.history.hypers
-        if space is not None and isinstance(hypers, Mapping) and hasattr(self.state, "now"):
-            found += remarks(space, {n: v for n, v in hypers.items() if n in space.continuous})
-        for remark in found:
-            _log.warning(remark)
-        return tuple(found)
+        remarks = remarks_of(self.tuner, self.state, self.history)
+        return FitResult(self.state, hyper, self.history, schedule, remarks)
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)
         self.history.append(record)
+        self.doubts.see(record, pending.train_loss is not None, pending.positions)
         finite = np.isfinite(record.loss) if record.finite is None else record.finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         for callback in self.callbacks:
-            callback(record)
+            with self.signals.within():
+                callback(record)
         self.progress.show(record)
         # After the callbacks, which are to show this update, and before a save of what is lost.
         if self.bad_in_a_row == _HOPELESS:
@@ -361,9 +393,8 @@ class _Run:
         where = "" if step in (None, -1) else f" (its training step {step} was the first bad one)"
         why = f": {REASONS[last.refused]}" if last.refused else ""
         return FloatingPointError(
-            f"After update {last.update}{where} {what}{why}. It trained under {hyper}. Either "
-            "training diverges there: start from a lower learning rate; or the data or a loss give "
-            "NaN: hypergrad.check_hypergradient names the step, the leaf and the likely cause."
+            f"After update {last.update}{where} {what}{why}. It trained under {hyper}. "
+            + (self.doubts.cause() or _EITHER)
         )
 
 
@@ -379,18 +410,3 @@ def _strong(leaf: Leaf) -> jax.Array:
     if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
         return leaf
     return jnp.asarray(leaf, jnp.result_type(leaf))
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside the main thread, where no handler can be, it never is."""
-    terminated = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield terminated
-        return
-
-    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    try:
-        yield terminated
-    finally:
-        signal.signal(signal.SIGTERM, before)

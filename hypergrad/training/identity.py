@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 
+from hypergrad.data.contents import as_array
 from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.trees import Hyper, Leaf, State, leaf_names
 from hypergrad.tuners.base import Tuner
@@ -88,6 +89,12 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
             return f"the state's leaf {name} is {there} there and {here} here"
     if stored["key"] != now["key"]:
         return f"its key is {stored['key']} and this one's {now['key']}"
+    for name, leaves_now in now.get("data", {}).items():
+        # A checkpoint of an earlier version says nothing of its data.
+        there = stored.get("data", {}).get(name) or leaves_now
+        for leaf, here in leaves_now.items():
+            if there.get(leaf) != here:
+                return f"its {name} has {leaf} of {there.get(leaf)}, and this one of {here}"
     return None
 
 
@@ -119,9 +126,17 @@ def program_of(traced: Any) -> dict[str, Any]:
         digest.update(line.encode())
         used[line.split(" ", 1)[0]] += 1
     for const in traced.jaxpr.consts:
-        digest.update(np.asarray(const).tobytes())
+        digest.update(np.asarray(as_array(const)).tobytes())
     backend = jax.default_backend()
     return {"jax": f"{jax.__version__} on {backend}", "digest": digest.hexdigest(), "used": used}
+
+
+def digest_of(function: Callable[..., Any], *arguments: Any) -> str:
+    """A digest of what a function computes of arguments of these shapes, what it closes over too.
+
+    Under another JAX the same function may have another one.
+    """
+    return program_of(jax.jit(function).trace(*arguments))["digest"]
 
 
 def program_difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.checks import integer, positive
+from hypergrad.checks import integer, random_key
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
@@ -29,7 +29,7 @@ from hypergrad.trees import (
     path_name,
     select,
 )
-from hypergrad.tuners.base import Info, Position, Tuner, TunerState
+from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
 from hypergrad.tuners.refusals import warn_of_state
 from hypergrad.tuners.trust import (
     Trust,
@@ -184,11 +184,12 @@ def alternating(
     True
     """
     estimator = as_estimator(estimator, validate_at=0.8)
-    positive("max_move", max_move, "a share of the range", infinite=True)
+    refuse_wrong(problem, space, outer_optimizer, trust, max_move)
     # Chosen on the gauntlet's tasks, see docs/experiments.md.
     optimizer = outer_optimizer or steady_adam(0.04)
 
     def init(hyper: Hyper, key: Key, inner: InnerState = None) -> TunerState:
+        random_key("key", key)
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         if inner is None:

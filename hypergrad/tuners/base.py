@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hypergrad import checks
+from hypergrad.problem.problem import refuse_no_problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Hyper, InnerState, Key, Scalar, State, Unit
 
@@ -26,6 +28,18 @@ class Tuner(NamedTuple):
     update: Callable[..., tuple[State, Any]]
     best: Callable[[State], Hyper]
     space: Space | None = None
+
+
+def refuse_wrong(
+    problem: Any, space: Any, outer_optimizer: Any, trust: Any, max_move: float
+) -> None:
+    """Refuses what no tuner could use, swapped arguments among it, by name."""
+    refuse_no_problem(problem)
+    checks.instance("space", space, Space, "a hypergrad.Space")
+    if outer_optimizer is not None:
+        checks.optimizer("outer_optimizer", outer_optimizer)
+    checks.having("trust", trust, ("max_spike", "warm_up"), "a hypergrad.Trust")
+    checks.positive("max_move", max_move, "a share of the range", infinite=True)
 
 
 class Info(NamedTuple):

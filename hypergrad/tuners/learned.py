@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import integer
+from hypergrad.checks import having, instance, integer
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
@@ -26,6 +26,11 @@ def learned_schedule(history: Sequence[Any], steps_per_update: int) -> Schedule:
     >>> round(float(schedule(25)["lr"]), 3)
     0.1
     """
+    having(
+        "history", history, ("__len__", "__getitem__"), "the info.hyper of each update, in order"
+    )
+    if not len(history):
+        raise ValueError("history=[] holds no update: give the info.hyper of each, in order.")
     values = jax.tree.map(lambda *x: jnp.stack(x), *history)
     return Schedule(values, integer("steps_per_update", steps_per_update))
 
@@ -48,6 +53,10 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     Raises:
       ValueError: fewer than 4 updates.
     """
+    instance("space", space, Space, "the tuner's hypergrad.Space")
+    having(
+        "history", history, ("__len__", "__getitem__"), "the info.hyper of each update, in order"
+    )
     if len(history) < 4:
         raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
     if hasattr(history[0], "refused"):

@@ -16,7 +16,7 @@ from hypergrad.optim.transforms import norm_adam
 from hypergrad.problem.problem import Problem, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
-from hypergrad.tuners.base import Info, Position, Tuner, TunerState
+from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
 from hypergrad.tuners.refusals import warn_of_state
 from hypergrad.tuners.trust import (
     NOT_LEARNED,
@@ -84,11 +84,13 @@ def restarting(
     True
     """
     num_seeds = checks.integer("num_seeds", num_seeds)
-    checks.positive("max_move", max_move, "a share of the range", infinite=True)
+    checks.flag("fresh_seeds", fresh_seeds)
+    refuse_wrong(problem, space, outer_optimizer, trust, max_move)
     estimator = as_estimator(estimator)
     optimizer = norm_adam(0.1) if outer_optimizer is None else outer_optimizer
 
     def init(hyper: Hyper, key: Key) -> TunerState:
+        checks.random_key("key", key)
         hyper = space.validate(hyper)
         unit = space.to_unit(hyper)
         state_of = lambda key: unit_state(estimator, problem, space, unit, None, key)  # noqa: E731

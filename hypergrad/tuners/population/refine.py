@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.checks import integer_field, positive
+from hypergrad.checks import instance, integer_field, optimizer, positive
 from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.space.space import Space
@@ -51,6 +52,10 @@ class Refine:
             integer_field(self, "steps_per_update", remedy="the training steps of one update")
         remedy = "give a share of the range, or refine=None for plain training"
         positive("max_move", self.max_move, remedy, infinite=True)
+        as_estimator(self.estimator)
+        instance("trust", self.trust, Trust, "a hypergrad.Trust")
+        if self.outer_optimizer is not None:
+            optimizer("outer_optimizer", self.outer_optimizer)
 
     def steps(self, num_steps: int) -> int:
         """K in a run of `num_steps`."""
