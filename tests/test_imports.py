@@ -25,7 +25,7 @@ ROOMS = {
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
-    "training": "history doubts identity checkpoints progress callbacks signals fit",
+    "training": "history doubts length identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
     "search": "schedulers arguments recipe programs cohort endings result sweep"

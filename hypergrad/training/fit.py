@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import folder_name, integer
+from hypergrad.checks import folder_name
 from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import (
     RanOut,
     fixed,
-    is_fixed,
     open_source,
     refuse_missing_axis,
-    steps_of,
 )
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.callbacks import check
@@ -29,10 +27,10 @@ from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, 
 from hypergrad.training.doubts import Doubts, remarks_of
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
+from hypergrad.training.length import lengths
 from hypergrad.training.progress import FitProgress
 from hypergrad.training.signals import Signals, Stopped
 from hypergrad.trees import Batch, Leaf, State, Train, all_finite
-from hypergrad.tuners.alternating import horizon
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
@@ -68,26 +66,6 @@ class FitResult(NamedTuple):
     history: History
     schedule: Schedule
     remarks: tuple[str, ...] = ()
-
-
-def _lengths(
-    train: Train, num_updates: int | None, num_steps: int | None, steps_per_update: int | None
-) -> tuple[int, int]:
-    """(K, updates) of a run."""
-    if (num_updates is None) == (num_steps is None):
-        raise ValueError(
-            f"num_updates={num_updates} and num_steps={num_steps}: give one of them, the length of "
-            "the run in updates or in training steps."
-        )
-    if num_updates is not None:
-        return steps_of(train, steps_per_update), integer("num_updates", num_updates)
-    num_steps = integer("num_steps", num_steps)
-    if steps_per_update is None and not is_fixed(train):
-        steps_per_update = horizon(num_steps)
-    steps = steps_of(train, steps_per_update)
-    if num_steps < steps:
-        raise ValueError(f"num_steps={num_steps} is less than one update of K={steps} steps.")
-    return steps, num_steps // steps
 
 
 def _check_types(tuner: Any, state: State, train: Train) -> None:
@@ -187,7 +165,7 @@ def fit(
     (8, True)
     """
     _check_types(tuner, state, train)
-    steps, num_updates = _lengths(train, num_updates, num_steps, steps_per_update)
+    steps, num_updates = lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(folder_name("checkpoint", checkpoint))
