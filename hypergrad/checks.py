@@ -1,7 +1,8 @@
 """Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
 
+import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -112,6 +113,32 @@ def choice(name: str, value: Any, known: Collection[str], remedy: str = "") -> s
         listed = f"{', '.join(most)} or {last}" if most else last
         end = f", {remedy}." if remedy else "."
         raise ValueError(f"{_given(name, value)} is unknown: choose {listed}{end}")
+    return value
+
+
+def function(name: str, value: Any, *arguments: str) -> Callable[..., Any]:
+    """`value`, a function that can be called with these positional arguments.
+
+    >>> function("train_loss", lambda params, batch: 0.0, "params", "hyper", "batch", "key")
+    Traceback (most recent call last):
+        ...
+    hypergrad.checks.WrongTypeError: train_loss takes (params, batch) and is called with ...
+    """
+    called = f"({', '.join(arguments)})"
+    if not callable(value):
+        raise WrongTypeError(f"{name} is a {type(value).__name__}: give a function of {called}.")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of code that is not Python's
+        return value
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        takes = f"({', '.join(signature.parameters)})"
+        raise WrongTypeError(
+            f"{name} takes {takes} and is called with {called}: give a function of these "
+            f"{len(arguments)}, or wrap it: lambda {', '.join(arguments)}: ..."
+        ) from None
     return value
 
 

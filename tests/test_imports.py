@@ -19,7 +19,7 @@ ROOMS = {
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
     "optim": "transforms schedules",
-    "problem": "inner_gradient problem noise structure",
+    "problem": "inner_gradient mistakes optimizer problem noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust alternating restarting learned",

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad import checks
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
+from hypergrad.problem.mistakes import explained, refuse_modules
+from hypergrad.problem.optimizer import check_optimizer, first_opt_state, optimizer_update
 from hypergrad.trees import (
     Batch,
     Hyper,
@@ -21,7 +24,6 @@ from hypergrad.trees import (
     Tree,
     cast_like,
     is_inexact,
-    leaf_names,
 )
 
 
@@ -112,7 +114,10 @@ def bilevel(
     >>> float(problem.step(inner, {"lr": 0.25}, jnp.ones(3), jax.random.key(0)).params)
     0.5
     """
-    train_pair = refuse_hard_dropout(with_aux(train_loss, "train_loss"))
+    checks.function("init_params", init_params, "key")
+    check_optimizer(optimizer)
+    train_pair = _loss("train_loss", train_loss)
+    valid_pair = _loss("valid_loss", valid_loss)
 
     def loss_of_trainable(trained: Params, rest: Tree, batch: Batch, key: Key) -> Any:
         hyper, frozen = rest
@@ -121,11 +126,11 @@ def bilevel(
     gradient = inner_gradient(loss_of_trainable)
 
     def init(hyper: Hyper, key: Key) -> Inner:
-        params = init_params(key)
+        with explained("init_params"):
+            params = init_params(key)
+        refuse_modules(params)
         params = cast_like(params, params)  # strong dtypes: weak ones recompile at the next window
-        opt_state = optimizer(hyper).init(_split(params, trainable)[0])
-        # Read from the state, as the transformation itself is opaque.
-        _refuse_injected_rates(opt_state)
+        opt_state = first_opt_state(optimizer, hyper, _split(params, trainable)[0])
         opt_state = cast_like(opt_state, opt_state)
         return Inner(params, opt_state, jnp.zeros((), jnp.int32), zero_loss(params))
 
@@ -135,10 +140,18 @@ def bilevel(
         # where derivatives flow.
         grads, (loss, aux) = gradient(trained, (hyper, frozen), batch, key)
         grads = nonzero_gradient(grads)
-        # Built anew in every step: its rates are traced values, and building costs nothing.
-        transform = optax.with_extra_args_support(optimizer(hyper))
-        updates, opt_state = transform.update(
-            grads, inner.opt_state, trained, value=loss, grad=grads
+        # Lookahead trains the fast ones of its two sets of parameters, and moves both.
+        grads = grads.fast if isinstance(grads, optax.LookaheadParams) else grads
+        # Functions of the parameters, for line searches and for optimisers that look around.
+        at = (hyper, frozen), batch, key
+        extra = {
+            "value": loss,
+            "grad": grads,
+            "value_fn": lambda params: loss_of_trainable(params, *at)[0],
+            "grad_fn": lambda params, _: nonzero_gradient(gradient(params, *at)[0]),
+        }
+        updates, opt_state = optimizer_update(
+            optimizer, hyper, grads, inner.opt_state, trained, extra
         )
         moved = optax.apply_updates(trained, updates)
         # Decay would eat integer leaves (counters): 5 - 0.01 is 4 as an integer.
@@ -151,12 +164,22 @@ def bilevel(
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
 
     def plain_valid_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
-        return refuse_hard_dropout(with_aux(valid_loss, "valid_loss"))(params, hyper, batch, key)[0]
+        return valid_pair(params, hyper, batch, key)[0]
 
     def plain_train_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
         return train_pair(params, hyper, batch, key)[0]
 
     return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+
+
+def _loss(name: str, loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Tree]]:
+    pair = with_aux(checks.function(name, loss, "params", "hyper", "batch", "key"), name)
+
+    def checked(*args: Any) -> tuple[jax.Array, Tree]:
+        with explained(name):
+            return pair(*args)
+
+    return checked
 
 
 def require_inner(inner: InnerState) -> None:
@@ -264,28 +287,6 @@ def validation_loss(
     return loss
 
 
-def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`loss`, with flax's Dropout on a traced rate turned into an error that names the remedy."""
-
-    def checked(*args: Any) -> Any:
-        try:
-            return loss(*args)
-        except jax.errors.ConcretizationTypeError as error:
-            # The error does not say whose branch it was; flax's Dropout lives in `stochastic`.
-            frame = error.__traceback__
-            while frame is not None:
-                if frame.tb_frame.f_globals.get("__name__", "").endswith("stochastic"):
-                    raise ValueError(
-                        "flax's Dropout was given a traced rate: it branches on the rate in Python "
-                        "and its hard mask carries no gradient. Use hypergrad.nn.LinenDropout, "
-                        "hypergrad.nn.NNXDropout or hypergrad.dropout instead."
-                    ) from error
-                frame = frame.tb_next
-            raise
-
-    return checked
-
-
 def _split(params: Params, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
     if trainable is None:
         return params, None
@@ -320,19 +321,3 @@ def _refuse_other_structure(params: Params, like: Tree) -> None:
             f"absorb returned params of the structure {new}, but init_params gave {old}. Return "
             "the same containers and the same keys: {**params, 'batch_stats': new} for a dict."
         )
-
-
-def _refuse_injected_rates(opt_state: State) -> None:
-    injected = (
-        optax.InjectHyperparamsState,
-        optax.schedules.InjectStatefulHyperparamsState,
-    )
-    is_injected = lambda x: isinstance(x, injected)  # noqa: E731
-    for state in jax.tree.leaves(opt_state, is_leaf=is_injected):
-        if is_injected(state):
-            names = leaf_names(state.hyperparams)
-            raise ValueError(
-                f"optimizer keeps {names} in its state (optax.inject_hyperparams): updates read "
-                "them from there, so hyper would get no gradient. Build the optimiser from hyper "
-                'directly: optimizer=lambda hyper: optax.adam(hyper["learning_rate"]).'
-            )
