@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 ROOMS = {
     "trees": "",
     "checks": "",
+    "eager": "",
     "space": "dimensions space description",
     "data": "keys batches splits streams prefetch",
     "optim": "transforms schedules",

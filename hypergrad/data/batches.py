@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from hypergrad import checks
 from hypergrad.data.keys import SHUFFLE
+from hypergrad.eager import refuse_text
 from hypergrad.trees import Batch, Key, Train, Tree, leaf_names
 
 # Why a number must be a Python integer.
@@ -52,6 +53,7 @@ class Minibatches:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
             checks.integer_field(self, name, remedy=FIXES_A_SHAPE)
+        refuse_text("arrays", self.arrays)
         size = _num_examples(self.arrays)
         if size < self.batch_size:
             raise ValueError(

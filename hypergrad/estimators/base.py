@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import num_steps, step_inputs
+from hypergrad.data.streams import refuse_missing_axis
 from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.problem.problem import Problem, steps_done, training_steps, validation_loss
 from hypergrad.problem.structure import naming_missing, require_reach, require_use
@@ -255,6 +256,7 @@ def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> Non
       ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
         missing by structure.
     """
+    refuse_missing_axis(window.train, window.valid)
     with naming_missing(hyper):
         estimator.check_structure(window, hyper)
 

@@ -1,7 +1,9 @@
 """One hypergradient, in plain JAX."""
 
+import functools
 from typing import Literal
 
+from hypergrad.eager import compiled_for_each
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
@@ -32,7 +34,8 @@ def hypergradient(
         one that fits the device's memory.
 
     An estimator with memory between calls starts afresh here; call its `init` and `estimate` to
-    keep it. Pure and jit-able; the cost is the estimator's.
+    keep it. Pure and jit-able; the cost is the estimator's. Outside of `jax.jit` it is compiled at
+    the first call with a problem, an estimator and shapes, and kept with the problem.
 
     Raises:
       ValueError: an integer hyperparameter, one that never reaches the validation loss, `train`
@@ -48,9 +51,21 @@ def hypergradient(
     >>> hypergradient(problem, hyper, None, one_step, one_step[0], key).grad["lr"]
     Array(-2., dtype=float32)
     """
-    hyper = strong(hyper)
-    window = Window(problem, inner, train, valid, key)
     estimator = as_estimator(estimator)
+    estimate = compiled_for_each(problem, estimator, functools.partial(_estimate, estimator))
+    return estimate(strong(hyper), inner, train, valid, key)
+
+
+def _estimate(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Hyper,
+    inner: InnerState | None,
+    train: Train,
+    valid: Batch,
+    key: Key,
+) -> Estimate:
+    window = Window(problem, inner, train, valid, key)
     return checked_estimate(estimator, window, hyper, estimator.init(window, hyper))[0]
 
 

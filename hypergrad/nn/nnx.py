@@ -163,17 +163,19 @@ def _by_rngs(make_model: Callable[..., nnx.Module]) -> Callable[[nnx.Rngs], nnx.
             f"make_model is a {type(make_model).__name__}: give a function that builds the model, "
             "make_model=lambda rngs: Net(64, 10, rngs=rngs), as each run starts from new weights."
         )
-    parameters = inspect.signature(make_model).parameters
-    if "rngs" in parameters and parameters["rngs"].kind != inspect.Parameter.POSITIONAL_ONLY:
-        named = lambda rngs: make_model(rngs=rngs)  # noqa: E731
-        missing = [
-            name
-            for name, p in parameters.items()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-        if missing == ["rngs"] or not missing:
-            return named
-    return checks.function("make_model", make_model, "rngs")
+    # The signature of an nnx class is that of its metaclass.
+    is_class = isinstance(make_model, type)
+    signature = inspect.signature(make_model.__init__ if is_class else make_model)
+    parameters = list(signature.parameters.values())[is_class:]
+    wanted = [p.name for p in parameters if p.default is p.empty and "VAR" not in p.kind.name]
+    if set(wanted) > {"rngs"}:
+        raise checks.WrongTypeError(
+            f"make_model={make_model.__name__} wants {wanted} and is called with rngs alone: give "
+            f"make_model=lambda rngs: {make_model.__name__}(..., rngs=rngs)."
+        )
+    if any(p.name == "rngs" and p.kind != p.POSITIONAL_ONLY for p in parameters):
+        return lambda rngs: make_model(rngs=rngs)
+    return make_model if is_class else checks.function("make_model", make_model, "rngs")
 
 
 def from_nnx(model: nnx.Module, optimizer: nnx.Optimizer) -> Inner:

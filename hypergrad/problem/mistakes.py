@@ -41,6 +41,7 @@ _ARRAY = (
     "use jax.numpy in place of numpy, and keep what only reports (scikit-learn's scores) out of it",
 )
 _MASK = ("indexes with a traced mask", "use jnp.where(mask, x, 0), whose shape is known")
+_TEXT = ("formats a traced value as a number", "use jax.debug.print to look at it")
 _NUMBER = (
     "makes a Python number of a traced value",
     "leave out float(), int(), .item() and the functions of math, as jax.numpy computes with "
@@ -52,6 +53,14 @@ _TRACED = (
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
+)
+# Of the plain TypeErrors that a traced value may cause: as a shape, in range(), in a format, as a
+# dict's key.
+_SIGNS = (
+    "Shapes must be 1D sequences of concrete values",
+    "Only integer scalar arrays can be converted to a scalar index",
+    "Tracer.__format__",
+    "Tracer'",
 )
 
 
@@ -67,8 +76,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (*_TRACED, TypeError) as error:
-        is_shape = "Shapes must be 1D sequences of concrete values" in str(error)
-        if not isinstance(error, _TRACED) and not is_shape:
+        if not isinstance(error, _TRACED) and not any(sign in str(error) for sign in _SIGNS):
             raise
         raise ValueError(_sentence(what, error)) from error
 
@@ -97,6 +105,10 @@ def _sentence(what: str, error: Exception) -> str:
         kind, remedy = _BRANCH
     elif isinstance(error, jax.errors.TracerArrayConversionError):
         kind, remedy = _ARRAY
+    elif "__format__" in str(error):
+        kind, remedy = _TEXT
+    elif "unhashable" in str(error):
+        kind, remedy = "looks a traced value up in Python", _BRANCH[1]
     elif isinstance(error, jax.errors.NonConcreteBooleanIndexError):
         kind, remedy = _MASK
     return f"{what} {kind}{where}. Hyperparameters, parameters and batches are traced: {remedy}."

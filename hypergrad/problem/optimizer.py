@@ -8,7 +8,7 @@ import optax
 
 from hypergrad import checks
 from hypergrad.problem.mistakes import explained
-from hypergrad.trees import Hyper, Params, State, leaf_names
+from hypergrad.trees import Hyper, Params, State, is_key, leaf_names
 
 Factory = Callable[[Any], optax.GradientTransformation]
 
@@ -43,6 +43,11 @@ def _built(
 
 def first_opt_state(optimizer: Factory, hyper: Hyper, params: Params) -> State:
     """The state of the optimiser that `hyper` gives, before the first update."""
+    if any(is_key(leaf) for leaf in jax.tree.leaves(params)):
+        raise checks.WrongTypeError(
+            "init_params returns a PRNG key among what is trained, and a key has no gradient: let "
+            "the losses use their argument key, or say by trainable= which part is trained."
+        )
     with explained("optimizer"):
         opt_state = _built(optimizer, hyper).init(params)
     # Read from the state, as the transformation itself is opaque.
@@ -60,8 +65,9 @@ def optimizer_update(
     extra: dict[str, Any],
 ) -> tuple[Params, State]:
     """One update, given what of the keywords `extra` the optimiser takes."""
-    # Built anew in every step: its rates are traced values, and building costs nothing.
-    with explained("optimizer"):
+    # Built anew in every step: its rates are traced values, and building costs nothing. Where the
+    # user wants strict promotion, optax does not keep to it.
+    with explained("optimizer"), jax.numpy_dtype_promotion("standard"):
         return _update(_built(optimizer, hyper), grads, state, params, extra)
 
 

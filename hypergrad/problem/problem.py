@@ -10,6 +10,7 @@ import optax
 from hypergrad import checks
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
+from hypergrad.eager import compiled_for_each
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
 from hypergrad.problem.mistakes import explained, refuse_modules
 from hypergrad.problem.optimizer import check_optimizer, first_opt_state, optimizer_update
@@ -27,7 +28,15 @@ from hypergrad.trees import (
 )
 
 
-class Problem(NamedTuple):
+class _Functions(NamedTuple):
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    train_loss: Callable[..., Any]
+    valid_loss: Callable[..., Any]
+    metrics: Callable[..., Any] | None = None
+
+
+class Problem(_Functions):
     """A bilevel problem: how training starts and advances, and what is judged.
 
     `bilevel` fills it from losses and an optax optimiser; fill it by hand for anything else (an RL
@@ -42,13 +51,12 @@ class Problem(NamedTuple):
       train_loss: `(params, hyper, batch, key) -> scalar`.
       valid_loss: `(params, hyper, batch, key) -> scalar`, the outer objective.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}` for reports.
+
+    A NamedTuple, with a dictionary for what is compiled for it (`compiled_for_each`).
     """
 
-    init: Callable[..., Any]
-    step: Callable[..., Any]
-    train_loss: Callable[..., Any]
-    valid_loss: Callable[..., Any]
-    metrics: Callable[..., Any] | None = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self)
 
 
 class Inner(NamedTuple):
@@ -147,7 +155,8 @@ def bilevel(
         extra = {
             "value": loss,
             "grad": grads,
-            "value_fn": lambda params: loss_of_trainable(params, *at)[0],
+            # optax's line searches want every other keyword to be one of this function's.
+            "value_fn": lambda params, grad_fn=None: loss_of_trainable(params, *at)[0],
             "grad_fn": lambda params, _: nonzero_gradient(gradient(params, *at)[0]),
         }
         updates, opt_state = optimizer_update(
@@ -225,13 +234,17 @@ def nonzero_gradient(grads: Tree) -> Tree:
 def rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     """The training state after all K steps of `train`, from `inner`.
 
-    `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
+    Outside of `jax.jit` it is compiled at its first call. `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
     the run (counted in `inner.step` where that exists) uses `jax.random.fold_in(key, t)`.
     Cost: K training steps; memory independent of K under `Minibatches`.
 
     Raises:
       ValueError: leaves of `train` that disagree on K.
     """
+    return compiled_for_each(problem, "rollout", _rollout)(hyper, inner, train, key)
+
+
+def _rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     run = training_steps(problem, hyper, train, key, steps_done(inner))
     batches = step_inputs(train)
     return jax.lax.scan(lambda state, x: (run(state, *x), None), inner, batches)[0]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
+from hypergrad.problem.mistakes import explained
 from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
@@ -29,9 +30,13 @@ class StructureError(ValueError):
 
 @contextlib.contextmanager
 def naming_missing(hyper: Hyper) -> Iterator[None]:
-    """Turns the KeyError of a function that reads what `hyper` lacks into one that says so."""
+    """Turns the KeyError of a function that reads what `hyper` lacks into one that says so.
+
+    So too what Python wanted of a traced value, cf. `explained`.
+    """
     try:
-        yield
+        with explained("A function of the problem"):
+            yield
     except KeyError as error:
         missing = error.args[0]
         if not isinstance(hyper, Mapping) or missing in hyper:

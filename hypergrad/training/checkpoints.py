@@ -23,8 +23,8 @@ import numpy as np
 
 from hypergrad.checks import integer_field
 from hypergrad.training.history import History
-from hypergrad.training.identity import difference, is_key
-from hypergrad.trees import Leaf, State, Tree
+from hypergrad.training.identity import difference
+from hypergrad.trees import Leaf, State, Tree, is_key
 
 _log = logging.getLogger("hypergrad")
 

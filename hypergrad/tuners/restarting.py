@@ -9,6 +9,7 @@ import optax
 
 from hypergrad import checks
 from hypergrad.data.batches import num_steps
+from hypergrad.eager import compiled_outside_jit
 from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
@@ -132,7 +133,7 @@ def restarting(
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))
 
-    return Tuner(init, update, best, space)
+    return Tuner(init, compiled_outside_jit(update), compiled_outside_jit(best), space)
 
 
 def combine(grads: Unit) -> tuple[Unit, Scalar]:
