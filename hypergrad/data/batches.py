@@ -92,8 +92,8 @@ def _num_examples(arrays: Tree) -> int:
     shapes = _shapes(arrays)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"arrays has leaves of shapes {shapes}: every leaf must be an array with a leading "
-            "axis of examples, [examples, ...]."
+            f"arrays has leaves of shapes {_first(shapes)}: every leaf must be an array with a leading "
+            "axis of examples, [examples, ...]; numpy.asarray makes one of nested lists."
         )
     sizes = {name: shape[0] for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
@@ -167,7 +167,7 @@ def num_steps(train: Train) -> int:
     shapes = _shapes(train)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
+            f"train has leaves of shapes {_first(shapes)}: every leaf needs a leading axis K of steps, "
             "[K, batch, ...]. Add one with x[None] for a single step."
         )
     if any(shape[0] == 0 for shape in shapes.values()):
@@ -185,6 +185,11 @@ def num_batches(train: Train) -> int:
     if isinstance(train, Minibatches):
         return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
     return num_steps(train)
+
+
+def _first(shapes: dict[str, tuple[int, ...]]) -> str:
+    shown = ", ".join(f"{name!r}: {shape}" for name, shape in list(shapes.items())[:4])
+    return f"{{{shown}{', ...' if len(shapes) > 4 else ''}}}"
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

@@ -249,7 +249,8 @@ def refuse_missing_axis(train: Train, valid: Batch) -> None:
     """
     if not (_is_arrays(train) and _is_arrays(valid)) or isinstance(train, Minibatches):
         return
-    if isinstance(valid, Minibatches) or jax.tree.structure(train) != jax.tree.structure(valid):
+    valid = valid.arrays if isinstance(valid, Minibatches) else valid
+    if jax.tree.structure(train) != jax.tree.structure(valid):
         return
     shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (train, valid)]
     if all(len(x) == len(v) for x, v in zip(*shapes, strict=True)):

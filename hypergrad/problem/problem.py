@@ -34,6 +34,7 @@ class _Functions(NamedTuple):
     train_loss: Callable[..., Any]
     valid_loss: Callable[..., Any]
     metrics: Callable[..., Any] | None = None
+    evaluate: Callable[..., Any] | None = None
 
 
 class Problem(_Functions):
@@ -51,6 +52,8 @@ class Problem(_Functions):
       train_loss: `(params, hyper, batch, key) -> scalar`.
       valid_loss: `(params, hyper, batch, key) -> scalar`, the outer objective.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}` for reports.
+      evaluate: optional `inner -> params`, what `valid_loss` and `metrics` receive where that is
+        not `inner.params`.
 
     A NamedTuple, with a dictionary for what is compiled for it (`compiled_for_each`).
     """
@@ -84,6 +87,7 @@ def bilevel(
     trainable: str | Sequence[str] | None = None,
     absorb: Callable[[Any, Any], Any] | None = None,
     metrics: Callable[..., Any] | None = None,
+    evaluate: Callable[[Any, Any], Any] | None = None,
 ) -> Problem:
     """A `Problem` from two losses and an optax optimiser built from hyperparameters.
 
@@ -102,6 +106,11 @@ def bilevel(
       absorb: `(params, aux) -> params`, how the training loss's `aux` re-enters after each step
         (new batch statistics), with the structure of `params`. None: it does not.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
+      evaluate: `(params, opt_state) -> params`, the parameters that are judged where they are not
+        the trained ones: an exponential moving average kept by the optimiser,
+        `optax.contrib.schedule_free_eval_params`, lookahead's slow ones (`docs/what.md`). The
+        hypergradient flows through it, to an average's decay too; `problem.evaluate(inner)` gives
+        the parameters to keep.
 
     The training gradient is `inner_gradient`'s (mixed mode), and passes through
     `nonzero_gradient`, so that Adam's square root has a derivative everywhere.
@@ -126,6 +135,8 @@ def bilevel(
     check_optimizer(optimizer)
     train_pair = _loss("train_loss", train_loss)
     valid_pair = _loss("valid_loss", valid_loss)
+    if evaluate is not None:
+        checks.function("evaluate", evaluate, "params", "opt_state")
 
     def loss_of_trainable(trained: Params, rest: Tree, batch: Batch, key: Key) -> Any:
         hyper, frozen = rest
@@ -178,7 +189,13 @@ def bilevel(
     def plain_train_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
         return train_pair(params, hyper, batch, key)[0]
 
-    return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+    def judged(inner: Inner) -> Params:
+        assert evaluate is not None
+        with explained("evaluate"):
+            return evaluate(inner.params, inner.opt_state)
+
+    functions = init, step, plain_train_loss, plain_valid_loss, metrics
+    return Problem(*functions, None if evaluate is None else judged)
 
 
 def _loss(name: str, loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Tree]]:
@@ -189,6 +206,11 @@ def _loss(name: str, loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array,
             return pair(*args)
 
     return checked
+
+
+def judged_params(problem: Problem, inner: InnerState) -> Params:
+    """What the validation loss is taken of: the parameters, or what `problem.evaluate` makes."""
+    return inner.params if problem.evaluate is None else problem.evaluate(inner)
 
 
 def require_inner(inner: InnerState) -> None:

@@ -12,7 +12,7 @@ import jax
 
 from hypergrad.problem.inner_gradient import NAME as INNER_GRADIENT
 from hypergrad.problem.mistakes import explained
-from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
+from hypergrad.trees import Hyper, Params, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
 _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
@@ -122,6 +122,26 @@ def require_reach(function: Callable[..., Any], hyper: Hyper, *args: Any) -> Non
                 f"{why}: its gradient would be a silent zero. Tune it by black-box search, by "
                 "hypergrad.Evolution, or give it a smooth path."
             )
+
+
+def require_slope(name: str, loss: Callable[..., Any], params: Params, *args: Any) -> None:
+    """Raises where `loss(params, ...)` depends on its parameters but is flat wherever it is smooth.
+
+    Such a loss (an accuracy, an AUC) trains nothing and gives no hypergradient; a loss that does
+    not read its parameters at all (a placeholder) passes.
+
+    Raises:
+      ValueError: names the loss, what makes it flat, and what to do.
+    """
+    found = reaches(loss, params, *args)
+    if any(reach.used for reach in found) and not any(reach.differentiable for reach in found):
+        cuts = ", ".join(sorted({cut for reach in found for cut in reach.cut_by}))
+        raise StructureError(
+            f"{name} is piecewise constant in the parameters (an accuracy, an AUC; its only way "
+            f"from them is {cuts or 'through integers'}), so that all gradients of it are 0: use a "
+            "smooth loss such as the cross entropy here, name this one in metrics=, and select by "
+            "it, as sweep(metric=..., direction='maximize') does."
+        )
 
 
 def require_use(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reach]:

@@ -14,7 +14,7 @@ from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
-from hypergrad.problem.problem import Problem, validation_loss
+from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
 from hypergrad.tuners.base import Info, Position, Tuner
@@ -104,7 +104,9 @@ def restarting(
 
         def run(key: Key, memory: State) -> tuple[Estimate, State, Scalar]:
             start = problem.init(hyper, key)
-            untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
+            untrained = validation_loss(
+                problem, judged_params(problem, start), hyper, valid, key, 0
+            )
             limited = shorten(problem, start, state.trust, steps)
             window = Window(limited, None, train, valid, key)
             estimate, memory = unit_estimate(chosen, window, space, now.unit, memory)

@@ -262,7 +262,7 @@ def in_unit_coordinates(window: Window, space: Space) -> Window:
     def judged(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, unit, batch, key: function(params, hyper_of(unit), batch, key)
 
-    moved = Problem(
+    moved = problem._replace(
         init=lambda unit, key: problem.init(hyper_of(unit), key),
         step=judged(problem.step),
         train_loss=judged(problem.train_loss),
