@@ -1,9 +1,10 @@
 """Calls outside of `jax.jit`: compiled once, and kept no longer than what they belong to."""
 
+import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,7 +41,8 @@ def compiled_outside_jit(function: Callable[..., Any]) -> Callable[..., Any]:
                 return function(*given.args)
             for name, value in given.arguments.items():
                 refuse_text(name, value)
-            return compiled(*given.args)
+            with naming_closures():
+                return compiled(*given.args)
 
     return call
 
@@ -68,6 +70,22 @@ def compiled_for_each(owner: Any, key: Any, function: Callable[..., Any]) -> Cal
         del kept[next(iter(kept))]
     kept[key] = compiled_outside_jit(of_owner)
     return kept[key]
+
+
+@contextlib.contextmanager
+def naming_closures() -> Iterator[None]:
+    """Turns JAX's error about a traced value that has left its trace into one that says how.
+
+    Raises:
+      ValueError: a function of the problem closes over a traced value.
+    """
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "A function of the problem closes over a traced value, whose derivative would be lost. "
+            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
+        ) from error
 
 
 def in_trace() -> bool:

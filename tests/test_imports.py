@@ -29,7 +29,7 @@ ROOMS = {
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps report",
     "search": "schedulers cohort result sweep",
-    "nn": "dropout linen nnx",
+    "nn": "dropout linen nnx equinox",
     "testing": "contract check",
     "cli": "",
 }

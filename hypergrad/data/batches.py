@@ -92,8 +92,8 @@ def _num_examples(arrays: Tree) -> int:
     shapes = _shapes(arrays)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"arrays has leaves of shapes {_first(shapes)}: every leaf must be an array with a leading "
-            "axis of examples, [examples, ...]; numpy.asarray makes one of nested lists."
+            f"arrays has leaves of shapes {_first(shapes)}: every leaf must be an array with a "
+            "leading axis of examples, [examples, ...]; numpy.asarray makes one of nested lists."
         )
     sizes = {name: shape[0] for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
@@ -167,8 +167,8 @@ def num_steps(train: Train) -> int:
     shapes = _shapes(train)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"train has leaves of shapes {_first(shapes)}: every leaf needs a leading axis K of steps, "
-            "[K, batch, ...]. Add one with x[None] for a single step."
+            f"train has leaves of shapes {_first(shapes)}: every leaf needs a leading axis K of "
+            "steps, [K, batch, ...]. Add one with x[None] for a single step."
         )
     if any(shape[0] == 0 for shape in shapes.values()):
         raise ValueError(f"train has no steps: its leaves are {shapes}. Give at least one batch.")

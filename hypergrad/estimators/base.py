@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inputs
 from hypergrad.data.streams import refuse_missing_axis
+from hypergrad.eager import naming_closures
 from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.problem.problem import (
     Inner,
@@ -267,12 +268,8 @@ def checked_estimate(
     estimator = estimator.resolve(window, hyper)
     require_structure(estimator, window, hyper)
     try:
-        return estimator.estimate(window, hyper, state)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "A function of the problem closes over a traced value, whose derivative would be lost. "
-            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
-        ) from error
+        with naming_closures():
+            return estimator.estimate(window, hyper, state)
     except ValueError as error:
         if "Reverse-mode differentiation does not work" not in str(error):
             raise
@@ -290,11 +287,18 @@ def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> Non
       ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
         missing by structure.
     """
-    # Here a list is a pytree of arrays like any other.
-    data = (tuple(x) if isinstance(x, list) else x for x in (window.train, window.valid))
-    refuse_missing_axis(*data)
+    _refuse_whole_data(window.train, window.valid)
     with naming_missing(hyper):
         estimator.check_structure(window, hyper)
+
+
+def _refuse_whole_data(train: Train, valid: Batch) -> None:
+    """As `fit` does; but here steps of single examples are possible, and a list is a pytree."""
+    train, valid = (tuple(x) if isinstance(x, list) else x for x in (train, valid))
+    axes = [jnp.ndim(leaf) for leaf in jax.tree.leaves(train)]
+    # One array of vectors is as good as K steps of a vector each.
+    if len(axes) > 1 and max(axes) > 1:
+        refuse_missing_axis(train, valid)
 
 
 def compiled_estimate(estimator: Estimator, window: Window, hyper: Hyper) -> jax.stages.Compiled:

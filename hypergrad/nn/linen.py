@@ -28,9 +28,9 @@ def linen_problem(
 ) -> Problem:
     """A `Problem` whose losses call a linen module as a function: `model(images, train=True)`.
 
-    The losses are `(model, hyper, batch, key) -> scalar` or `(scalar, aux)`, where `model` is `module` with its
-    variables bound: call it, its methods, or read `model.variables["params"]` for a penalty.
-    Hyperparameters that the model needs (dropout rates) are passed in the call. Only the collection
+    The losses are `(model, hyper, batch, key) -> scalar` or `(scalar, aux)`, where `model` is
+    `module` with its variables bound: call it, its methods, or read `model.variables["params"]` for
+    a penalty. Hyperparameters that the model needs (dropout rates) are passed in the call. Only the collection
     `"params"` is trained; every other one (`"batch_stats"`) is what the model left behind after
     each training step. In `inner.params` are all variables, as plain dicts, for `module.apply`.
 
@@ -70,7 +70,6 @@ def linen_problem(
     >>> sorted(inner.params), net.apply(inner.params, x, train=False).shape
     (['batch_stats', 'params'], (8, 1))
     """
-
     _check(module, init)
     for name, loss in (("train_loss", train_loss), ("valid_loss", valid_loss)):
         checks.function(name, loss, "model", "hyper", "batch", "key")

@@ -30,9 +30,7 @@ def check_optimizer(optimizer: Factory) -> None:
     checks.function("optimizer", optimizer, "hyper")
 
 
-def _built(
-    optimizer: Factory, hyper: Hyper
-) -> optax.GradientTransformationExtraArgs:
+def _built(optimizer: Factory, hyper: Hyper) -> optax.GradientTransformationExtraArgs:
     transform = optimizer(hyper)
     if not (hasattr(transform, "init") and hasattr(transform, "update")):
         raise checks.WrongTypeError(

@@ -20,7 +20,6 @@ from hypergrad.trees import (
     InnerState,
     Key,
     Params,
-    State,
     Train,
     Tree,
     cast_like,

@@ -18,7 +18,7 @@ from hypergrad.trees import Hyper, Params, Tree, is_inexact, leaf_names
 _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
 
 _EXPLANATIONS = {
-    "stop_gradient": "stop_gradient",
+    "stop_gradient": "stop_gradient (equinox.nn.Dropout has one, hypergrad.nn.EquinoxDropout none)",
     "sign": "the sign of the update (lion, sign_sgd), whose derivative is zero",
     "a comparison": "a comparison (a hard mask), whose derivative is zero; use hypergrad.dropout",
 }
