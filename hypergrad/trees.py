@@ -30,7 +30,7 @@ def is_inexact(leaf: Any) -> bool:
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed PRNG key."""
-    return bool(jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key))
+    return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def split_inexact(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:

@@ -92,9 +92,8 @@ def _sentence(what: str, error: Exception) -> str:
             "or hypergrad.dropout instead."
         )
     where = _place(frames)
-    schedules = [
-        f.f_code.co_name for (f, _), m in zip(frames, modules, strict=True) if "optax" in m
-    ]
+    names = [frame.f_code.co_name for frame, _ in frames]
+    schedules = [name for name, module in zip(names, modules, strict=True) if "optax" in module]
     for table in (_SCHEDULES_OUTSIDE, _SCHEDULES):
         for name in schedules:
             if name in table:
@@ -148,14 +147,12 @@ def refuse_modules(params: Any) -> None:
                 f"init_params returns a {family} module, {type(leaf).__name__}: give it to "
                 f"hypergrad.nn.{holds[family]}, which takes its parameters out and puts them back."
             )
-    odd = [
-        x for x in leaves if not hasattr(x, "dtype") and not isinstance(x, (int, float, complex))
-    ]
+    odd = [x for x in leaves if not (hasattr(x, "dtype") or isinstance(x, int | float | complex))]
     if odd and _family(params) == "equinox":
         raise WrongTypeError(
             f"init_params returns an Equinox module, {type(params).__name__}, that holds "
-            f"{_shown(odd[0])}: give it to hypergrad.nn.equinox_problem, which trains its arrays and "
-            "keeps the rest."
+            f"{_shown(odd[0])}: give it to hypergrad.nn.equinox_problem, which trains its arrays "
+            "and keeps the rest."
         )
     if odd:
         raise WrongTypeError(

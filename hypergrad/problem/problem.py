@@ -255,8 +255,9 @@ def nonzero_gradient(grads: Tree) -> Tree:
 def rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     """The training state after all K steps of `train`, from `inner`.
 
-    Outside of `jax.jit` it is compiled at its first call. `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
-    the run (counted in `inner.step` where that exists) uses `jax.random.fold_in(key, t)`.
+    Outside of `jax.jit` it is compiled at its first call. `train` is a pytree whose leaves have a
+    leading axis `[K, ...]`, or a `Minibatches`. Step t of the run (counted in `inner.step` where
+    that exists) uses `jax.random.fold_in(key, t)`.
     Cost: K training steps; memory independent of K under `Minibatches`.
 
     Raises:

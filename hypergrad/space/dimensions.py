@@ -54,7 +54,7 @@ class Float:
     when: Mapping[str, Any] | None = field(default=None, hash=False)
     step: float | None = None
 
-    def __new__(cls, *_: Any, **given: Any) -> Float:
+    def __new__(cls, *_: Any, **given: Any) -> Float:  # noqa: D102
         _refuse_log("Float", given)
         return object.__new__(cls)
 
@@ -210,7 +210,7 @@ class Int:
     when: Mapping[str, Any] | None = field(default=None, hash=False)
     step: int | None = None
 
-    def __new__(cls, *_: Any, **given: Any) -> Int:
+    def __new__(cls, *_: Any, **given: Any) -> Int:  # noqa: D102
         _refuse_log("Int", given)
         return object.__new__(cls)
 
@@ -230,7 +230,7 @@ class Int:
         return _show(self, self.low, self.high)
 
     def admits(self, value: Any) -> bool:
-        """Say whether `value` is one of the whole numbers between the bounds, on the step's grid."""
+        """Say whether `value` is a whole number between the bounds, and on the step's grid."""
         inside = checks.is_integer(value) and self.low <= value <= self.high
         return inside and (value - self.low) % (self.step or 1) == 0
 
@@ -351,15 +351,16 @@ def _refuse_log(kind: str, given: Mapping[str, Any]) -> None:
 def _check_step(kind: str, low: float, high: float, step: float, scale: str) -> None:
     if scale != "linear":
         raise ValueError(
-            f"{kind}(step={step!r}, scale={scale!r}) has equal steps on an unequal scale: leave one "
-            "of both out, or list the values in a Categorical."
+            f"{kind}(step={step!r}, scale={scale!r}) has equal steps on an unequal scale: leave "
+            "one of both out, or list the values in a Categorical."
         )
     count = (high - low) / step
     if abs(count - round(count)) > 1e-6 or round(count) < 1:
         last = low + math.floor(count) * step
         give = f"high={last:.12g}" if last > low else "a smaller step"
         raise ValueError(
-            f"{kind}(low={low!r}, high={high!r}, step={step!r}) does not end on a step: give {give}."
+            f"{kind}(low={low!r}, high={high!r}, step={step!r}) does not end on a step: give "
+            f"{give}."
         )
 
 

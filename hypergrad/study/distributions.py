@@ -66,8 +66,9 @@ class Coordinates:
             distribution = self.distributions[name]
             if isinstance(distribution, FloatDistribution):
                 value = 1 - float(value) if self.names[name] != name else float(value)
-                if distribution.step is not None:  # float32's multiples are none of float64's
-                    value = self.space[name].on_grid(value)
+                dimension = self.space[name]
+                # float32's multiples of a step are none of float64's
+                value = dimension.on_grid(value) if isinstance(dimension, Float) else value
                 value = min(max(value, distribution.low), distribution.high)
             elif isinstance(distribution, IntDistribution):
                 value = int(value)

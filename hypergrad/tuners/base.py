@@ -16,7 +16,7 @@ class Tuner(NamedTuple):
       init: `(hyper, key) -> state`, from starting values in the user's units; that of `alternating`
         also takes a training state to go on from, `inner=`.
       update: `(state, train, valid) -> (state, info)`; outside of `jax.jit` it is compiled at its
-        first call, and under it (for its options: donation, compiler options) part of it. `train` is
+        first call; wrap it in `jax.jit` as a whole to donate the state. `train` is
         K stacked batches, leaves `[K, batch, ...]`, or a `Minibatches`; `valid` one batch.
       best: `state -> hyper`, the values to keep: the mean of the trusted iterates in unit
         coordinates (`alternating` gives later ones more weight, as it forgets a far start).
