@@ -25,7 +25,9 @@ from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,
     piecewise_constant,
+    piecewise_cosine,
     piecewise_linear,
+    polynomial_decay,
     warmup_cosine,
 )
 from hypergrad.optim.transforms import (
@@ -88,7 +90,9 @@ __all__ = [
     "nonzero_gradient",
     "norm_adam",
     "piecewise_constant",
+    "piecewise_cosine",
     "piecewise_linear",
+    "polynomial_decay",
     "replay",
     "restarting",
     "rollout",

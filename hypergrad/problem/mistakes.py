@@ -14,22 +14,25 @@ from hypergrad.checks import WrongTypeError
 _OTHERS = {"absl", "chex", "equinox", "flax", "haiku", "hypergrad", "jax", "jaxlib", "jmp", "numpy"}
 _OTHERS |= {"optax", "scipy", "sklearn", *sys.stdlib_module_names} - {"__main__"}
 
-# What stands in for an optax schedule whose Python code compares its arguments.
+# What stands in for an optax schedule whose Python code compares its arguments. Those that call
+# another one, which is where the comparison stands, come first.
 _SCHEDULES = {
-    "cosine_decay_schedule": "warmup_cosine(peak, 0, decay_steps, floor)",
-    "cosine_onecycle_schedule": "piecewise_cosine(values, positions=)",
-    "exponential_decay": "exponential_decay(initial, rate, transition_steps)",
-    "linear_onecycle_schedule": "piecewise_linear(values, positions=)",
-    "linear_schedule": "piecewise_linear([first, last], num_steps)",
-    "piecewise_constant_schedule": "piecewise_constant(values, steps_each)",
-    "piecewise_interpolate_schedule": "piecewise_linear(values, positions=) or piecewise_cosine",
-    "polynomial_schedule": "polynomial_decay(initial, final, power, num_steps)",
-    "warmup_constant_schedule": "piecewise_linear([start, peak], warmup_steps)",
-    "warmup_cosine_decay_schedule": "warmup_cosine(peak, warmup_steps, decay_steps, floor, start)",
-    "warmup_exponential_decay_schedule": "exponential_decay(peak, rate, steps, warmup_steps=)",
+    "sgdr_schedule": "optax.join_schedules([hypergrad.warmup_cosine(...), ...], boundaries)",
+    "warmup_exponential_decay_schedule": "optax.join_schedules([hypergrad.piecewise_linear([start, "
+    "peak], warmup), hypergrad.exponential_decay(peak, rate, steps)], [warmup])",
+    "warmup_cosine_decay_schedule": "hypergrad.warmup_cosine(peak, warmup_steps, decay_steps, "
+    "floor, start)",
+    "warmup_constant_schedule": "hypergrad.piecewise_linear([start, peak], warmup_steps)",
+    "linear_onecycle_schedule": "hypergrad.piecewise_linear(values, positions=)",
+    "cosine_onecycle_schedule": "hypergrad.piecewise_cosine(values, positions=)",
+    "piecewise_interpolate_schedule": "hypergrad.piecewise_linear or piecewise_cosine(values, "
+    "positions=)",
+    "piecewise_constant_schedule": "hypergrad.piecewise_constant(values, steps_each)",
+    "cosine_decay_schedule": "hypergrad.warmup_cosine(peak, 0, decay_steps, floor)",
+    "exponential_decay": "hypergrad.exponential_decay(initial, rate, transition_steps)",
+    "linear_schedule": "hypergrad.piecewise_linear([first, last], num_steps)",
+    "polynomial_schedule": "hypergrad.polynomial_decay(initial, final, power, num_steps)",
 }
-# Those that call another one, which is where the comparison stands, are asked first.
-_SCHEDULES_OUTSIDE = {"sgdr_schedule": "join_schedules([warmup_cosine(...), ...], boundaries)"}
 
 _BRANCH = (
     "branches in Python on a traced value",
@@ -94,13 +97,12 @@ def _sentence(what: str, error: Exception) -> str:
     where = _place(frames)
     names = [frame.f_code.co_name for frame, _ in frames]
     schedules = [name for name, module in zip(names, modules, strict=True) if "optax" in module]
-    for table in (_SCHEDULES_OUTSIDE, _SCHEDULES):
-        for name in schedules:
-            if name in table:
-                return (
-                    f"{what} gives optax.{name} a traced value{where}, which it compares in "
-                    f"Python: use hypergrad.{table[name]}, whose numbers may all be traced."
-                )
+    called = next((name for name in _SCHEDULES if name in schedules), None)
+    if called is not None:
+        return (
+            f"{what} gives optax.{called} a traced value{where}, which it compares in Python: use "
+            f"{_SCHEDULES[called]}, whose numbers may all be traced."
+        )
     kind, remedy = _NUMBER
     if isinstance(error, jax.errors.TracerBoolConversionError):
         kind, remedy = _BRANCH

@@ -107,7 +107,7 @@ def bilevel(
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
       evaluate: `(params, opt_state) -> params`, the parameters that are judged where they are not
         the trained ones: an exponential moving average kept by the optimiser,
-        `optax.contrib.schedule_free_eval_params`, lookahead's slow ones (`docs/what.md`). The
+        `optax.contrib.schedule_free_eval_params`, lookahead's slow ones (docs/recipes.md). The
         hypergradient flows through it, to an average's decay too; `problem.evaluate(inner)` gives
         the parameters to keep.
 
