@@ -66,6 +66,9 @@ def compiled_for_each(owner: Any, key: Any, function: Callable[..., Any]) -> Cal
     def of_owner(*args: Any) -> Any:
         return function(kind(*(None if part is None else part() for part in parts)), *args)
 
+    whole = inspect.signature(function)
+    rest = list(whole.parameters.values())[1:]
+    of_owner.__signature__ = whole.replace(parameters=rest)  # type: ignore[attr-defined]
     while len(kept) >= _KEPT:
         del kept[next(iter(kept))]
     kept[key] = compiled_outside_jit(of_owner)

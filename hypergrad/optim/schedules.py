@@ -177,8 +177,8 @@ def exponential_decay(
     All numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones
     are not checked: at rate 0 the derivative in it is infinite, as it truly is, and transitions
     shorter than 1e-6 steps count as 1e-6. Up to step `begin` the value is `initial`; it stops at
-    `end`, where there is one. With `staircase` the exponent is rounded down, and lengths have no gradient. A linear
-    warm-up before it: `optax.join_schedules` with `piecewise_linear`.
+    `end`, where there is one. With `staircase` the exponent is rounded down, and lengths have no
+    gradient. For a linear warm-up before it: `optax.join_schedules` with `piecewise_linear`.
 
     Raises:
       ValueError: a `rate` or `transition_steps` that is not positive.
@@ -248,7 +248,7 @@ def _eased(share: jax.Array) -> jax.Array:
 
 
 def _power(share: jax.Array, exponent: Leaf) -> jax.Array:
-    """`share ** exponent`, 0 with derivative 0 at a share of 0, where that of a root is infinite."""
+    """`share ** exponent`; at a share of 0 its derivative is 0, also where a root's is infinite."""
     safe = jnp.where(share > 0, share, 1.0)
     return jnp.where(share > 0, jnp.power(safe, exponent), 0.0)
 
