@@ -48,6 +48,7 @@ from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
 from hypergrad.tuners.population.refine import Refine
 from hypergrad.tuners.restarting import restarting
 from hypergrad.tuners.trust import Trust
+from hypergrad.version import __version__
 
 __all__ = [
     "GMRES",
@@ -76,6 +77,7 @@ __all__ = [
     "Tuner",
     "Unrolled",
     "Window",
+    "__version__",
     "alternating",
     "bilevel",
     "check_hypergradient",

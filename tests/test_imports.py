@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 # file only files that stand before it. `__init__` files only collect names and are exempt.
 ROOMS = {
     "trees": "",
+    "version": "",
     "checks": "",
     "eager": "",
     "space": "dimensions space description",
@@ -32,6 +33,7 @@ ROOMS = {
     "nn": "dropout linen nnx equinox",
     "testing": "contract check",
     "cli": "",
+    "__main__": "",
 }
 ORDER = [
     f"{room}.{file}" if file else room

@@ -32,7 +32,8 @@ def linen_problem(
     `module` with its variables bound: call it, its methods, or read `model.variables["params"]` for
     a penalty. Hyperparameters that the model needs (dropout rates) are passed in the call. Only the
     collection `"params"` is trained; every other one (`"batch_stats"`) is what the model left
-    behind after each training step. In `inner.params` are all variables, as plain dicts, for `module.apply`.
+    behind after each training step. In `inner.params` are all variables, as plain dicts, for
+    `module.apply`.
 
     Args:
       module: the module, not bound.

@@ -79,7 +79,8 @@ def nnx_problem(
 
     The losses are `(model, hyper, batch, key) -> scalar` or `(scalar, aux)`, with `model` in
     training mode (`model.train()`) in `train_loss` and in evaluation mode in `valid_loss`, so that
-    one function may serve as both. Hyperparameters that the model needs (dropout rates) are passed in the call.
+    one function may serve as both. Hyperparameters that the model needs (dropout rates) are passed
+    in the call.
     `inner.params` is `{"params": State, "rest": State}` of plain arrays: what `wrt` selects, and
     every other variable (batch statistics), which is what the model left behind after each training
     step. The model's random streams are no part of it: each step starts them from its own key, so

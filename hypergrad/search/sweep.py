@@ -89,7 +89,8 @@ def sweep(
       seed: of the sampler and of training.
       name: the study's.
       progress: a live view (trials, best score, running population, speed, training steps, time
-        left) where standard error is a terminal. The logger "hypergrad" gets a line per rung.
+        left) where standard error is a terminal, and in a notebook (with ipywidgets); elsewhere a
+        line a minute. The logger "hypergrad" gets a line per rung.
 
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
     traceback (user attribute `error`), the logger gets a warning, and the sweep goes on.
@@ -155,7 +156,7 @@ def sweep(
                 exploit,
                 num_steps,
                 seed,
-                view.show if view.is_open else None,
+                view.show if progress else None,
             )
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
@@ -279,9 +280,11 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
 
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
     """Shows where the study stands, others' trials included."""
-    if view.is_open:
+    if view.is_watched:
         view.finished = opened.progress().finished
-        view.best = next((best.score for best in ranked(opened.study)), None)
+        ranks = ranked(opened.study)
+        view.best = ranks[0].score if ranks else None
+        view.last = max(ranks, key=lambda one: one.number).score if ranks else None
         view.show(*cohort.training, now=True)
 
 
