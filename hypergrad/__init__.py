@@ -48,7 +48,7 @@ from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
 from hypergrad.tuners.population.refine import Refine
 from hypergrad.tuners.restarting import restarting
 from hypergrad.tuners.trust import Trust
-from hypergrad.version import __version__
+from hypergrad.version import __version__ as __version__
 
 __all__ = [
     "GMRES",
@@ -77,7 +77,6 @@ __all__ = [
     "Tuner",
     "Unrolled",
     "Window",
-    "__version__",
     "alternating",
     "bilevel",
     "check_hypergradient",

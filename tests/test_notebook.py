@@ -24,7 +24,7 @@ def test_the_notebook_runs() -> None:
     ]
     assert len(bars) == 2  # of fit and of sweep
     printed = "".join(out.text for out in outputs if out.get("name") == "stdout")
-    first, last = (float(printed.split()[i]) for i in (2, 6))
+    first, last = (float(printed.split()[i]) for i in (2, 5))
     assert last < 0.8 * first
     drawn = json.dumps(client.widget_state)
     assert "60/60" in drawn and "4/4 trials" in drawn and "best 0." in drawn

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
 from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung, Scheduler, brackets
+from hypergrad.space.dimensions import Int
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
@@ -27,6 +29,9 @@ from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
+
+# Values of an Int, beyond which compiling is likely to take longer than training.
+_MANY_PROGRAMS = 16
 
 
 def sweep(
@@ -92,6 +97,8 @@ def sweep(
         left) where standard error is a terminal, and in a notebook (with ipywidgets); elsewhere a
         line a minute. The logger "hypergrad" gets a line per rung.
 
+    Warns (`UserWarning`) of an Int of more than 16 values: each is a program of its own.
+
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
     traceback (user attribute `error`), the logger gets a warning, and the sweep goes on.
 
@@ -115,6 +122,7 @@ def sweep(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
             "the problem's metrics."
         )
+    _warn_of_programs(space, num_trials)
     exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
     if exploit is not None and population < 2:
         raise ValueError(
@@ -182,6 +190,20 @@ def _check_types(space: Any, data: Any, refine: Any, scheduler: Any) -> None:
     ):
         if not isinstance(value, kinds):
             raise TypeError(f"{name} is a {type(value).__name__}: give {remedy}.")
+
+
+def _warn_of_programs(space: Space, num_trials: int) -> None:
+    """Each value of an Int is another program: few trials would share one."""
+    for name in space.discrete:
+        dimension = space[name]
+        if isinstance(dimension, Int) and dimension.count > _MANY_PROGRAMS:
+            warnings.warn(
+                f"{name!r} is {dimension!r} with {dimension.count} values, and each is a program of "
+                f"its own: up to {min(dimension.count, num_trials)} are compiled for {num_trials} "
+                f"trials. Give step={-(-(dimension.high - dimension.low) // 8)} or so, a "
+                "Categorical of a few values, or, where no shape depends on it, a Float.",
+                stacklevel=3,
+            )
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:

@@ -229,6 +229,11 @@ class Int:
     def __repr__(self) -> str:
         return _show(self, self.low, self.high)
 
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return (self.high - self.low) // (self.step or 1) + 1
+
     def admits(self, value: Any) -> bool:
         """Say whether `value` is a whole number between the bounds, and on the step's grid."""
         inside = checks.is_integer(value) and self.low <= value <= self.high

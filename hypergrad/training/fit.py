@@ -107,7 +107,8 @@ def fit(
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
 
-    On a terminal and in a notebook (with ipywidgets) a progress bar; elsewhere a line a minute, see `hypergrad.training.progress`.
+    On a terminal and in a notebook (with ipywidgets) a progress bar; elsewhere a line a minute, see
+    `hypergrad.training.progress`.
 
     Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
     nothing else. An iterable must give the same batches again when it is started anew in a new

@@ -23,8 +23,9 @@ _MOST_NAMED = 4
 class ProgressBar:
     """What is done of `total`, a bar, the time left and a text; a context.
 
-    Drawn on a terminal, and in a Jupyter notebook where ipywidgets is installed. `first` of them are done before. `file` is where to, and what is asked whether it is a terminal;
-    None is standard error. `clock` gives seconds.
+    Drawn on a terminal, and in a Jupyter notebook where ipywidgets is installed. `first` of them
+    are done before. `file` is where to, and what is asked whether it is a terminal; None is
+    standard error. `clock` gives seconds.
     """
 
     def __init__(
