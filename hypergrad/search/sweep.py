@@ -198,9 +198,9 @@ def _warn_of_programs(space: Space, num_trials: int) -> None:
         dimension = space[name]
         if isinstance(dimension, Int) and dimension.count > _MANY_PROGRAMS:
             warnings.warn(
-                f"{name!r} is {dimension!r} with {dimension.count} values, and each is a program of "
-                f"its own: up to {min(dimension.count, num_trials)} are compiled for {num_trials} "
-                f"trials. Give step={-(-(dimension.high - dimension.low) // 8)} or so, a "
+                f"{name!r} is {dimension!r} with {dimension.count} values, and each is a program "
+                f"of its own: up to {min(dimension.count, num_trials)} are compiled for "
+                f"{num_trials} trials. Give step={-(-(dimension.high - dimension.low) // 8)} or so, a "
                 "Categorical of a few values, or, where no shape depends on it, a Float.",
                 stacklevel=3,
             )

@@ -185,7 +185,7 @@ class SweepProgress(ProgressBar):
         speed = (done - self._before) / max(self._clock() - self._begin, 1e-9)
         best = "none yet" if self.best is None else f"{self.best:.4g}"
         if not self.is_open:
-            if self._is_due(_BETWEEN_LINES):
+            if self._file is not None and self._is_due(_BETWEEN_LINES):
                 left = (self._total - done) / speed if speed else float("inf")
                 score = "" if self.last is None else f", score {self.last:.4g}"
                 self._say(
