@@ -103,8 +103,16 @@ def refuse_text(name: str, data: Any) -> None:
       WrongTypeError: names the leaf, its dtype and the remedy.
     """
     for leaf, value in zip(leaf_names(data), jax.tree.leaves(data), strict=True):
-        if getattr(getattr(value, "dtype", None), "kind", "") in ("O", "S", "U", "T", "M", "m"):
+        dtype = getattr(value, "dtype", None)
+        if isinstance(value, str | bytes) or getattr(dtype, "kind", "") in (
+            "O",
+            "S",
+            "U",
+            "T",
+            "M",
+        ):
+            kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
             raise WrongTypeError(
-                f"{name} holds the leaf {leaf!r} of dtype {value.dtype}, which JAX cannot compute "
-                "with: give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
+                f"{name} holds the leaf {leaf!r} of {kind}, which JAX cannot compute with: leave "
+                "it out, or give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
             )

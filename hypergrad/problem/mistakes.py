@@ -2,7 +2,7 @@
 
 import contextlib
 import linecache
-import sys
+import sysconfig
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,7 +12,8 @@ import jax
 from hypergrad.checks import WrongTypeError
 
 _OTHERS = {"absl", "chex", "equinox", "flax", "haiku", "hypergrad", "jax", "jaxlib", "jmp", "numpy"}
-_OTHERS |= {"optax", "scipy", "sklearn", *sys.stdlib_module_names} - {"__main__"}
+_OTHERS |= {"optax", "scipy", "sklearn"}
+_STANDARD = sysconfig.get_paths()["stdlib"]
 
 # What stands in for an optax schedule whose Python code compares its arguments. Those that call
 # another one, which is where the comparison stands, come first.
@@ -63,7 +64,10 @@ _SIGNS = (
     "Shapes must be 1D sequences of concrete values",
     "Only integer scalar arrays can be converted to a scalar index",
     "Tracer.__format__",
-    "Tracer'",
+    "unhashable type: 'DynamicJaxprTracer'",
+    "unhashable type: 'JVPTracer'",
+    "unhashable type: 'LinearizeTracer'",
+    "unhashable type: 'BatchTracer'",
 )
 
 
@@ -95,9 +99,12 @@ def _sentence(what: str, error: Exception) -> str:
             "or hypergrad.dropout instead."
         )
     where = _place(frames)
-    names = [frame.f_code.co_name for frame, _ in frames]
-    schedules = [name for name, module in zip(names, modules, strict=True) if "optax" in module]
-    called = next((name for name in _SCHEDULES if name in schedules), None)
+    within = {
+        frame.f_code.co_name
+        for (frame, _), module in zip(frames, modules, strict=True)
+        if module.startswith("optax.")
+    }
+    called = next((name for name in _SCHEDULES if name in within), None)
     if called is not None:
         return (
             f"{what} gives optax.{called} a traced value{where}, which it compares in Python: use "
@@ -126,8 +133,10 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
 def _place(frames: list[tuple[FrameType, int]]) -> str:
     """The innermost line of the user's own, if there is one."""
     for frame, line in reversed(frames):
-        if str(frame.f_globals.get("__name__", "")).split(".")[0] not in _OTHERS:
-            file = frame.f_code.co_filename
+        file = frame.f_code.co_filename
+        root = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        standard = file.startswith((_STANDARD, "<frozen")) and "site-packages" not in file
+        if root not in _OTHERS and not standard:
             source = linecache.getline(file, line, frame.f_globals).strip()
             return f" at {file}:{line}" + (f", `{source}`" if source else "")
     return ""

@@ -21,8 +21,9 @@ def check_optimizer(optimizer: Factory) -> None:
             f"optimizer is a {type(optimizer).__name__}, built already, whose rates have no "
             f"gradient: give a function of hyper that builds it, {remedy}."
         )
-    if str(getattr(optimizer, "__module__", "")).split(".")[0] == "optax":
-        name = getattr(optimizer, "__name__", "optimizer")
+    function = getattr(optimizer, "func", optimizer)  # of a partial
+    if str(getattr(function, "__module__", "")).split(".")[0] == "optax":
+        name = getattr(function, "__name__", "optimizer")
         raise checks.WrongTypeError(
             f"optimizer=optax.{name} would be called with hyper: say which of its arguments come "
             f"from there, {remedy}."

@@ -197,11 +197,12 @@ def _warn_of_programs(space: Space, num_trials: int) -> None:
     for name in space.discrete:
         dimension = space[name]
         if isinstance(dimension, Int) and dimension.count > _MANY_PROGRAMS:
+            count, step = dimension.count, -(-(dimension.high - dimension.low) // 8)
             warnings.warn(
-                f"{name!r} is {dimension!r} with {dimension.count} values, and each is a program "
-                f"of its own: up to {min(dimension.count, num_trials)} are compiled for "
-                f"{num_trials} trials. Give step={-(-(dimension.high - dimension.low) // 8)} or so, a "
-                "Categorical of a few values, or, where no shape depends on it, a Float.",
+                f"{name!r} is {dimension!r} with {count} values, and each is a program of its own: "
+                f"up to {min(count, num_trials)} are compiled for {num_trials} trials. Give "
+                f"step={step} or so, a Categorical of a few values, or, where no shape depends on "
+                "it, a Float.",
                 stacklevel=3,
             )
 
