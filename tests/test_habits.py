@@ -1,6 +1,7 @@
 """What people write out of habit works, or is answered by one sentence with its remedy."""
 
 import copy
+import functools
 import gc
 import pickle
 import time
@@ -206,6 +207,21 @@ ANSWERED: dict[str, tuple[Callable[[], Any], str]] = {
     "strings": (
         lambda: hg.Minibatches({"x": X, "y": np.array(["a", "b"] * 16)}, 8),
         r"arrays holds the leaf 'y' of dtype <U1.*numpy.unique",
+    ),
+    "strings, in a sweep": (
+        lambda: hg.sweep(
+            lambda choices: linear(), SPACE, hg.Splits((X, np.array(["a"] * 32)), VALID),
+            num_trials=1, num_steps=10, batch_size=8, progress=False,
+        ),
+        "data holds the leaf 'train/1' of dtype <U1",
+    ),
+    "a text beside a batch": (
+        lambda: gradient(linear(), valid=(X, Y, "valid")),
+        "valid holds the leaf '2' of str, .* leave it out",
+    ),
+    "a partial of optax": (
+        lambda: linear(functools.partial(optax.adam, b1=0.5)),
+        "optimizer=optax.adam would be called with hyper",
     ),
     "strings, stacked": (
         lambda: gradient(linear(), train=(X[None], np.array([["a"]])), valid=VALID),

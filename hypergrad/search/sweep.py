@@ -15,6 +15,7 @@ import optuna
 from hypergrad.checks import choice, integer
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
+from hypergrad.eager import refuse_text
 from hypergrad.problem.problem import Problem
 from hypergrad.search.cohort import Cohort, Failure, ProblemError, Programs, Standings, Told
 from hypergrad.search.result import SweepResult
@@ -138,6 +139,7 @@ def sweep(
         tuple(rung._replace(steps=max(rung.steps // steps, 1) * steps) for rung in ladder)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
+    refuse_text("data", data._asdict())
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)
