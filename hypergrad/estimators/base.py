@@ -287,13 +287,14 @@ def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> Non
       ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
         missing by structure.
     """
-    _refuse_whole_data(window.train, window.valid)
+    _check_train(window.train, window.valid)
     with naming_missing(hyper):
         estimator.check_structure(window, hyper)
 
 
-def _refuse_whole_data(train: Train, valid: Batch) -> None:
-    """As `fit` does; but here steps of single examples are possible, and a list is a pytree."""
+def _check_train(train: Train, valid: Batch) -> None:
+    """Refuses data without an axis K, as `fit` does; but here a list is a pytree like any other."""
+    num_steps(train)
     train, valid = (tuple(x) if isinstance(x, list) else x for x in (train, valid))
     axes = [jnp.ndim(leaf) for leaf in jax.tree.leaves(train)]
     # One array of vectors is as good as K steps of a vector each.
