@@ -102,17 +102,18 @@ def refuse_text(name: str, data: Any) -> None:
     Raises:
       WrongTypeError: names the leaf, its dtype and the remedy.
     """
-    for leaf, value in zip(leaf_names(data), jax.tree.leaves(data), strict=True):
-        dtype = getattr(value, "dtype", None)
-        if isinstance(value, str | bytes) or getattr(dtype, "kind", "") in (
-            "O",
-            "S",
-            "U",
-            "T",
-            "M",
-        ):
-            kind = type(value).__name__ if dtype is None else f"dtype {dtype}"
-            raise WrongTypeError(
-                f"{name} holds the leaf {leaf!r} of {kind}, which JAX cannot compute with: leave "
-                "it out, or give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
-            )
+    leaves = jax.tree.leaves(data)
+    if not any(map(_is_odd, leaves)):
+        return
+    leaf, value = next(x for x in zip(leaf_names(data), leaves, strict=True) if _is_odd(x[1]))
+    kind = f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
+    raise WrongTypeError(
+        f"{name} holds the leaf {leaf!r} of {kind}, which JAX cannot compute with: leave it out, "
+        "or give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
+    )
+
+
+def _is_odd(value: Any) -> bool:
+    # Objects, two kinds of strings, bytes, dates. A PRNG key's dtype has no kind.
+    kind = getattr(getattr(value, "dtype", None), "kind", "V")
+    return isinstance(value, str | bytes) or kind in "OUTSM"
