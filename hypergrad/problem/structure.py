@@ -133,12 +133,14 @@ def require_slope(name: str, loss: Callable[..., Any], params: Params, *args: An
     Raises:
       ValueError: names the loss, what makes it flat, and what to do.
     """
-    found = reaches(loss, params, *args)
+    pairs = zip(reaches(loss, params, *args), jax.tree.leaves(params), strict=True)
+    # A loss of integers alone is none of its own making: the training state has no slope.
+    found = [reach for reach, leaf in pairs if is_inexact(leaf)]
     if any(reach.used for reach in found) and not any(reach.differentiable for reach in found):
         cuts = ", ".join(sorted({cut for reach in found for cut in reach.cut_by}))
         raise StructureError(
             f"{name} is piecewise constant in the parameters (an accuracy, an AUC; its only way "
-            f"from them is {cuts or 'through integers'}), so that all gradients of it are 0: use a "
+            f"from them is {cuts}), so that all gradients of it are 0: use a "
             "smooth loss such as the cross entropy here, name this one in metrics=, and select by "
             "it, as sweep(metric=..., direction='maximize') does."
         )
