@@ -5,12 +5,16 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs bench bench-quick clean
+.PHONY: demo test test-all check docs bench bench-quick clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30 --doctest-modules tests hypergrad
+
+# With torch, grain, ray, wandb and the dashboard: no test skips for want of a package.
+test-all: $(VENV)/.installed-everything
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=30 --doctest-modules tests hypergrad
 
 check: $(VENV)/.installed-dev

@@ -42,3 +42,5 @@ class LazyNames(griffe.Extension):
         """Called once, when the whole package is read."""
         for name, module in ast.literal_eval(str(pkg["_LATER"].value)).items():
             pkg.set_member(name, griffe.Alias(name, f"hypergrad.{module}.{name}"))
+        for name in ast.literal_eval(str(pkg["nn._EQUINOX"].value)):
+            pkg["nn"].set_member(name, griffe.Alias(name, f"hypergrad.nn.equinox.{name}"))

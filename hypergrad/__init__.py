@@ -26,7 +26,9 @@ from hypergrad.optim.schedules import (
     Schedule,
     exponential_decay,
     piecewise_constant,
+    piecewise_cosine,
     piecewise_linear,
+    polynomial_decay,
     warmup_cosine,
 )
 from hypergrad.optim.transforms import (
@@ -47,6 +49,7 @@ from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
 from hypergrad.tuners.population.refine import Refine
 from hypergrad.tuners.restarting import restarting
 from hypergrad.tuners.trust import Trust
+from hypergrad.version import __version__ as __version__
 
 __all__ = [
     "GMRES",
@@ -89,7 +92,9 @@ __all__ = [
     "nonzero_gradient",
     "norm_adam",
     "piecewise_constant",
+    "piecewise_cosine",
     "piecewise_linear",
+    "polynomial_decay",
     "prox",
     "replay",
     "restarting",

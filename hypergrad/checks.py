@@ -1,9 +1,10 @@
 """Arguments, each kind checked by one rule; a refusal names argument, value and remedy."""
 
+import inspect
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -147,12 +148,6 @@ def having(name: str, value: Any, parts: Collection[str], remedy: str) -> None:
         raise WrongTypeError(f"{name} is {_shown(value)}: give {remedy}.")
 
 
-def function(name: str, value: Any, remedy: str) -> None:
-    """Refuse what cannot be called."""
-    if not callable(value):
-        raise WrongTypeError(f"{name} is {_shown(value)}, which cannot be called: give {remedy}.")
-
-
 def flag(name: str, value: Any) -> None:
     """Refuse all but True and False."""
     instance(name, value, bool | np.bool_, "True or False")
@@ -235,6 +230,32 @@ def without_passwords(text: str, urls_only: bool = False) -> str:
     # Greedy: a password that was not quoted may hold an @ itself.
     text = re.sub(r"((?:^|[\s'\"=(])(?:[\w+.-]+:/*)?[^\s/:@'\"]*:)[^\s]*@", r"\1***@", text)
     return re.sub(r"(?i)([?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]+", r"\1***", text)
+
+
+def function(name: str, value: Any, *arguments: str) -> Callable[..., Any]:
+    """`value`, a function that can be called with these positional arguments.
+
+    >>> function("train_loss", lambda params, batch: 0.0, "params", "hyper", "batch", "key")
+    Traceback (most recent call last):
+        ...
+    hypergrad.checks.WrongTypeError: train_loss takes (params, batch) and is called with ...
+    """
+    called = f"({', '.join(arguments)})"
+    if not callable(value):
+        raise WrongTypeError(f"{name} is a {type(value).__name__}: give a function of {called}.")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of code that is not Python's
+        return value
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        takes = f"({', '.join(signature.parameters)})"
+        raise WrongTypeError(
+            f"{name} takes {takes} and is called with {called}: give a function of these "
+            f"{len(arguments)}, or wrap it: lambda {', '.join(arguments)}: ..."
+        ) from None
+    return value
 
 
 def _given(name: str, value: object) -> str:

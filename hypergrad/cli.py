@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hypergrad.checks import printable, without_passwords
+from hypergrad.version import __version__
 
 DONE, NOTHING_FOUND, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -236,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"hypergrad {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sweep = commands.add_parser("sweep", help="start or join the sweep of a Python file")
     sweep.set_defaults(run=_sweep)
@@ -255,7 +257,3 @@ def _parser() -> argparse.ArgumentParser:
         printer.add_argument("--count", type=int, default=10, help="rows of the table")
     report.add_argument("--out", default="sweep.html", help="the page's path")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,7 +23,14 @@ Scalar = jax.Array  # shape []
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is of a floating (or complex) dtype and so can carry a tangent."""
-    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+    # A PRNG key has a dtype of its own, which `result_type` does not know.
+    dtype = leaf.dtype if is_key(leaf) else jnp.result_type(leaf)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key."""
+    return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def split_inexact(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
@@ -76,7 +83,9 @@ def strong(tree: Tree) -> Tree:
 
 def cast_like(tree: Tree, like: Tree) -> Tree:
     """The tree in the dtypes of `like`, as arrays."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
+    return jax.tree.map(
+        lambda x, y: x if is_key(y) else jnp.asarray(x, jnp.result_type(y)), tree, like
+    )
 
 
 def all_finite(tree: Tree) -> jax.Array:

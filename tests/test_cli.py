@@ -25,6 +25,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Path
     return tmp_path
 
 
+def test_the_version_is_said_everywhere() -> None:
+    """By the command, by `python -m` and by the package: that of the installed distribution."""
+    import subprocess
+    import sys
+    from importlib import metadata
+
+    import hypergrad
+
+    version = metadata.version("hypergrad-jax")
+    command = [sys.executable, "-m", "hypergrad", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == f"hypergrad {version}\n" and hypergrad.__version__ == version
+
+
 def test_the_commands_of_the_help_run(folder: Path, capsys: Any) -> None:
     commands = re.findall(r"^    hypergrad (.*)$", (folder / "help.txt").read_text(), re.M)
     assert len(commands) == 3

@@ -15,12 +15,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hypergrad"
 # file only files that stand before it. `__init__` files only collect names and are exempt.
 ROOMS = {
     "trees": "",
+    "version": "",
     "checks": "",
     "files": "lock journal",
+    "eager": "",
     "space": "dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "rules inner_gradient problem compressed noise structure",
+    "problem": "rules inner_gradient mistakes optimizer problem compressed noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
@@ -30,9 +32,10 @@ ROOMS = {
     "plotting": "panels runs colors parallel sweeps tuned report",
     "search": "schedulers arguments recipe programs cohort endings result sweep"
     " candidates tuned tune",
-    "nn": "dropout linen nnx",
+    "nn": "dropout linen nnx equinox",
     "testing": "contract causes check",
     "cli": "",
+    "__main__": "",
 }
 ORDER = [
     f"{room}.{file}" if file else room

@@ -291,11 +291,12 @@ def test_nnx_dropout_on_a_traced_rate_names_ours() -> None:
         hg.hypergradient(problem, {"rate": 0.3}, None, TRAIN, VALID, KEY)
 
 
-def test_other_tracing_errors_are_left_alone() -> None:
+def test_a_branch_in_python_is_named_with_its_line() -> None:
     def branching(w: jax.Array, hyper: Any, batch: Any, key: Any) -> jax.Array:
         return squares(w, hyper, batch, key) if hyper["lr"] > 0 else jnp.sum(w)
 
-    with pytest.raises(jax.errors.TracerBoolConversionError):
+    line = r"test_problem.py:\d+, `return squares\(w, hyper, batch, key\) if hyper"
+    with pytest.raises(ValueError, match=f"train_loss branches in Python.*{line}.*jnp.where"):
         gradient(quadratic(train_loss=branching), {"lr": 0.1}, TRAIN, VALID)
 
 

@@ -1,6 +1,9 @@
 """Schedules with a gradient in every number: values, derivatives, edges, and FDS on top of them."""
 
+import re
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +16,9 @@ import hypergrad as hg
 from hypergrad.optim.schedules import (
     exponential_decay,
     piecewise_constant,
+    piecewise_cosine,
     piecewise_linear,
+    polynomial_decay,
     warmup_cosine,
 )
 from hypergrad.testing import relative_error
@@ -62,6 +67,71 @@ SAME: dict[str, tuple[Any, tuple[Any, ...], Callable[..., Any]]] = {
             [optax.constant_schedule(x) for x in (a, b, c)], [20, 40]
         ),
     ),
+    "cosine with an exponent": (
+        warmup_cosine,
+        (0.3, 0, 50, 0.03, 0.0, 1.5),
+        lambda peak, _, steps, floor, __, exponent: optax.cosine_decay_schedule(
+            peak, steps, floor / peak, exponent
+        ),
+    ),
+    "exponential_decay, all": (
+        exponential_decay,
+        (0.3, 0.7, 7, 5, 0.1),
+        lambda initial, rate, steps, begin, end: optax.exponential_decay(
+            initial, steps, rate, begin, end_value=end
+        ),
+    ),
+    "staircase": (
+        lambda *numbers: exponential_decay(*numbers, staircase=True),
+        (0.3, 0.7, 7, 5),
+        lambda initial, rate, steps, begin: optax.exponential_decay(
+            initial, steps, rate, begin, staircase=True
+        ),
+    ),
+    "polynomial": (polynomial_decay, (0.3, 0.1, 2.5, 30, 5), optax.polynomial_schedule),
+    "warm-up, then exponential": (
+        lambda start, peak, warmup, steps, rate: optax.join_schedules(
+            [piecewise_linear([start, peak], warmup), exponential_decay(peak, rate, steps)],
+            [warmup],
+        ),
+        (0.01, 0.3, 8, 20, 0.4),
+        optax.warmup_exponential_decay_schedule,
+    ),
+    "warm-up, then constant": (
+        lambda *numbers: piecewise_linear(numbers[:2], numbers[2]),
+        (0.01, 0.3, 8),
+        optax.warmup_constant_schedule,
+    ),
+    "one cycle of lines": (
+        lambda peak, start, end, third: piecewise_linear(
+            jnp.stack([peak / start, peak, peak / start, peak / start / end]),
+            positions=jnp.array([0, third, 2 * third, 50]),
+        ),
+        (0.3, 25, 100, 20),
+        lambda peak, start, end, third: optax.linear_onecycle_schedule(
+            50, peak, third / 50, 2 * third / 50, start, end
+        ),
+    ),
+    "one cycle of cosines": (
+        lambda peak, start, end, third: piecewise_cosine(
+            jnp.stack([peak / start, peak, peak / start / end]),
+            positions=jnp.array([0, third, 50]),
+        ),
+        (0.3, 25, 100, 20),
+        lambda peak, start, end, third: optax.cosine_onecycle_schedule(
+            50, peak, third / 50, start, end
+        ),
+    ),
+    "warm restarts": (
+        lambda peak, warmup, steps: optax.join_schedules(
+            [warmup_cosine(peak, warmup, steps)] * 2, [steps]
+        ),
+        (0.3, 5, 30),
+        lambda peak, warmup, steps: optax.sgdr_schedule(
+            [{"init_value": 0.0, "peak_value": peak, "warmup_steps": warmup, "decay_steps": steps}]
+            * 2
+        ),
+    ),
 }
 
 
@@ -92,6 +162,19 @@ SMOOTH: dict[str, tuple[Callable[[jax.Array], Any], list[float]]] = {
         [0.3, 0.1, 0.5, 0.7, 0.1, 0.2, 4.5, 20.5, 50.5],
     ),
     "constant": (lambda x: piecewise_constant(x, 20), [0.3, 0.1, 0.5]),
+    "cosine's exponent": (lambda x: warmup_cosine(*x), [0.3, 9.5, 51.5, 0.01, 0.02, 1.3]),
+    "decay's begin and end": (lambda x: exponential_decay(*x), [0.3, 0.7, 7.0, 5.5, 0.1]),
+    "polynomial": (lambda x: polynomial_decay(*x), [0.3, 0.1, 0.7, 30.2, 5.5]),
+    "cosines": (
+        lambda x: piecewise_cosine(x[:3], positions=x[3:]),
+        [0.3, 0.1, 0.5, 4.5, 20.5, 50.5],
+    ),
+    "joined": (
+        lambda x: optax.join_schedules(
+            [piecewise_linear(x[:2], x[2]), exponential_decay(x[1], 0.7, 9.0)], [x[2]]
+        ),
+        [0.1, 0.3, 8.5],
+    ),
 }
 
 
@@ -302,3 +385,94 @@ def test_rprop_is_the_sign_rule_that_the_docstring_says() -> None:
         move, state = fds.update(jnp.float32(slope), state)
         moves.append(float(move))
     np.testing.assert_allclose(moves, [0, -0.1, 0, 0, 0.05, 0, 0], rtol=1e-6)
+
+
+OPTAX = {
+    "constant_schedule": {"value": 0.1},
+    "linear_schedule": {
+        "init_value": 0.1, "end_value": 0.01, "transition_steps": 20.0, "transition_begin": 3.0,
+    },
+    "polynomial_schedule": {
+        "init_value": 0.1, "end_value": 0.01, "power": 2.0, "transition_steps": 20.0,
+        "transition_begin": 3.0,
+    },
+    "exponential_decay": {
+        "init_value": 0.1, "end_value": 0.03, "transition_steps": 10.0, "decay_rate": 0.6,
+        "transition_begin": 3.0,
+    },
+    "cosine_decay_schedule": {
+        "init_value": 0.1, "alpha": 0.1, "exponent": 1.5, "decay_steps": 25.0,
+    },
+    "warmup_constant_schedule": {"init_value": 0.01, "peak_value": 0.1, "warmup_steps": 5.0},
+    "warmup_cosine_decay_schedule": {
+        "init_value": 0.01, "end_value": 0.02, "exponent": 1.5, "peak_value": 0.1,
+        "warmup_steps": 5.0, "decay_steps": 25.0,
+    },
+    "warmup_exponential_decay_schedule": {
+        "init_value": 0.01, "peak_value": 0.1, "end_value": 0.03, "warmup_steps": 5.0,
+        "transition_steps": 10.0, "decay_rate": 0.6, "transition_begin": 2.0,
+    },
+    "linear_onecycle_schedule": {
+        "peak_value": 0.1, "transition_steps": 25.0, "pct_start": 0.3, "pct_final": 0.8,
+        "div_factor": 20.0, "final_div_factor": 1e3,
+    },
+    "cosine_onecycle_schedule": {
+        "peak_value": 0.1, "transition_steps": 25.0, "pct_start": 0.3, "div_factor": 20.0,
+        "final_div_factor": 1e3,
+    },
+    "piecewise_constant_schedule": {"init_value": 0.1, "boundaries_and_scales": 0.5},
+    "piecewise_interpolate_schedule": {"init_value": 0.1, "boundaries_and_scales": 0.5},
+    "sgdr_schedule": {"cosine_kwargs": 15.0},
+}  # fmt: skip
+
+
+def from_optax(name: str, argument: str, value: Any) -> Any:
+    numbers = OPTAX[name] | {argument: value}
+    if name == "piecewise_interpolate_schedule":
+        numbers["interpolate_type"] = "linear"
+    if "boundaries_and_scales" in numbers:
+        numbers["boundaries_and_scales"] = {5: numbers["boundaries_and_scales"], 20: 0.2}
+    if name == "sgdr_schedule":
+        one = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 3, "decay_steps": value}
+        numbers = {"cosine_kwargs": [one] * 2}
+    return getattr(optax.schedules, name)(**numbers)
+
+
+def in_the_docs() -> dict[str, tuple[set[str], set[str]]]:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|", page, flags=re.MULTILINE)
+    names = lambda cell: set(re.findall(r"`(\w+)`", cell))  # noqa: E731
+    return {name: (names(may), names(may_not)) for name, may, may_not in rows}
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_table_of_optaxs_own_schedules_is_true() -> None:
+    """What may be traced has its gradient; what may not is an error that names the counterpart."""
+    table = in_the_docs()
+    everything = {n for n in dir(optax.schedules) if n[0] != "_" and n.endswith("_schedule")}
+    # It keeps a schedule's output in the optimiser's state.
+    assert set(table) == (everything | {"exponential_decay", "join_schedules"})
+    for name in OPTAX:
+        may, may_not = table[name]
+        assert may | may_not == set(OPTAX[name]), name
+
+        def total(value: Any, name: str, argument: str) -> jax.Array:
+            rates = jax.vmap(from_optax(name, argument, value))(STEPS.astype(float) + 0.4)
+            return jnp.sum(jnp.sin(STEPS.astype(float)) * rates)
+
+        for argument in may:
+            run = partial(total, name=name, argument=argument)
+            value = OPTAX[name][argument]
+            grad = jax.jit(jax.grad(run))(value)
+            difference = (run(value + 1e-6) - run(value - 1e-6)) / 2e-6
+            np.testing.assert_allclose(grad, difference, rtol=1e-6, atol=1e-9)
+        for argument in may_not:
+
+            def optimizer(hyper: Any, name: str = name, argument: str = argument) -> Any:
+                return optax.sgd(from_optax(name, argument, hyper["value"]))
+
+            problem = hg.bilevel(
+                lambda key: jnp.ones(()), *[lambda w, h, b, k: w**2] * 2, optimizer
+            )
+            with pytest.raises(ValueError, match=rf"optimizer gives optax.{name} .*hypergrad\."):
+                jax.eval_shape(problem.init, {"value": OPTAX[name][argument]}, jax.random.key(0))

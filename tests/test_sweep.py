@@ -349,6 +349,15 @@ def test_a_trial_that_exhausts_memory_fails_alone() -> None:
     assert "RESOURCE_EXHAUSTED" in big.user_attrs["error"]
 
 
+def test_many_values_of_an_int_are_many_programs() -> None:
+    space = hg.Space({"width": hg.Int(16, 256), "rate": hg.Float(1e-3, 0.3, scale="log")})
+    stop = hg.Space({**space, "width": hg.Int(16, 256, step=16)})
+    assert stop["width"].count == 16
+    expected = r"'width' is Int\(16, 256\) with 241 values.*up to 2 are .*Give step=30"
+    with pytest.warns(UserWarning, match=expected):
+        hg.sweep(lambda c: 1 / 0, space, DATA, num_trials=2, num_steps=10, batch_size=8)
+
+
 def test_one_line_per_rung_and_a_live_view_on_terminals_only(
     caplog: pytest.LogCaptureFixture, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.training.history import LARGE, History, Record, observe, scalars
-from hypergrad.training.progress import FitProgress
+from hypergrad.training.progress import FitProgress, SweepProgress
 from hypergrad.tuners.alternating import horizon
 from hypergrad.tuners.learned import remarks
 
@@ -404,6 +404,26 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     # twice a second, not at every update
     assert text.count("steps/s") <= 2 * 6 + 4
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_sweep_says_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hypergrad")
+    clock = _Clock()
+    with SweepProgress(10, clock=clock) as progress:
+        for second in range(150):
+            if progress.is_watched:
+                progress.finished, progress.best, progress.last = 1 + second // 60, 0.25, 0.5
+            progress.show(2, second / 100, 10 * second)
+            clock.now += 1.0
+    with SweepProgress(10, enabled=False, clock=clock) as progress:
+        clock.now += 100.0
+        assert not progress.is_watched
+        progress.show(1, 0.5, 10)
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        "2/10 trials, score 0.5, best 0.25, 0:02:51 left",
+        "3/10 trials, score 0.5, best 0.25, 0:02:46 left",
+    ]
 
 
 def test_history_grows_and_is_a_sequence() -> None:

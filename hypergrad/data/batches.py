@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from hypergrad import checks
 from hypergrad.data.keys import SHUFFLE
+from hypergrad.eager import refuse_text
 from hypergrad.trees import Batch, Key, Train, Tree, leaf_names
 
 # Why a number must be a Python integer.
@@ -52,6 +53,7 @@ class Minibatches:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_steps"):
             checks.integer_field(self, name, remedy=FIXES_A_SHAPE)
+        refuse_text("arrays", self.arrays)
         size = num_examples(self.arrays)
         if size < self.batch_size:
             raise ValueError(
@@ -91,8 +93,8 @@ def num_examples(arrays: Tree) -> int:
     shapes = _shapes(arrays)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"arrays has leaves of shapes {shapes}: every leaf must be an array with a leading "
-            "axis of examples, [examples, ...]."
+            f"arrays has leaves of shapes {_first(shapes)}: every leaf must be an array with a "
+            "leading axis of examples, [examples, ...]; numpy.asarray makes one of nested lists."
         )
     sizes = {name: shape[0] for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
@@ -166,8 +168,8 @@ def num_steps(train: Train) -> int:
     shapes = _shapes(train)
     if not shapes or () in shapes.values():
         raise ValueError(
-            f"train has leaves of shapes {shapes}: every leaf needs a leading axis K of steps, "
-            "[K, batch, ...]. Add one with x[None] for a single step."
+            f"train has leaves of shapes {_first(shapes)}: every leaf needs a leading axis K of "
+            "steps, [K, batch, ...]. Add one with x[None] for a single step."
         )
     if any(shape[0] == 0 for shape in shapes.values()):
         raise ValueError(f"train has no steps: its leaves are {shapes}. Give at least one batch.")
@@ -184,6 +186,11 @@ def num_batches(train: Train) -> int:
     if isinstance(train, Minibatches):
         return -(-jax.tree.leaves(train.arrays)[0].shape[0] // train.batch_size)
     return num_steps(train)
+
+
+def _first(shapes: dict[str, tuple[int, ...]]) -> str:
+    shown = ", ".join(f"{name!r}: {shape}" for name, shape in list(shapes.items())[:4])
+    return f"{{{shown}{', ...' if len(shapes) > 4 else ''}}}"
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

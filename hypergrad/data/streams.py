@@ -272,13 +272,17 @@ def refuse_missing_axis(train: Train, valid: Batch) -> None:
     `valid` that has such an axis is told by one axis more, before the same shapes.
     """
     arrays = train.arrays if isinstance(train, Minibatches) else train
-    if not (_is_arrays(arrays) and _is_arrays(valid)) or isinstance(valid, Minibatches):
+    judged = valid.arrays if isinstance(valid, Minibatches) else valid
+    if not (_is_arrays(arrays) and _is_arrays(judged)):
         return
-    if jax.tree.structure(arrays) != jax.tree.structure(valid):
+    if jax.tree.structure(arrays) != jax.tree.structure(judged):
         return
-    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (arrays, valid)]
+    shapes = [[x.shape for x in jax.tree.leaves(data)] for data in (arrays, judged)]
     pairs = list(zip(*shapes, strict=True))
-    if isinstance(train, Minibatches):
+    stacked = False
+    if isinstance(valid, Minibatches):
+        pass  # one batch of it has no axis of steps
+    elif isinstance(train, Minibatches):
         examples = any(len(x) > 1 for x, _ in pairs)  # not numbers alone, as indices are
         stacked = examples and all(len(v) == len(x) + 1 and v[2:] == x[1:] for x, v in pairs)
     else:

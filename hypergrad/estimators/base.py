@@ -10,10 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import checks
-from hypergrad.data.batches import num_steps, step_inputs
+from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inputs
+from hypergrad.data.streams import refuse_missing_axis
+from hypergrad.eager import naming_closures
 from hypergrad.estimators.memory import compiled_for, shapes_of
-from hypergrad.problem.problem import Problem, steps_done, training_steps, validation_loss
-from hypergrad.problem.structure import naming_missing, require_reach, require_use
+from hypergrad.problem.problem import (
+    Inner,
+    Problem,
+    judged_params,
+    steps_done,
+    training_steps,
+    validation_loss,
+)
+from hypergrad.problem.structure import naming_missing, require_reach, require_slope, require_use
 from hypergrad.trees import (
     Batch,
     Hyper,
@@ -120,7 +129,8 @@ class Window:
         if self.averaged > 1:
             # Wide: a sum of bfloat16 parameters stops growing at 256 times one of them.
             total = jax.tree.map(
-                lambda p: jnp.zeros_like(widen(p)) if is_inexact(p) else None, inner.params
+                lambda p: jnp.zeros_like(widen(p)) if is_inexact(p) else None,
+                judged_params(self.problem, inner),
             )
         return Progress(inner, total, jnp.int32(-1))
 
@@ -137,7 +147,7 @@ class Window:
                 total = _map_averaged(
                     lambda s, p: None if s is None else s + jnp.where(t >= first_averaged, p, 0),
                     total,
-                    inner.params,
+                    judged_params(self.problem, inner),
                 )
             # A state that shows its training loss spares a pass over all parameters in every step.
             finite = all_finite(inner.loss if hasattr(inner, "loss") else inner.params)
@@ -152,12 +162,13 @@ class Window:
 
     def judged(self, progress: Progress) -> Params:
         """The parameters that are validated: the last, or the mean over the last `averaged`."""
+        params = judged_params(self.problem, progress.inner)
         if progress.total is None:
-            return progress.inner.params
+            return params
         return _map_averaged(
             lambda s, p: p if s is None else (s / self.averaged).astype(p.dtype),
             progress.total,
-            progress.inner.params,
+            params,
         )
 
     def loss(self, params: Params, hyper: Hyper, offset: jax.typing.ArrayLike) -> Scalar:
@@ -226,8 +237,25 @@ class Estimator(abc.ABC):
 
     def check_structure(self, window: Window, hyper: Hyper) -> None:
         """Raises where a gradient would be missing by structure; traces once, runs nothing."""
+        if not self.perturbs:
+            _require_smooth_losses(window, hyper)
         check = require_use if self.perturbs else require_reach
         check(lambda hyper: window.objective(hyper)[0], hyper)
+
+
+def _require_smooth_losses(window: Window, hyper: Hyper) -> None:
+    """Refuses an accuracy where a loss belongs; traces both losses once."""
+    problem, key = window.problem, window.key
+    inner = jax.eval_shape(window.start, hyper)
+    valid = window.valid
+    if isinstance(valid, Minibatches):
+        valid = jax.eval_shape(lambda valid, key: valid.batch(0, key), valid, key)
+    params = jax.eval_shape(lambda inner: judged_params(problem, inner), inner)
+    require_slope("valid_loss", problem.valid_loss, params, hyper, valid, key)
+    # By hand, a problem may train by other gradients than those of its training loss.
+    if isinstance(inner, Inner):
+        batch = jax.eval_shape(lambda train, key: last_batch(train, key, 0), window.train, key)
+        require_slope("train_loss", problem.train_loss, inner.params, hyper, batch, key)
 
 
 def checked_estimate(
@@ -241,11 +269,15 @@ def checked_estimate(
     estimator = estimator.resolve(window, hyper)
     require_structure(estimator, window, hyper)
     try:
-        result = estimator.estimate(window, hyper, state)
-    except jax.errors.UnexpectedTracerError as error:
+        with naming_closures():
+            result = estimator.estimate(window, hyper, state)
+    except ValueError as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            raise
         raise ValueError(
-            "A function of the problem closes over a traced value, whose derivative would be lost. "
-            "Pass every hyperparameter through the `hyper` argument, and data through `batch`."
+            "A function of the problem holds a loop of unknown length (jax.lax.while_loop, the "
+            "line search of optax.lbfgs), which reverse mode cannot pass: use hypergrad.Forward(), "
+            "or a loop of known length (jax.lax.scan)."
         ) from error
     pair = type(result) is tuple and len(result) == 2
     if not pair or not isinstance(result[0], Estimate):
@@ -275,8 +307,19 @@ def require_structure(estimator: Estimator, window: Window, hyper: Hyper) -> Non
       ValueError: the problem reads a hyperparameter that is not there, or a gradient would be
         missing by structure.
     """
+    _check_train(window.train, window.valid)
     with naming_missing(hyper):
         estimator.check_structure(window, hyper)
+
+
+def _check_train(train: Train, valid: Batch) -> None:
+    """Refuses data without an axis K, as `fit` does; but here a list is a pytree like any other."""
+    num_steps(train)
+    train, valid = (tuple(x) if isinstance(x, list) else x for x in (train, valid))
+    axes = [jnp.ndim(leaf) for leaf in jax.tree.leaves(train)]
+    # One array of vectors is as good as K steps of a vector each.
+    if len(axes) > 1 and max(axes) > 1:
+        refuse_missing_axis(train, valid)
 
 
 def compiled_estimate(estimator: Estimator, window: Window, hyper: Hyper) -> jax.stages.Compiled:

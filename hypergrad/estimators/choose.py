@@ -17,7 +17,8 @@ from hypergrad.estimators.auto import (
 from hypergrad.estimators.base import Estimator, ValidateAt, Window, compiled_estimate
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.problem.problem import Problem, refuse_no_problem
+from hypergrad.problem.mistakes import refuse_no_problem
+from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import require_use
 from hypergrad.space.space import Space
 from hypergrad.trees import (

@@ -1,14 +1,17 @@
 """One hypergradient, in plain JAX."""
 
+import functools
 from typing import Literal
 
 import jax
 
 from hypergrad.checks import having, numbers, random_key
+from hypergrad.eager import compiled_for_each
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem, refuse_no_problem
+from hypergrad.problem.mistakes import refuse_no_problem
+from hypergrad.problem.problem import Problem
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, leaf_names, strong
 
 
@@ -35,7 +38,8 @@ def hypergradient(
         one that fits the device's memory.
 
     An estimator with memory between calls starts afresh here; call its `init` and `estimate` to
-    keep it. Pure and jit-able; the cost is the estimator's.
+    keep it. Pure and jit-able; the cost is the estimator's. Outside of `jax.jit` it is compiled at
+    the first call with a problem, an estimator and shapes, and kept with the problem.
 
     Raises:
       ValueError: an integer hyperparameter, one that never reaches the validation loss, `train`
@@ -56,8 +60,21 @@ def hypergradient(
     hyper = checked_hyper(hyper)
     if inner is not None:
         having("inner", inner, ("params",), "problem.init(hyper, key), or None")
-    window = Window(problem, inner, train, valid, key)
     estimator = as_estimator(estimator)
+    estimate = compiled_for_each(problem, estimator, functools.partial(_estimate, estimator))
+    return estimate(hyper, inner, train, valid, key)
+
+
+def _estimate(
+    estimator: Estimator,
+    problem: Problem,
+    hyper: Hyper,
+    inner: InnerState | None,
+    train: Train,
+    valid: Batch,
+    key: Key,
+) -> Estimate:
+    window = Window(problem, inner, train, valid, key)
     return checked_estimate(estimator, window, hyper, estimator.init(window, hyper))[0]
 
 

@@ -13,7 +13,7 @@ from hypergrad.data.batches import Minibatches, last_batch, mix_bits, num_batche
 from hypergrad.data.keys import SOLVER
 from hypergrad.estimators.base import Estimate, Estimator, Window, summary
 from hypergrad.estimators.linear import ConjugateGradient, LinearSolver, MatVec, relative_residual
-from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.problem.problem import Problem, judged_params, steps_done
 from hypergrad.problem.rules import declared_rules
 from hypergrad.problem.structure import StructureError, keeps, reaches
 from hypergrad.trees import (
@@ -126,7 +126,7 @@ class Implicit(Estimator):
         z = condition.z
 
         def error(z: Vector, hyper: Hyper) -> Scalar:
-            return window.loss(condition.inner_at(z).params, hyper, offset)
+            return window.loss(judged_params(window.problem, condition.inner_at(z)), hyper, offset)
 
         loss, (v, direct) = jax.value_and_grad(error, (0, 1))(z, hyper)  # dE/dz, dE/dhyper
         value, product = condition.transposed(hyper)  # F, and x -> (dF/dz)^T x
@@ -155,6 +155,11 @@ class Implicit(Estimator):
         super().check_structure(window, hyper)
         if self.of == "fixed_point":
             return
+        if window.problem.evaluate is not None:
+            raise StructureError(
+                "Implicit(of='stationary') knows the trained parameters alone, and the problem "
+                "judges others (evaluate=): use of='fixed_point', Unrolled or Forward."
+            )
         start = window.start(hyper)
         condition = _condition(self, window, hyper, start, steps_done(start))
         if condition.rules and self.solver.symmetric:

@@ -1,17 +1,41 @@
-"""Flax: dropouts whose rate has a gradient, and adapters from linen and nnx scripts to problems."""
+"""Models: dropouts whose rate has a gradient, adapters from linen, nnx and Equinox to problems."""
+
+import importlib
+from typing import Any
 
 from hypergrad.nn.dropout import LinenDropout, NNXDropout
 from hypergrad.nn.linen import from_train_state, linen_problem, to_train_state
 from hypergrad.nn.nnx import NNXBatchNorm, from_nnx, nnx_problem, to_nnx
 
+# Loaded on use: Equinox is an extra.
+_EQUINOX = ("EquinoxDropout", "equinox_problem", "from_equinox", "to_equinox")
+
 __all__ = [
+    "EquinoxDropout",
     "LinenDropout",
     "NNXBatchNorm",
     "NNXDropout",
+    "equinox_problem",
+    "from_equinox",
     "from_nnx",
     "from_train_state",
     "linen_problem",
     "nnx_problem",
+    "to_equinox",
     "to_nnx",
     "to_train_state",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EQUINOX:
+        raise AttributeError(f"module 'hypergrad.nn' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module("hypergrad.nn.equinox"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "equinox":
+            raise
+        raise ModuleNotFoundError(
+            f"hypergrad.nn.{name} needs Equinox: pip install 'hypergrad-jax[equinox]'.",
+            name=error.name,
+        ) from error

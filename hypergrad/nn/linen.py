@@ -10,6 +10,8 @@ import optax
 from flax import linen
 from flax.training.train_state import TrainState
 
+from hypergrad import checks
+from hypergrad.problem.inner_gradient import with_aux
 from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
 from hypergrad.trees import Batch, Hyper, Key, Params, Scalar, Tree
 
@@ -26,11 +28,12 @@ def linen_problem(
 ) -> Problem:
     """A `Problem` whose losses call a linen module as a function: `model(images, train=True)`.
 
-    The losses are `(model, hyper, batch, key) -> scalar`, where `model` is `module` with its
-    variables bound: call it, its methods, or read `model.variables["params"]` for a penalty.
-    Hyperparameters that the model needs (dropout rates) are passed in the call. Only the collection
-    `"params"` is trained; every other one (`"batch_stats"`) is what the model left behind after
-    each training step. In `inner.params` are all variables, as plain dicts, for `module.apply`.
+    The losses are `(model, hyper, batch, key) -> scalar` or `(scalar, aux)`, where `model` is
+    `module` with its variables bound: call it, its methods, or read `model.variables["params"]` for
+    a penalty. Hyperparameters that the model needs (dropout rates) are passed in the call. Only the
+    collection `"params"` is trained; every other one (`"batch_stats"`) is what the model left
+    behind after each training step. In `inner.params` are all variables, as plain dicts, for
+    `module.apply`.
 
     Args:
       module: the module, not bound.
@@ -68,14 +71,19 @@ def linen_problem(
     >>> sorted(inner.params), net.apply(inner.params, x, train=False).shape
     (['batch_stats', 'params'], (8, 1))
     """
+    _check(module, init)
+    for name, loss in (("train_loss", train_loss), ("valid_loss", valid_loss)):
+        checks.function(name, loss, "model", "hyper", "batch", "key")
+    # What the loss itself reports is nobody's business here: the model's state is what re-enters.
+    pair = with_aux(train_loss, "train_loss")
 
     def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
         # Mutable is what the model leaves behind, not the parameters: those the optimiser moves.
         others = sorted(set(variables) - {"params"})
         # A split into no keys would still be traced, and be another program to a checkpoint.
         streams = dict(zip(rngs, jax.random.split(key, len(rngs)), strict=True)) if rngs else {}
-        run = linen.apply(train_loss, module, mutable=others)
-        loss, left = run(variables, hyper, batch, key, rngs=streams)
+        run = linen.apply(pair, module, mutable=others)
+        (loss, _), left = run(variables, hyper, batch, key, rngs=streams)
         return loss, _unfrozen(dict(left))
 
     def absorb(variables: Params, left: Params) -> Params:
@@ -98,6 +106,16 @@ def linen_problem(
         absorb=absorb,
         metrics=None if metrics is None else linen.apply(metrics, module),
     )
+
+
+def _check(module: linen.Module, init: Callable[[jax.Array], Any]) -> None:
+    if not isinstance(module, linen.Module):
+        given = getattr(module, "__name__", type(module).__name__)
+        raise checks.WrongTypeError(
+            f"module={given} is no flax.linen module: give one that is built, Net(...); an nnx "
+            "model belongs into nnx_problem, an Equinox one into equinox_problem."
+        )
+    checks.function("init", init, "key")
 
 
 def from_train_state(state: TrainState, collections: Sequence[str] | None = None) -> Inner:

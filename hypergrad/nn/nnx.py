@@ -1,5 +1,6 @@
 """From a flax nnx script to a problem, and from its model and optimiser to a state and back."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,8 @@ from flax.nnx.filterlib import Filter
 from flax.nnx.module import first_from
 from flax.nnx.nn.normalization import _canonicalize_axes, _compute_stats
 
+from hypergrad import checks
+from hypergrad.problem.inner_gradient import with_aux
 from hypergrad.problem.problem import Inner, Problem, bilevel, require_inner, zero_loss
 from hypergrad.trees import Batch, Hyper, Key, Params, Scalar, Tree
 
@@ -64,7 +67,7 @@ class NNXBatchNorm(nnx.BatchNorm):
 
 
 def nnx_problem(
-    make_model: Callable[[nnx.Rngs], nnx.Module],
+    make_model: Callable[..., nnx.Module],
     train_loss: Callable[..., Any],
     valid_loss: Callable[..., Any],
     optimizer: Callable[[Any], optax.GradientTransformation],
@@ -74,16 +77,18 @@ def nnx_problem(
 ) -> Problem:
     """A `Problem` whose losses call an nnx model: `model(images)`.
 
-    The losses are `(model, hyper, batch, key) -> scalar`, with `model` in training mode
-    (`model.train()`) in `train_loss` and in evaluation mode in `valid_loss`, so that one function
-    may serve as both. Hyperparameters that the model needs (dropout rates) are passed in the call.
+    The losses are `(model, hyper, batch, key) -> scalar` or `(scalar, aux)`, with `model` in
+    training mode (`model.train()`) in `train_loss` and in evaluation mode in `valid_loss`, so that
+    one function may serve as both. Hyperparameters that the model needs (dropout rates) are passed
+    in the call.
     `inner.params` is `{"params": State, "rest": State}` of plain arrays: what `wrt` selects, and
     every other variable (batch statistics), which is what the model left behind after each training
     step. The model's random streams are no part of it: each step starts them from its own key, so
     that a run is decided by the tuner's key alone.
 
     Args:
-      make_model: `rngs -> model`, as `lambda rngs: Net(64, 10, rngs=rngs)`.
+      make_model: `rngs -> model`, as `lambda rngs: Net(64, 10, rngs=rngs)`, or a class whose
+        `rngs` is a keyword.
       train_loss: see above.
       valid_loss: see above.
       optimizer: `hyper -> optax transformation` over the `State` that `wrt` selects.
@@ -111,8 +116,11 @@ def nnx_problem(
     >>> [round(float(mean), 6) for mean in model.norm.mean[...]]   # 0.99 of 0 and 0.01 of 1
     [0.01, 0.01, 0.01]
     """
+    make = _by_rngs(make_model)
+    for name, loss in (("train_loss", train_loss), ("valid_loss", valid_loss)):
+        checks.function(name, loss, "model", "hyper", "batch", "key")
     # Without arrays, so that one graph serves every init, under jit and vmap too.
-    abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graph, _, streams = _split(abstract, wrt)
     if any(type(module) is nnx.BatchNorm for _, module in nnx.iter_modules(abstract)):
         warnings.warn(
@@ -127,7 +135,7 @@ def nnx_problem(
     def trained(variables: Params, hyper: Hyper, batch: Batch, key: Key) -> tuple[Scalar, Params]:
         model = merged(variables, key)
         model.train()
-        loss = train_loss(model, hyper, batch, key)
+        loss, _ = with_aux(train_loss, "train_loss")(model, hyper, batch, key)
         # Without the random streams' counts: the next step starts them from a key of its own.
         return loss, _split(model, wrt)[1]["rest"]
 
@@ -139,7 +147,7 @@ def nnx_problem(
         return function(model, hyper, batch, key)
 
     return bilevel(
-        lambda key: _split(make_model(nnx.Rngs(key)), wrt)[1],
+        lambda key: _split(make(nnx.Rngs(key)), wrt)[1],
         trained,
         partial(judged, valid_loss),
         optimizer,
@@ -147,6 +155,28 @@ def nnx_problem(
         absorb=lambda variables, rest: {**variables, "rest": rest},
         metrics=None if metrics is None else partial(judged, metrics),
     )
+
+
+def _by_rngs(make_model: Callable[..., nnx.Module]) -> Callable[[nnx.Rngs], nnx.Module]:
+    """`make_model` as a function of `rngs`, which many models take by keyword."""
+    if not callable(make_model) or isinstance(make_model, nnx.Module):
+        raise checks.WrongTypeError(
+            f"make_model is a {type(make_model).__name__}: give a function that builds the model, "
+            "make_model=lambda rngs: Net(64, 10, rngs=rngs), as each run starts from new weights."
+        )
+    # The signature of an nnx class is that of its metaclass.
+    is_class = isinstance(make_model, type)
+    signature = inspect.signature(make_model.__init__ if is_class else make_model)
+    parameters = list(signature.parameters.values())[is_class:]
+    wanted = [p.name for p in parameters if p.default is p.empty and "VAR" not in p.kind.name]
+    if set(wanted) > {"rngs"}:
+        raise checks.WrongTypeError(
+            f"make_model={make_model.__name__} wants {wanted} and is called with rngs alone: give "
+            f"make_model=lambda rngs: {make_model.__name__}(..., rngs=rngs)."
+        )
+    if any(p.name == "rngs" and p.kind != p.POSITIONAL_ONLY for p in parameters):
+        return lambda rngs: make_model(rngs=rngs)
+    return make_model if is_class else checks.function("make_model", make_model, "rngs")
 
 
 def from_nnx(model: nnx.Module, optimizer: nnx.Optimizer) -> Inner:

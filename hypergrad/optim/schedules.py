@@ -59,17 +59,25 @@ def piecewise_linear(
     >>> [float(schedule(step)) for step in (0, 4, 5, 8, 99)]
     [0.0, 0.800000011920929, 1.0, 0.699999988079071, 0.5]
     """
-    checks.numbers("values", values)
-    values = jnp.asarray(values)
-    positions = _positions(values, num_steps, positions)
+    return _piecewise(values, num_steps, positions, lambda passed: passed)
 
-    def schedule(step: Leaf) -> jax.Array:
-        # How much of each leg lies behind the step. A knot that has overtaken the one before waits.
-        passed = _ramp(step, positions[:-1], positions[1:] - positions[:-1])
-        in_order = jax.lax.stop_gradient(jax.lax.cummin(passed))
-        return _through(values, jnp.where(passed > in_order, in_order, passed))
 
-    return schedule
+def piecewise_cosine(
+    values: Leaf, num_steps: Leaf | None = None, *, positions: Leaf | None = None
+) -> optax.Schedule:
+    """Half cosines between knots, flat at each; all else as in `piecewise_linear`.
+
+    `optax.cosine_onecycle_schedule` and the cosine kind of `piecewise_interpolate_schedule` with
+    every number traced or not.
+
+    Raises:
+      ValueError: as `piecewise_linear`.
+
+    >>> schedule = piecewise_cosine([0.0, 1.0, 0.0], positions=[0, 10, 40])
+    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 20, 40)]
+    [0.0, 0.5, 1.0, 0.75, 0.0]
+    """
+    return _piecewise(values, num_steps, positions, _eased)
 
 
 def piecewise_constant(values: Leaf, steps_each: int) -> Schedule:
@@ -112,11 +120,18 @@ def piecewise_constant(values: Leaf, steps_each: int) -> Schedule:
 
 
 def warmup_cosine(
-    peak: Leaf, warmup_steps: Leaf, decay_steps: Leaf, floor: Leaf = 0.0, start: Leaf = 0.0
+    peak: Leaf,
+    warmup_steps: Leaf,
+    decay_steps: Leaf,
+    floor: Leaf = 0.0,
+    start: Leaf = 0.0,
+    exponent: Leaf | None = None,
 ) -> optax.Schedule:
     """Linear warm-up from `start` to `peak`, then half a cosine down to `floor`.
 
-    `optax.warmup_cosine_decay_schedule` with all five numbers traced or not, lengths included.
+    `optax.warmup_cosine_decay_schedule` with all numbers traced or not, lengths included; with
+    `warmup_steps=0` its `cosine_decay_schedule`. For restarts (`sgdr_schedule`) hand several to
+    `optax.join_schedules`, whose boundaries may be traced.
 
     Args:
       peak: the value at step `warmup_steps`.
@@ -126,6 +141,7 @@ def warmup_cosine(
         value drops to `floor` where the warm-up ends, and the lengths have no gradient there.
       floor: the last value.
       start: the first value, at step 0.
+      exponent: a power of the cosine's share of the way from `floor` to `peak`; None for 1.
 
     Derivatives in a length at a step that lies exactly on it are the mean of both sides'.
 
@@ -145,18 +161,28 @@ def warmup_cosine(
         up = _ramp(step, 0.0, warmup_steps)
         # negative only where a traced decay ends before the warm-up does
         down = _ramp(step, warmup_steps, decay_steps - warmup_steps)
-        down = (1 - jnp.cos(jnp.pi * down)) / 2
+        down = _eased(down)
+        down = down if exponent is None else 1 - _power(1 - down, exponent)
         return _through(jnp.stack([widen(x) for x in (start, peak, floor)]), jnp.stack([up, down]))
 
     return schedule
 
 
-def exponential_decay(initial: Leaf, rate: Leaf, transition_steps: Leaf) -> optax.Schedule:
-    """`initial * rate ** (step / transition_steps)`, as `optax.exponential_decay`.
+def exponential_decay(
+    initial: Leaf,
+    rate: Leaf,
+    transition_steps: Leaf,
+    begin: Leaf | None = None,
+    end: Leaf | None = None,
+    staircase: bool = False,
+) -> optax.Schedule:
+    """`initial * rate ** ((step - begin) / transition_steps)`, as `optax.exponential_decay`.
 
-    All three numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones
+    All numbers may be traced. `rate` must be positive and `transition_steps` too; traced ones
     are not checked: at rate 0 the derivative in it is infinite, as it truly is, and transitions
-    shorter than 1e-6 steps count as 1e-6.
+    shorter than 1e-6 steps count as 1e-6. Up to step `begin` the value is `initial`; it stops at
+    `end`, where there is one. With `staircase` the exponent is rounded down, and lengths have no
+    gradient. For a linear warm-up before it: `optax.join_schedules` with `piecewise_linear`.
 
     Raises:
       ValueError: a `rate` or `transition_steps` that is not positive.
@@ -170,10 +196,67 @@ def exponential_decay(initial: Leaf, rate: Leaf, transition_steps: Leaf) -> opta
     checks.positive_if_known("transition_steps", transition_steps)
 
     def schedule(step: Leaf) -> jax.Array:
-        power = step / jnp.maximum(widen(transition_steps), 1e-6)
-        return initial * jnp.power(rate, power)
+        # Steps are never negative.
+        power = step if begin is None else jnp.maximum(step - begin, 0.0)
+        power = power / jnp.maximum(widen(transition_steps), 1e-6)
+        value = initial * jnp.power(rate, jnp.floor(power) if staircase else power)
+        if end is None:
+            return value
+        return jnp.where(jnp.asarray(rate) < 1, jnp.maximum(value, end), jnp.minimum(value, end))
 
     return schedule
+
+
+def polynomial_decay(
+    initial: Leaf, final: Leaf, power: Leaf, num_steps: Leaf, begin: Leaf = 0.0
+) -> optax.Schedule:
+    """From `initial` at step `begin` to `final` `num_steps` later, as `(1 - share) ** power`.
+
+    `optax.polynomial_schedule` with all five numbers traced or not.
+
+    Raises:
+      ValueError: a `power` or `num_steps` that is not positive.
+
+    >>> schedule = polynomial_decay(1.0, 0.0, power=2.0, num_steps=10)
+    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 20)]
+    [1.0, 0.25, 0.0, 0.0]
+    """
+    checks.positive_if_known("power", power)
+    checks.positive_if_known("num_steps", num_steps)
+
+    def schedule(step: Leaf) -> jax.Array:
+        return final + (initial - final) * _power(1 - _ramp(step, begin, num_steps), power)
+
+    return schedule
+
+
+def _piecewise(
+    values: Leaf,
+    num_steps: Leaf | None,
+    positions: Leaf | None,
+    ease: Callable[[jax.Array], jax.Array],
+) -> optax.Schedule:
+    checks.numbers("values", values)
+    values = jnp.asarray(values)
+    positions = _positions(values, num_steps, positions)
+
+    def schedule(step: Leaf) -> jax.Array:
+        # How much of each leg lies behind the step. A knot that has overtaken the one before waits.
+        passed = _ramp(step, positions[:-1], positions[1:] - positions[:-1])
+        in_order = jax.lax.stop_gradient(jax.lax.cummin(passed))
+        return _through(values, ease(jnp.where(passed > in_order, in_order, passed)))
+
+    return schedule
+
+
+def _eased(share: jax.Array) -> jax.Array:
+    return (1 - jnp.cos(jnp.pi * share)) / 2
+
+
+def _power(share: jax.Array, exponent: Leaf) -> jax.Array:
+    """`share ** exponent`; at a share of 0 its derivative is 0, also where a root's is infinite."""
+    safe = jnp.where(share > 0, share, 1.0)
+    return jnp.where(share > 0, jnp.power(safe, exponent), 0.0)
 
 
 def _through(values: jax.Array, passed: jax.Array) -> jax.Array:

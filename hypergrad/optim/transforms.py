@@ -144,7 +144,7 @@ def hypergradient_descent(
     checks.choice("rule", rule, ("additive", "multiplicative"))
     _check_rate("learning_rate", learning_rate)
     _check_rate("hyper_learning_rate", hyper_learning_rate)
-    checks.function("optimizer_factory", optimizer_factory, "learning_rate -> optax transformation")
+    checks.function("optimizer_factory", optimizer_factory, "learning_rate")
     checks.positive("min_learning_rate", min_learning_rate, zero=True)
 
     def init(params: Params) -> HypergradientDescentState:

@@ -10,23 +10,33 @@ import optax
 from hypergrad import checks
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
+from hypergrad.eager import compiled_for_each
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
+from hypergrad.problem.mistakes import explained, refuse_modules
+from hypergrad.problem.optimizer import check_optimizer, first_opt_state, optimizer_update
 from hypergrad.trees import (
     Batch,
     Hyper,
     InnerState,
     Key,
     Params,
-    State,
     Train,
     Tree,
     cast_like,
     is_inexact,
-    leaf_names,
 )
 
 
-class Problem(NamedTuple):
+class _Functions(NamedTuple):
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    train_loss: Callable[..., Any]
+    valid_loss: Callable[..., Any]
+    metrics: Callable[..., Any] | None = None
+    evaluate: Callable[..., Any] | None = None
+
+
+class Problem(_Functions):
     """A bilevel problem: how training starts and advances, and what is judged.
 
     `bilevel` fills it from losses and an optax optimiser; fill it by hand for anything else (an RL
@@ -41,13 +51,14 @@ class Problem(NamedTuple):
       train_loss: `(params, hyper, batch, key) -> scalar`.
       valid_loss: `(params, hyper, batch, key) -> scalar`, the outer objective.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}` for reports.
+      evaluate: optional `inner -> params`, what `valid_loss` and `metrics` receive where that is
+        not `inner.params`.
+
+    A NamedTuple, with a dictionary for what is compiled for it (`compiled_for_each`).
     """
 
-    init: Callable[..., Any]
-    step: Callable[..., Any]
-    train_loss: Callable[..., Any]
-    valid_loss: Callable[..., Any]
-    metrics: Callable[..., Any] | None = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self)
 
 
 class Inner(NamedTuple):
@@ -76,6 +87,7 @@ def bilevel(
     absorb: Callable[[Any, Any], Any] | None = None,
     metrics: Callable[..., Any] | None = None,
     mixed_mode: bool = True,
+    evaluate: Callable[[Any, Any], Any] | None = None,
 ) -> Problem:
     """A `Problem` from two losses and an optax optimiser built from hyperparameters.
 
@@ -94,9 +106,12 @@ def bilevel(
       absorb: `(params, aux) -> params`, how the training loss's `aux` re-enters after each step
         (new batch statistics), with the structure of `params`. None: it does not.
       metrics: optional `(params, hyper, batch, key) -> {name: scalar}`.
-      mixed_mode: False takes the training gradient by plain `jax.grad`: slower and larger in
-        reverse mode, and differentiable to any order, as a problem needs that stands inside
-        another one's training loss.
+      mixed_mode: False takes the training gradient by plain `jax.grad`: slower, and differentiable
+        to any order, as a problem needs that stands inside another one's training loss.
+      evaluate: `(params, opt_state) -> params`, the parameters that are judged where they are not
+        the trained ones: an exponential moving average kept by the optimiser,
+        `optax.contrib.schedule_free_eval_params`, lookahead's slow ones (docs/recipes.md). The
+        hypergradient flows through it; `problem.evaluate(inner)` gives the parameters to keep.
 
     The training gradient is `inner_gradient`'s (mixed mode), and passes through
     `nonzero_gradient`, so that Adam's square root has a derivative everywhere.
@@ -117,8 +132,17 @@ def bilevel(
     >>> float(problem.step(inner, {"lr": 0.25}, jnp.ones(3), jax.random.key(0)).params)
     0.5
     """
-    _check_functions(init_params, train_loss, valid_loss, optimizer, absorb, metrics)
-    train_pair = refuse_hard_dropout(with_aux(train_loss, "train_loss"))
+    checks.function("init_params", init_params, "key")
+    check_optimizer(optimizer)
+    train_pair = _loss("train_loss", train_loss)
+    valid_pair = _loss("valid_loss", valid_loss)
+    for name, optional, arguments in (
+        ("absorb", absorb, ("params", "aux")),
+        ("metrics", metrics, ("params", "hyper", "batch", "key")),
+        ("evaluate", evaluate, ("params", "opt_state")),
+    ):
+        if optional is not None:
+            checks.function(name, optional, *arguments)
 
     def loss_of_trainable(trained: Params, rest: Tree, batch: Batch, key: Key) -> Any:
         hyper, frozen = rest
@@ -127,12 +151,11 @@ def bilevel(
     gradient = inner_gradient(loss_of_trainable, mixed_mode=mixed_mode)
 
     def init(hyper: Hyper, key: Key) -> Inner:
-        params = init_params(key)
+        with explained("init_params"):
+            params = init_params(key)
+        refuse_modules(params)
         params = cast_like(params, params)  # strong dtypes: weak ones recompile at the next window
-        transform = _transformation(optimizer, hyper)
-        opt_state = transform.init(_split(params, trainable)[0])
-        # Read from the state, as the transformation itself is opaque.
-        _refuse_injected_rates(opt_state)
+        opt_state = first_opt_state(optimizer, hyper, _split(params, trainable)[0])
         opt_state = cast_like(opt_state, opt_state)
         return Inner(params, opt_state, jnp.zeros((), jnp.int32), zero_loss(params))
 
@@ -142,10 +165,19 @@ def bilevel(
         # where derivatives flow.
         grads, (loss, aux) = gradient(trained, (hyper, frozen), batch, key)
         grads = nonzero_gradient(grads)
-        # Built anew in every step: its rates are traced values, and building costs nothing.
-        transform = optax.with_extra_args_support(optimizer(hyper))
-        updates, opt_state = transform.update(
-            grads, inner.opt_state, trained, value=loss, grad=grads
+        # Lookahead trains the fast ones of its two sets of parameters, and moves both.
+        grads = grads.fast if isinstance(grads, optax.LookaheadParams) else grads
+        # Functions of the parameters, for line searches and for optimisers that look around.
+        at = (hyper, frozen), batch, key
+        extra = {
+            "value": loss,
+            "grad": grads,
+            # optax's line searches want every other keyword to be one of this function's.
+            "value_fn": lambda params, grad_fn=None: loss_of_trainable(params, *at)[0],
+            "grad_fn": lambda params, _: nonzero_gradient(gradient(params, *at)[0]),
+        }
+        updates, opt_state = optimizer_update(
+            optimizer, hyper, grads, inner.opt_state, trained, extra
         )
         moved = optax.apply_updates(trained, updates)
         # Decay would eat integer leaves (counters): 5 - 0.01 is 4 as an integer.
@@ -158,12 +190,33 @@ def bilevel(
         return Inner(params, opt_state, inner.step + 1, loss.astype(inner.loss.dtype))
 
     def plain_valid_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
-        return refuse_hard_dropout(with_aux(valid_loss, "valid_loss"))(params, hyper, batch, key)[0]
+        return valid_pair(params, hyper, batch, key)[0]
 
     def plain_train_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> jax.Array:
         return train_pair(params, hyper, batch, key)[0]
 
-    return Problem(init, step, plain_train_loss, plain_valid_loss, metrics)
+    def judged(inner: Inner) -> Params:
+        assert evaluate is not None
+        with explained("evaluate"):
+            return evaluate(inner.params, inner.opt_state)
+
+    functions = init, step, plain_train_loss, plain_valid_loss, metrics
+    return Problem(*functions, None if evaluate is None else judged)
+
+
+def _loss(name: str, loss: Callable[..., Any]) -> Callable[..., tuple[jax.Array, Tree]]:
+    pair = with_aux(checks.function(name, loss, "params", "hyper", "batch", "key"), name)
+
+    def checked(*args: Any) -> tuple[jax.Array, Tree]:
+        with explained(name):
+            return pair(*args)
+
+    return checked
+
+
+def judged_params(problem: Problem, inner: InnerState) -> Params:
+    """What the validation loss is taken of: the parameters, or what `problem.evaluate` makes."""
+    return inner.params if problem.evaluate is None else problem.evaluate(inner)
 
 
 def _check_functions(
@@ -193,12 +246,6 @@ def _transformation(optimizer: Callable[[Any], Any], hyper: Hyper) -> Any:
         "what optimizer(hyper) returns", transform, ("init", "update"), "an optax transformation"
     )
     return transform
-
-
-def refuse_no_problem(problem: Any) -> None:
-    """Raises TypeError for what lacks a problem's functions, as swapped arguments do."""
-    parts = ("init", "step", "train_loss", "valid_loss")
-    checks.having("problem", problem, parts, "a hypergrad.Problem, as hypergrad.bilevel makes it")
 
 
 def require_inner(inner: InnerState) -> None:
@@ -244,13 +291,18 @@ def nonzero_gradient(grads: Tree) -> Tree:
 def rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     """The training state after all K steps of `train`, from `inner`.
 
-    `train` is a pytree whose leaves have a leading axis `[K, ...]`, or a `Minibatches`. Step t of
-    the run (counted in `inner.step` where that exists) uses `jax.random.fold_in(key, t)`.
+    Outside of `jax.jit` it is compiled at its first call. `train` is a pytree whose leaves have a
+    leading axis `[K, ...]`, or a `Minibatches`. Step t of the run (counted in `inner.step` where
+    that exists) uses `jax.random.fold_in(key, t)`.
     Cost: K training steps; memory independent of K under `Minibatches`.
 
     Raises:
       ValueError: leaves of `train` that disagree on K.
     """
+    return compiled_for_each(problem, "rollout", _rollout)(hyper, inner, train, key)
+
+
+def _rollout(problem: Problem, hyper: Hyper, inner: InnerState, train: Train, key: Key) -> Any:
     run = training_steps(problem, hyper, train, key, steps_done(inner))
     batches = step_inputs(train)
     return jax.lax.scan(lambda state, x: (run(state, *x), None), inner, batches)[0]
@@ -306,28 +358,6 @@ def validation_loss(
     return loss
 
 
-def refuse_hard_dropout(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`loss`, with flax's Dropout on a traced rate turned into an error that names the remedy."""
-
-    def checked(*args: Any) -> Any:
-        try:
-            return loss(*args)
-        except jax.errors.ConcretizationTypeError as error:
-            # The error does not say whose branch it was; flax's Dropout lives in `stochastic`.
-            frame = error.__traceback__
-            while frame is not None:
-                if frame.tb_frame.f_globals.get("__name__", "").endswith("stochastic"):
-                    raise ValueError(
-                        "flax's Dropout was given a traced rate: it branches on the rate in Python "
-                        "and its hard mask carries no gradient. Use hypergrad.nn.LinenDropout, "
-                        "hypergrad.nn.NNXDropout or hypergrad.dropout instead."
-                    ) from error
-                frame = frame.tb_next
-            raise
-
-    return checked
-
-
 def _split(params: Params, trainable: str | Sequence[str] | None) -> tuple[Any, Any]:
     if trainable is None:
         return params, None
@@ -368,19 +398,3 @@ def _refuse_other_structure(params: Params, like: Tree) -> None:
             f"absorb returned params of the structure {new}, but init_params gave {old}. Return "
             "the same containers and the same keys: {**params, 'batch_stats': new} for a dict."
         )
-
-
-def _refuse_injected_rates(opt_state: State) -> None:
-    injected = (
-        optax.InjectHyperparamsState,
-        optax.schedules.InjectStatefulHyperparamsState,
-    )
-    is_injected = lambda x: isinstance(x, injected)  # noqa: E731
-    for state in jax.tree.leaves(opt_state, is_leaf=is_injected):
-        if is_injected(state):
-            names = leaf_names(state.hyperparams)
-            raise ValueError(
-                f"optimizer keeps {names} in its state (optax.inject_hyperparams): updates read "
-                "them from there, so hyper would get no gradient. Build the optimiser from hyper "
-                'directly: optimizer=lambda hyper: optax.adam(hyper["learning_rate"]).'
-            )

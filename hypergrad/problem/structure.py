@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.problem.inner_gradient import OWN
+from hypergrad.problem.mistakes import explained
 from hypergrad.problem.rules import declared_rules, function_name
-from hypergrad.trees import Hyper, Tree, is_inexact, leaf_names
+from hypergrad.trees import Hyper, Params, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
 _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", "is_finite"}
@@ -22,7 +23,7 @@ _FLAT = {"stop_gradient", "sign", "round", "floor", "ceil", "argmax", "argmin", 
 _RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"}
 
 _EXPLANATIONS = {
-    "stop_gradient": "stop_gradient",
+    "stop_gradient": "stop_gradient (equinox.nn.Dropout has one, hypergrad.nn.EquinoxDropout none)",
     "sign": "the sign of the update (lion, sign_sgd), whose derivative is zero",
     "a comparison": "a comparison (a hard mask), whose derivative is zero; use hypergrad.dropout",
 }
@@ -34,9 +35,13 @@ class StructureError(ValueError):
 
 @contextlib.contextmanager
 def naming_missing(hyper: Hyper) -> Iterator[None]:
-    """Turns the KeyError of a function that reads what `hyper` lacks into one that says so."""
+    """Turns the KeyError of a function that reads what `hyper` lacks into one that says so.
+
+    So too what Python wanted of a traced value, cf. `explained`.
+    """
     try:
-        yield
+        with explained("A function of the problem"):
+            yield
     except KeyError as error:
         missing = error.args[0]
         if not isinstance(hyper, Mapping) or missing in hyper:
@@ -163,6 +168,28 @@ def require_reach(function: Callable[..., Any], hyper: Hyper, *args: Any) -> Non
                 f"{why}: its gradient would be a silent zero. Tune it by black-box search, by "
                 "hypergrad.Evolution, or give it a smooth path."
             )
+
+
+def require_slope(name: str, loss: Callable[..., Any], params: Params, *args: Any) -> None:
+    """Raises where `loss(params, ...)` depends on its parameters but is flat wherever it is smooth.
+
+    Such a loss (an accuracy, an AUC) trains nothing and gives no hypergradient; a loss that does
+    not read its parameters at all (a placeholder) passes.
+
+    Raises:
+      ValueError: names the loss, what makes it flat, and what to do.
+    """
+    pairs = zip(reaches(loss, params, *args), jax.tree.leaves(params), strict=True)
+    # A loss of integers alone is none of its own making: the training state has no slope.
+    found = [reach for reach, leaf in pairs if is_inexact(leaf)]
+    if any(reach.used for reach in found) and not any(reach.differentiable for reach in found):
+        cuts = ", ".join(sorted({cut for reach in found for cut in reach.cut_by}))
+        raise StructureError(
+            f"{name} is piecewise constant in the parameters (an accuracy, an AUC; its only way "
+            f"from them is {cuts}), so that all gradients of it are 0: use a "
+            "smooth loss such as the cross entropy here, name this one in metrics=, and select by "
+            "it, as sweep(metric=..., direction='maximize') does."
+        )
 
 
 def require_use(function: Callable[..., Any], hyper: Hyper, *args: Any) -> list[Reach]:

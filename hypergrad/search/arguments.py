@@ -32,7 +32,7 @@ def check_types(make_problem: Any, space: Any, data: Any, refine: Any, scheduler
     """Refuse arguments of a wrong type."""
     if isinstance(make_problem, Problem):
         raise TypeError("make_problem is a Problem: give a function, lambda choices: problem.")
-    function("make_problem", make_problem, "choices -> Problem")
+    function("make_problem", make_problem, "choices")
     with contextlib.suppress(ValueError):  # of what has no signature
         try:
             inspect.signature(make_problem).bind({})

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ from hypergrad.checks import (
 )
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
 from hypergrad.data.splits import Splits
+from hypergrad.eager import refuse_text
 from hypergrad.problem.problem import Problem
 from hypergrad.search.arguments import check_types, checked_points
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told
@@ -36,6 +38,7 @@ from hypergrad.search.schedulers import (
     brackets,
     in_whole_updates,
 )
+from hypergrad.space.dimensions import Int
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
@@ -49,6 +52,8 @@ _log = logging.getLogger("hypergrad")
 
 # How often it is said who is waited for, in seconds.
 _TELL_EVERY = 60.0
+# Values of an Int, beyond which compiling is likely to take longer than training.
+_MANY_PROGRAMS = 16
 
 
 def sweep(
@@ -111,7 +116,10 @@ def sweep(
       seed: of the sampler and of training.
       name: the study's.
       progress: a live view (trials, best score, running population, speed, training steps, time
-        left) where standard error is a terminal. The logger "hypergrad" gets a line per rung.
+        left) where standard error is a terminal, and in a notebook (with ipywidgets); elsewhere a
+        line a minute. The logger "hypergrad" gets a line per rung.
+
+    Warns (`UserWarning`) of an Int of more than 16 values: each is a program of its own.
 
     A trial whose program raises, or whose score is not finite, fails alone: it is recorded with its
     traceback (user attributes `error` and `reason`), the logger gets a warning, and the sweep goes
@@ -144,6 +152,7 @@ def sweep(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
             "the problem's metrics."
         )
+    _warn_of_programs(space, num_trials)
     exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
     if exploit is not None and population < 2:
         raise ValueError(
@@ -159,6 +168,7 @@ def sweep(
         in_whole_updates(ladder, scheduler, steps)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
+    refuse_text("data", data._asdict())
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)
@@ -195,7 +205,7 @@ def sweep(
                 exploit,
                 num_steps,
                 seed,
-                view.show if view.is_open else None,
+                view.show if progress else None,
             )
             alike = AllAlike(space)
             _look_back(view, opened, cohort)
@@ -212,6 +222,21 @@ def sweep(
     return SweepResult(
         opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
     )
+
+
+def _warn_of_programs(space: Space, num_trials: int) -> None:
+    """Each value of an Int is another program: few trials would share one."""
+    for name in space.discrete:
+        dimension = space[name]
+        if isinstance(dimension, Int) and dimension.count > _MANY_PROGRAMS:
+            count, step = dimension.count, -(-(dimension.high - dimension.low) // 8)
+            warnings.warn(
+                f"{name!r} is {dimension!r} with {count} values, and each is a program of its own: "
+                f"up to {min(count, num_trials)} are compiled for {num_trials} trials. Give "
+                f"step={step} or so, a Categorical of a few values, or, where no shape depends on "
+                "it, a Float.",
+                stacklevel=3,
+            )
 
 
 def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
@@ -319,9 +344,11 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
 
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
     """Shows where the study stands, others' trials included."""
-    if view.is_open:
+    if view.is_watched:
         view.finished = opened.progress().finished
-        view.best = next((best.score for best in ranked(opened.study)), None)
+        ranks = ranked(opened.study)
+        view.best = ranks[0].score if ranks else None
+        view.last = max(ranks, key=lambda one: one.number).score if ranks else None
         view.show(*cohort.training, now=True)
 
 

@@ -16,6 +16,8 @@ def fingerprint(space: Space) -> dict[str, dict[str, Any]]:
             entry["choices"] = list(dimension.choices)
         else:
             entry |= {"low": dimension.low, "high": dimension.high, "scale": dimension.scale}
+            # Only where there is one: studies of before know no steps.
+            entry |= {} if dimension.step is None else {"step": dimension.step}
         when = dimension.when or {}
         entry["when"] = {parent: list(values) for parent, values in when.items()} or None
         result[name] = entry
@@ -30,9 +32,8 @@ def space_of(description: Mapping[str, Mapping[str, Any]]) -> Space:
             dimensions[name] = Categorical(entry["choices"], when=entry["when"])
         else:
             kind = {"Float": Float, "Int": Int}[entry["kind"]]
-            dimensions[name] = kind(
-                entry["low"], entry["high"], scale=entry["scale"], when=entry["when"]
-            )
+            fields = {key: entry.get(key) for key in ("low", "high", "scale", "when", "step")}
+            dimensions[name] = kind(**fields)
     return Space(dimensions)
 
 
@@ -44,7 +45,7 @@ def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     for name, entry in now.items():
         if name not in stored:
             return f"it lacks {name!r}"
-        for key in ("kind", "low", "high", "scale", "choices", "when"):
+        for key in ("kind", "low", "high", "scale", "step", "choices", "when"):
             before, after = stored[name].get(key), entry.get(key)
             # `1 == True`, but they are two choices.
             if before != after or repr(before) != repr(after):

@@ -33,10 +33,14 @@ class Float:
     value, for rates) or `"reverse_log"` (logarithm of one minus the value, for momentum and decay
     rates); the unit coordinate increases with the value on each of them. Without bounds the unit
     coordinate is the value itself. `when={"optimizer": "sgd"}` makes it conditional on discrete
-    hyperparameters; a tuple lists several admissible values.
+    hyperparameters; a tuple lists several admissible values. With `step` only `low`, `low + step`,
+    ... are used: training sees the nearest of them, and the unit coordinate moves on between them
+    by the hypergradient taken there (straight through, Bengio 2013), so that a small step of the
+    outer loop need not change the value.
 
     Raises ValueError for `low >= high`, only one bound, bounds that are not finite, an unknown
-    scale, `"log"` with `low <= 0` and `"reverse_log"` with `high >= 1`.
+    scale, `"log"` with `low <= 0`, `"reverse_log"` with `high >= 1`, and a `step` that does not
+    divide a linear range.
 
     >>> rate = Float(1e-4, 1.0, scale="log")
     >>> print(f"{rate.from_unit(0.5):.4f} {rate.to_unit(0.01):.4f}")
@@ -48,11 +52,18 @@ class Float:
     scale: str = "linear"
     # Compared, but a dict has no hash.
     when: Mapping[str, Any] | None = field(default=None, hash=False)
+    step: float | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> Float:  # noqa: D102
+        _refuse_log("Float", given)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         checks.choice("Float(scale", self.scale, _FLOAT_SCALES)
         object.__setattr__(self, "when", _conditions("Float", self.when))
         if self.low is None and self.high is None:
+            if self.step is not None:
+                raise ValueError(f"Float(step={self.step!r}) starts at low: give low and high.")
             if self.scale != "linear":
                 raise ValueError(
                     f"Float(scale={self.scale!r}) has no bounds to measure its scale between: "
@@ -69,6 +80,9 @@ class Float:
             bound = checks.finite(f"Float({name}", getattr(self, name), remedy)
             object.__setattr__(self, name, bound)
         _check_range("Float", self.low, self.high, self.scale)
+        if self.step is not None:
+            checks.positive("step", self.step, "a distance between two values, or None")
+            _check_step("Float", self.low, self.high, self.step, self.scale)
 
     def __repr__(self) -> str:
         return _show(self, *(() if self.low is None else (self.low, self.high)))
@@ -100,7 +114,21 @@ class Float:
 
         Within [0, 1] the value stays within the bounds; outside, the scale is continued.
         """
-        u = as_float(unit)
+        if self.step is None:
+            return self._between(as_float(unit))
+        value, still = self._between(as_float(unit)), jax.lax.stop_gradient
+        # The derivative of the value between the steps, at the value that is used.
+        return still(self.on_grid(value)) + (value - still(value))
+
+    def on_grid(self, value: Leaf) -> Any:
+        """Return the nearest multiple of `step` above `low`; without a step the value itself."""
+        if self.step is None or self.low is None:
+            return value
+        count = (value - self.low) / self.step
+        count = round(count) if isinstance(count, float) else jnp.round(count)
+        return self.low + count * self.step
+
+    def _between(self, u: jax.Array) -> jax.Array:
         bounds = self._bounds_in(u.dtype)
         if bounds is None:
             return u
@@ -168,17 +196,23 @@ class Int:
     """A whole number between `low` and `high`, both included: it changes shapes or control flow.
 
     Discrete hyperparameters are chosen by the study and get no gradient. `scale` is `"linear"` or
-    `"log"`; `when` as in `Float`. Raises ValueError for `low >= high`, an unknown scale and
-    `"log"` with `low < 1`; TypeError for bounds that are not integers.
+    `"log"`; `step` keeps to `low`, `low + step`, ...; `when` as in `Float`. Raises ValueError for
+    `low >= high`, an unknown scale, `"log"` with `low < 1` and a `step` that does not divide a
+    linear range; TypeError for numbers that are no integers.
 
-    >>> Int(1, 8).admits(3), Int(1, 8).admits(9)
-    (True, False)
+    >>> Int(1, 8).admits(3), Int(1, 8).admits(9), Int(16, 64, step=16).admits(40)
+    (True, False, False)
     """
 
     low: int
     high: int
     scale: str = "linear"
     when: Mapping[str, Any] | None = field(default=None, hash=False)
+    step: int | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> Int:  # noqa: D102
+        _refuse_log("Int", given)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         checks.choice("Int(scale", self.scale, _INT_SCALES)
@@ -188,13 +222,22 @@ class Int:
             bound = checks.integer(f"Int({name}", getattr(self, name), None, remedy)
             object.__setattr__(self, name, bound)
         _check_range("Int", self.low, self.high, self.scale)
+        if self.step is not None:
+            object.__setattr__(self, "step", checks.integer("Int(step", self.step))
+            _check_step("Int", self.low, self.high, self.step, self.scale)
 
     def __repr__(self) -> str:
         return _show(self, self.low, self.high)
 
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return (self.high - self.low) // (self.step or 1) + 1
+
     def admits(self, value: Any) -> bool:
-        """Say whether `value` is one of the whole numbers between the bounds."""
-        return checks.is_integer(value) and self.low <= value <= self.high
+        """Say whether `value` is a whole number between the bounds, and on the step's grid."""
+        inside = checks.is_integer(value) and self.low <= value <= self.high
+        return inside and (value - self.low) % (self.step or 1) == 0
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -304,10 +347,34 @@ def _check_range(kind: str, low: float, high: float, scale: str) -> None:
         )
 
 
+def _refuse_log(kind: str, given: Mapping[str, Any]) -> None:
+    if "log" in given:
+        scale = "log" if given["log"] else "linear"
+        raise ValueError(f"{kind}(log={given['log']!r}) is Optuna's: write scale={scale!r}.")
+
+
+def _check_step(kind: str, low: float, high: float, step: float, scale: str) -> None:
+    if scale != "linear":
+        raise ValueError(
+            f"{kind}(step={step!r}, scale={scale!r}) has equal steps on an unequal scale: leave "
+            "one of both out, or list the values in a Categorical."
+        )
+    count = (high - low) / step
+    if abs(count - round(count)) > 1e-6 or round(count) < 1:
+        last = low + math.floor(count) * step
+        give = f"high={last:.12g}" if last > low else "a smaller step"
+        raise ValueError(
+            f"{kind}(low={low!r}, high={high!r}, step={step!r}) does not end on a step: give "
+            f"{give}."
+        )
+
+
 def _show(dimension: Dimension, *values: object) -> str:
     arguments = [repr(value) for value in values]
     if not isinstance(dimension, Categorical) and dimension.scale != "linear":
         arguments.append(f"scale={dimension.scale!r}")
+    if not isinstance(dimension, Categorical) and dimension.step is not None:
+        arguments.append(f"step={dimension.step!r}")
     if dimension.when is not None:
         when = {name: v[0] if len(v) == 1 else v for name, v in dimension.when.items()}
         arguments.append(f"when={when!r}")

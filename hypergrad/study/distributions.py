@@ -66,6 +66,9 @@ class Coordinates:
             distribution = self.distributions[name]
             if isinstance(distribution, FloatDistribution):
                 value = 1 - float(value) if self.names[name] != name else float(value)
+                dimension = self.space[name]
+                # float32's multiples of a step are none of float64's
+                value = dimension.on_grid(value) if isinstance(dimension, Float) else value
                 value = min(max(value, distribution.low), distribution.high)
             elif isinstance(distribution, IntDistribution):
                 value = int(value)
@@ -181,7 +184,9 @@ def _distribution(name: str, dimension: Dimension) -> BaseDistribution:
     if isinstance(dimension, Categorical):
         return CategoricalDistribution(dimension.choices)
     if isinstance(dimension, Int):
-        return IntDistribution(dimension.low, dimension.high, log=dimension.scale == "log")
+        return IntDistribution(
+            dimension.low, dimension.high, dimension.scale == "log", dimension.step or 1
+        )
     if dimension.low is None or dimension.high is None:
         raise ValueError(
             f"Space[{name!r}] is {dimension!r} without bounds, from which no study can propose: "
@@ -189,22 +194,25 @@ def _distribution(name: str, dimension: Dimension) -> BaseDistribution:
         )
     if dimension.scale == "reverse_log":
         return FloatDistribution(1 - dimension.high, 1 - dimension.low, log=True)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.scale == "log")
+    return FloatDistribution(
+        dimension.low, dimension.high, dimension.scale == "log", dimension.step
+    )
 
 
 def _grid_axis(distribution: BaseDistribution, points: int) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high = distribution.low, distribution.high
-    if isinstance(distribution, IntDistribution) and high - low < points:
-        return list(range(int(low), int(high) + 1))
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is not None and (high - low) / step < points:
+        return [low + i * step for i in range(round((high - low) / step) + 1)]
     if distribution.log:
         values = np.exp(np.linspace(math.log(low), math.log(high), points))
     else:
         values = np.linspace(low, high, points)
-    if isinstance(distribution, IntDistribution):
+    if step is not None:
         # Small integers coincide on a log scale.
-        return sorted({min(max(round(v), low), high) for v in values.tolist()})
+        on_grid = [low + round((v - low) / step) * step for v in values.tolist()]
+        return sorted({min(max(v, low), high) for v in on_grid})
     # The bounds as they are: exp(log(low)) may lie outside by a rounding, of which Optuna warns.
     return [low, *values[1:-1].tolist(), high]

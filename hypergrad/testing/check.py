@@ -12,7 +12,8 @@ from hypergrad.checks import instance, integer, positive, random_key
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
 from hypergrad.estimators.hypergradient import checked_hyper
 from hypergrad.estimators.unrolled import Unrolled
-from hypergrad.problem.problem import Problem, refuse_no_problem
+from hypergrad.problem.mistakes import refuse_no_problem
+from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.testing.causes import cause_of_nan, entries_of, unless_custom_vjp
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, Tree, is_inexact

@@ -27,8 +27,8 @@ import numpy as np
 from hypergrad.checks import folder_name, in_one_sentence, integer_field
 from hypergrad.files.lock import FolderLock
 from hypergrad.training.history import History
-from hypergrad.training.identity import difference, is_key
-from hypergrad.trees import Leaf, State, Tree
+from hypergrad.training.identity import difference
+from hypergrad.trees import Leaf, State, Tree, is_key
 
 _log = logging.getLogger("hypergrad")
 

@@ -124,7 +124,8 @@ def fit(
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
 
-      progress: on a terminal a bar, elsewhere a line a minute (`hypergrad.training.progress`).
+      progress: on a terminal and in a notebook (with ipywidgets) a bar, elsewhere a line a minute
+        (`hypergrad.training.progress`).
 
     Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
     nothing else. An iterable must give the same batches again when it is started anew in a new

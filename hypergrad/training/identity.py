@@ -11,7 +11,7 @@ import numpy as np
 
 from hypergrad.data.contents import as_array
 from hypergrad.space.description import fingerprint, first_difference, space_of
-from hypergrad.trees import Hyper, Leaf, State, leaf_names
+from hypergrad.trees import Hyper, Leaf, State, is_key, leaf_names
 from hypergrad.tuners.base import Tuner
 
 # Of what is written here and in `checkpoints`; another one is refused.
@@ -40,11 +40,6 @@ def describe(tuner: Tuner, state: State, steps_per_update: int) -> dict[str, Any
         "leaves": [[name, *_kind(leaf)] for name, leaf in named],
         "key": [np.asarray(jax.random.key_data(x)).tolist() for x in leaves if is_key(x)],
     }
-
-
-def is_key(leaf: Leaf) -> bool:
-    """Whether a leaf is a typed PRNG key, which NumPy cannot hold."""
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _kind(leaf: Leaf) -> tuple[str, list[int]]:

@@ -1,5 +1,6 @@
-"""How a run or a sweep is going, for whoever watches: a bar on a terminal, lines in the log."""
+"""How a run or a sweep is going, for whoever watches: a bar, or a line a minute."""
 
+import importlib.util
 import logging
 import sys
 import time
@@ -20,10 +21,11 @@ _MOST_NAMED = 4
 
 
 class ProgressBar:
-    """What is done of `total`, a bar, the time left and a text, on a terminal only; a context.
+    """What is done of `total`, a bar, the time left and a text; a context.
 
-    `first` of them are done before. `file` is where to, and what is asked whether it is a terminal;
-    None is standard error. `clock` gives seconds.
+    Drawn on a terminal, and in a Jupyter notebook where ipywidgets is installed. `first` of them
+    are done before. `file` is where to, and what is asked whether it is a terminal; None is
+    standard error. `clock` gives seconds.
     """
 
     def __init__(
@@ -43,12 +45,15 @@ class ProgressBar:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a terminal to draw on."""
+        """Whether there is a terminal or a notebook to draw on."""
         return self._bar is not None
 
     def __enter__(self) -> Self:
-        if self._file is not None and self._file.isatty():
-            self._open()
+        if self._file is not None:
+            if self._file.isatty():
+                self._open()
+            elif self._file is sys.stderr and _in_notebook():
+                self._open(notebook=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,7 +61,7 @@ class ProgressBar:
             self._bar.refresh()
             self._bar.stop()
 
-    def _open(self) -> None:
+    def _open(self, notebook: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
@@ -69,7 +74,7 @@ class ProgressBar:
             TextColumn("left", table_column=fixed),
             TextColumn("{task.description}", markup=False, table_column=rest),
             expand=True,
-            console=Console(file=self._file),
+            console=Console(file=self._file, force_jupyter=notebook),
             auto_refresh=False,
             # Lets a message of the user's own appear above the bar.
             redirect_stdout=True,
@@ -85,6 +90,13 @@ class ProgressBar:
         due = now - self._shown >= seconds
         self._shown = now if due else self._shown
         return due
+
+    def _say(self, line: str) -> None:
+        """A line for whoever has no bar: to the logger, or to `file` where no logging is set up."""
+        if _log.hasHandlers():
+            _log.info(line)
+        elif self._file is not None:
+            print(line, file=self._file, flush=True)
 
     def _draw(self, done: float, text: str, now: bool = True) -> None:
         self._bar.update(self._task, completed=done, description=text)
@@ -132,32 +144,42 @@ class FitProgress(ProgressBar):
             self._draw(done, text)
             return
         left = (self._total - done) / rate if rate else float("inf")
-        line = f"{done}/{self._total} {text}, {_duration(left)} left"
-        if _log.hasHandlers():
-            _log.info(line)
-        elif self._file is not None:
-            print(line, file=self._file, flush=True)
+        self._say(f"{done}/{self._total} {text}, {_duration(left)} left")
 
 
 class SweepProgress(ProgressBar):
-    """Shows the trials done, the best score, who runs, and speed; nothing off a terminal.
+    """Shows the trials done, the best score, who runs, and speed; else a line a minute.
 
     Attributes:
       finished: the trials that all processes have finished.
       best: the best score so far, or None.
+      last: the score of the trial that was started last among those that have one, or None.
     """
 
     finished = 0
     best: float | None = None
+    last: float | None = None
 
-    def __init__(self, num_trials: int, enabled: bool = True) -> None:
-        super().__init__(0, num_trials, " trials")
+    def __init__(
+        self,
+        num_trials: int,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(0, num_trials, " trials", file, clock)
         self._file = self._file if enabled else None
         self._begin = self._clock()
         self._before: float | None = None
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether what stands here is looked at soon: it costs a look at the study."""
+        on_time = self._clock() - self._shown >= _BETWEEN_LINES
+        return self.is_open or (self._file is not None and on_time)
+
     def show(self, running: int, partial: float, steps: int, now: bool = False) -> None:
-        """Draws where the sweep stands, `now` or when it is time.
+        """Draws where the sweep stands, `now` or when it is time; a line only when it is time.
 
         `running` trials train here and have `partial` full runs behind them; this call has spent
         `steps` training steps.
@@ -167,6 +189,15 @@ class SweepProgress(ProgressBar):
         self._before = done if self._before is None else self._before
         speed = (done - self._before) / max(self._clock() - self._begin, 1e-9)
         best = "none yet" if self.best is None else f"{self.best:.4g}"
+        if not self.is_open:
+            if self._file is not None and self._is_due(_BETWEEN_LINES):
+                left = (self._total - done) / speed if speed else float("inf")
+                score = "" if self.last is None else f", score {self.last:.4g}"
+                self._say(
+                    f"{self.finished}/{self._total} trials{score}, best {best}, "
+                    f"{_duration(left)} left"
+                )
+            return
         text = f"best {best}, {running} run, {speed:.2g} trials/s, {steps} steps"
         self._draw(done, text, self._is_due(_BETWEEN_DRAWINGS) or now)
 
@@ -188,6 +219,13 @@ def record_line(record: Record, rate: float, steps_per_update: int) -> str:
             low, high = f"{values.min():.3g}", f"{values.max():.3g}"
             parts.append(f"{name} {low}" if low == high else f"{name} {low}..{high}")
     return ", ".join(parts)
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel whose front end can show what rich draws there."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    has_kernel = type(shell).__name__ == "ZMQInteractiveShell"
+    return has_kernel and importlib.util.find_spec("ipywidgets") is not None
 
 
 def _duration(seconds: float) -> str:

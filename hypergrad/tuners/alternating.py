@@ -9,6 +9,7 @@ import optax
 
 from hypergrad.checks import integer, random_key
 from hypergrad.data.batches import num_steps
+from hypergrad.eager import compiled_outside_jit
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
@@ -235,7 +236,7 @@ def alternating(
             warn_of_state(state)
         return space.from_unit(space.project(state.average.unit))
 
-    return Tuner(init, update, best, space)
+    return Tuner(init, compiled_outside_jit(update), compiled_outside_jit(best), space)
 
 
 def _with_step_of(inner: InnerState, other: InnerState) -> InnerState:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad import checks
-from hypergrad.problem.problem import refuse_no_problem
+from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Hyper, InnerState, Key, Scalar, State, Unit
 
@@ -17,7 +17,8 @@ class Tuner(NamedTuple):
     Attributes:
       init: `(hyper, key) -> state`, from starting values in the user's units; that of `alternating`
         also takes a training state to go on from, `inner=`.
-      update: `(state, train, valid) -> (state, info)`; wrap it in `jax.jit` as a whole. `train` is
+      update: `(state, train, valid) -> (state, info)`; outside of `jax.jit` it is compiled at its
+        first call; wrap it in `jax.jit` as a whole to donate the state. `train` is
         K stacked batches, leaves `[K, batch, ...]`, or a `Minibatches`; `valid` one batch.
       best: `state -> hyper`, the values to keep: the mean of the trusted iterates in unit
         coordinates (`alternating` gives later ones more weight, as it forgets a far start).

@@ -9,11 +9,12 @@ import optax
 
 from hypergrad import checks
 from hypergrad.data.batches import num_steps
+from hypergrad.eager import compiled_outside_jit
 from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
-from hypergrad.problem.problem import Problem, validation_loss
+from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
 from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
@@ -105,7 +106,9 @@ def restarting(
 
         def run(key: Key, memory: State) -> tuple[Estimate, State, Scalar]:
             start = problem.init(hyper, key)
-            untrained = validation_loss(problem, start.params, hyper, valid, key, 0)
+            untrained = validation_loss(
+                problem, judged_params(problem, start), hyper, valid, key, 0
+            )
             limited = shorten(problem, start, state.trust, steps)
             window = Window(limited, None, train, valid, key)
             estimate, memory = unit_estimate(chosen, window, space, now.unit, memory)
@@ -137,7 +140,7 @@ def restarting(
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))
 
-    return Tuner(init, update, best, space)
+    return Tuner(init, compiled_outside_jit(update), compiled_outside_jit(best), space)
 
 
 def combine(grads: Unit) -> tuple[Unit, Scalar]:

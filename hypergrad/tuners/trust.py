@@ -109,7 +109,9 @@ def first_state(now: Position, key: Key) -> TunerState:
     """The state of a tuner that begins at `now`."""
     trust = initial_trust(jnp.result_type(*jax.tree.leaves(now.unit)))
     none = jnp.zeros((), jnp.int32)
-    return TunerState(now, now, trust, Average(now.unit, none), key, none)
+    state = TunerState(now, now, trust, Average(now.unit, none), key, none)
+    # Each leaf in a buffer of its own, none of them the caller's: the state may be donated.
+    return jax.tree.map(jnp.copy, state)
 
 
 def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
@@ -271,7 +273,7 @@ def in_unit_coordinates(window: Window, space: Space) -> Window:
     def judged(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, unit, batch, key: function(params, hyper_of(unit), batch, key)
 
-    moved = Problem(
+    moved = problem._replace(
         init=lambda unit, key: problem.init(hyper_of(unit), key),
         step=judged(problem.step),
         train_loss=judged(problem.train_loss),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches
-from hypergrad.problem.problem import Problem, validation_loss
+from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Tree, Unit, all_finite
 from hypergrad.tuners.population.refine import Runs
 from hypergrad.tuners.trust import REASONS
@@ -195,7 +195,7 @@ class Member:
     def score(self, member: PopulationState, batch: Batch) -> Scalar:
         """The loss on `batch` at the present parameters; NaN where not active."""
         run = member.run
-        params, hyper = run.inner.params, self.runs.hyper(run)
+        params, hyper = judged_params(self.problem, run.inner), self.runs.hyper(run)
         # As of step 0 at any time: a score must not change by the noise of the loss alone.
         loss = validation_loss(self.problem, params, hyper, batch, run.key, 0)
         return jnp.where(member.active, loss, jnp.nan)
@@ -226,7 +226,8 @@ class Member:
         if self.problem.metrics is None or batch is None:
             return {}
         run = member.run
-        return self.problem.metrics(run.inner.params, self.runs.hyper(run), batch, run.key)
+        params = judged_params(self.problem, run.inner)
+        return self.problem.metrics(params, self.runs.hyper(run), batch, run.key)
 
     def _values(self, unit: Unit) -> Hyper:
         space = self.runs.space
