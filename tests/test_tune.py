@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -49,11 +50,12 @@ def _penalised(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
     return _square(params, hyper, batch, key) + hyper["l2"] * jnp.sum(params["w"] ** 2)
 
 
-def _problem(optimizer: Any = None) -> hg.Problem:
-    def init(key: Any) -> Any:
-        return {"w": 0.3 * jax.random.normal(key, (5,))}
+def _init(key: Any) -> Any:
+    return {"w": 0.3 * jax.random.normal(key, (5,))}
 
-    return hg.bilevel(init, _penalised, _square, optimizer or (lambda h: optax.sgd(h["rate"])))
+
+def _problem(optimizer: Any = None) -> hg.Problem:
+    return hg.bilevel(_init, _penalised, _square, optimizer or (lambda h: optax.sgd(h["rate"])))
 
 
 def _tune(problem: Any = None, start: Any = START, data: Any = DATA, **options: Any) -> Any:
@@ -114,6 +116,28 @@ def test_table_and_pictures(found: Any, tmp_path: Path) -> None:
     assert len(lines) == len(found.candidates) + 2 and "untuned" in found.table()
     assert lines[1].startswith(found.best.kind)
     assert all(path.stat().st_size > 5000 for path in found.save_pictures(tmp_path / "made"))
+
+
+def test_a_result_can_be_pickled(found: Any) -> None:
+    again = pickle.loads(pickle.dumps(found))
+    np.testing.assert_array_equal(again.params["w"], found.params["w"])
+    assert again.table() == found.table() and again.score == found.score
+    with pytest.raises(ValueError, match=r"unpickled.*neither problem nor data"):
+        again.audit()
+
+
+def test_parameters_that_are_judged_are_those_to_keep() -> None:
+    def optimizer(hyper: Any) -> Any:
+        return optax.chain(optax.sgd(hyper["rate"]), optax.ema(0.5))
+
+    def evaluate(params: Any, opt_state: Any) -> Any:
+        return jax.tree.map(lambda w: 0.5 * w, params)
+
+    problem = hg.bilevel(_init, _penalised, _square, optimizer, evaluate=evaluate)
+    result = _tune(problem, budget=1)
+    np.testing.assert_allclose(result.params["w"], 0.5 * result.state.params["w"])
+    score = _square(result.params, None, tuple(map(jnp.asarray, DATA.valid)), None)
+    assert float(score) == pytest.approx(result.score, rel=1e-6)
 
 
 def test_the_same_call_finds_the_same() -> None:

@@ -1,6 +1,7 @@
 """Every public callable under a table of wrong values: each is refused by its argument's name."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,6 +350,18 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         given(hg.piecewise_constant, values=[0.1, 0.2], steps_each=2),
         {"values": ("a", 3.0, None), "steps_each": NOT_INTEGERS},
     ),
+    "piecewise_cosine": (
+        given(hg.piecewise_cosine, values=[0.0, 1.0], num_steps=4),
+        {"values": ("a", 3.0, [1.0], None), "num_steps": (0, -1, NAN, "a")},
+    ),
+    "polynomial_decay": (
+        given(hg.polynomial_decay, initial=0.1, final=0.0, power=2.0, num_steps=4),
+        {"initial": ("a", None), "final": ("a", None), "num_steps": (0, -1, NAN, "a")},
+    ),
+    "prox": (
+        given(hg.prox, optimizer=optax.sgd(0.1), penalty=hg.prox.l1(0.1)),
+        {"optimizer": (None, 3, optax.sgd), "penalty": (None, 3, 0.1)},
+    ),
     "warmup_cosine": (
         given(hg.warmup_cosine, peak=0.1, warmup_steps=2, decay_steps=8),
         {"peak": ("a", None), "warmup_steps": (-1, NAN, "a", 9), "decay_steps": (0, -1, NAN, "a")},
@@ -397,6 +410,31 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "folder": (*NOT_PATHS, "missing/run", b"run", "a\0b"),
             "every": NOT_INTEGERS,
             "keep": NOT_INTEGERS,
+        },
+    ),
+    "tune": (
+        given(
+            hg.tune,
+            problem=PROBLEM,
+            space=SPACE,
+            data=SPLITS,
+            start={"rate": 0.1},
+            num_steps=16,
+            batch_size=4,
+            budget=1.0,
+            progress=False,
+        ),
+        {
+            "problem": (None, 3, SPACE),
+            "space": (None, 3, {"rate": 0.1}, PROBLEM, hg.Space({})),
+            "data": (None, 3, (X, X, X), hg.Splits(X, None)),
+            "start": (3, "rate", [], {"speed": 1.0}, [{"rate": 5.0}]),
+            "num_steps": (*NOT_INTEGERS, 4),
+            "batch_size": (*NOT_INTEGERS, 9),
+            "budget": (0, -1, 0.5, NAN, "6", None),
+            "seed": (None, 1.5, -1, "0"),
+            "progress": (3, "yes", None),
+            "checkpoint": (3, True, "missing/a/b"),
         },
     ),
     "sweep": (
@@ -507,7 +545,8 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     ),
 }
 CASES = {
-    f"{name}({argument}={str(value)[:30]!r}, {i})": (make, argument, value)
+    # Without addresses, which differ between the workers of one test run.
+    f"{name}({argument}={re.sub(r' at 0x.*', '', str(value))[:30]!r}, {i})": (make, argument, value)
     for name, (make, wrong) in TABLE.items()
     for argument, values in wrong.items()
     for i, value in enumerate(values)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hypergrad import checks
 from hypergrad.optim.transforms import with_prefix
 from hypergrad.trees import Leaf, Params, State, Tree, inner_product, split_inexact
 
@@ -132,6 +133,8 @@ class _Prox:
         >>> optax.apply_updates(params, updates).round(2).tolist()
         [1.7999999523162842, 0.0]
         """
+        checks.optimizer("optimizer", optimizer)
+        checks.function("penalty", penalty, "params", "step_size")
         inner = optax.with_extra_args_support(optimizer)
 
         def update(

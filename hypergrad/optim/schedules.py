@@ -221,6 +221,8 @@ def polynomial_decay(
     >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 20)]
     [1.0, 0.25, 0.0, 0.0]
     """
+    for name, value in (("initial", initial), ("final", final), ("begin", begin)):
+        checks.numbers(name, value)
     checks.positive_if_known("power", power)
     checks.positive_if_known("num_steps", num_steps)
 

@@ -16,7 +16,7 @@ from hypergrad.data.splits import Splits
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.compressed import compressed
-from hypergrad.problem.problem import Problem, validation_loss
+from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.training.fit import FitResult, fit
 from hypergrad.trees import Batch, Hyper, InnerState, Params
@@ -126,7 +126,7 @@ class Workshop:
     def test_loss(self, hyper: Hyper, seed: int) -> float:
         """The loss on the test split after such a run; infinite if it diverged."""
         try:
-            params = self.plain_run(hyper, seed).params
+            params = judged_params(self.problem, self.plain_run(hyper, seed))
         except FloatingPointError:
             return float("inf")
         loss = float(self._judge(params, hyper, self.data.test)[0])
@@ -262,7 +262,7 @@ class Workshop:
         if result is not None:
             inner = result.state.inner
             last = jax.tree.map(lambda x: x[-1], schedule.values)
-            score, error = self._scored(inner.params, last)
+            score, error = self._scored(judged_params(self.problem, inner), last)
             if score < self._lowest:
                 self._lowest, self.best = score, inner
         found = Candidate(kind, start, k, score, error, cost, hyper, schedule)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad.checks import integer, positive
+from hypergrad.checks import WrongTypeError, flag, integer, positive
 from hypergrad.data.batches import Minibatches, num_examples
 from hypergrad.data.splits import Splits
+from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
 from hypergrad.search.candidates import UPDATES, Workshop
 from hypergrad.search.tuned import TuneResult
@@ -85,6 +86,8 @@ def tune(
     >>> bool(result.score < result.candidates[0].score), result.best.kind != "untuned"
     (True, True)
     """
+    refuse_no_problem(problem)
+    flag("progress", progress)
     starts = _checked_starts(space, start)
     num_steps, batch_size = integer("num_steps", num_steps), integer("batch_size", batch_size)
     horizon(num_steps)  # refuses a run that is too short
@@ -151,7 +154,7 @@ def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
 
 def _checked_starts(space: Any, start: Any) -> list[Hyper]:
     if not isinstance(space, Space):
-        raise TypeError(f"space is a {type(space).__name__}: give a hypergrad.Space.")
+        raise WrongTypeError(f"space is a {type(space).__name__}: give a hypergrad.Space.")
     if space.discrete:
         raise ValueError(
             f"space holds the choices {list(space.discrete)}, which have no gradient: fix them, or "
@@ -162,15 +165,20 @@ def _checked_starts(space: Any, start: Any) -> list[Hyper]:
     if start is None:
         middle = {name: np.float32(0.5) for name in space.continuous}
         return [jax.device_get(space.from_unit(middle))]
-    starts = [start] if isinstance(start, Mapping) else list(start)
+    starts = [start] if isinstance(start, Mapping) else start
+    if not isinstance(starts, list | tuple) or not all(isinstance(s, Mapping) for s in starts):
+        raise WrongTypeError(f"start={start!r}: give a dict of values, a list of such, or None.")
     if not starts:
         raise ValueError(f"start={start!r} is empty: give values, or None for the middle.")
-    return [space.validate(dict(values)) for values in starts]
+    try:
+        return [space.validate(dict(values)) for values in starts]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"start={start!r}: {error}") from None
 
 
 def _check_data(data: Any, batch_size: int) -> None:
     if not isinstance(data, Splits):
-        raise TypeError(
+        raise WrongTypeError(
             f"data is a {type(data).__name__}: give hypergrad.Splits(train, valid, test)."
         )
     Minibatches(data.train, batch_size)  # refuses a batch larger than the data
@@ -184,7 +192,7 @@ def _check_data(data: Any, batch_size: int) -> None:
 
 def _made(checkpoint: str | os.PathLike[str]) -> Path:
     if not isinstance(checkpoint, str | os.PathLike) or not os.fspath(checkpoint):
-        raise TypeError(f"checkpoint={checkpoint!r} is no path: give a folder's name.")
+        raise WrongTypeError(f"checkpoint={checkpoint!r} is no path: give a folder's name.")
     folder = Path(checkpoint).expanduser().absolute()
     if not folder.parent.is_dir():
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 
 from hypergrad.checks import integer
 from hypergrad.optim.schedules import Schedule
+from hypergrad.problem.problem import judged_params
 from hypergrad.search.candidates import Candidate, Workshop
 from hypergrad.search.result import Audit
 from hypergrad.trees import Hyper, InnerState, Params
@@ -20,7 +21,10 @@ from hypergrad.trees import Hyper, InnerState, Params
 class TuneResult:
     """What `tune` returns.
 
+    It can be pickled; problem and data are left out, so that what was unpickled trains nothing.
+
     Attributes:
+      params: the parameters to keep: those of `state`, or what `problem.evaluate` makes of it.
       state: the training state of the network with the lowest validation loss.
       hyper: the values to keep: of the constant ones that were trained, those whose network has
         the lowest validation loss.
@@ -34,6 +38,7 @@ class TuneResult:
       remarks: what is odd about the runs, a sentence each.
     """
 
+    params: Params
     state: InnerState
     hyper: Hyper
     schedule: Schedule
@@ -42,7 +47,7 @@ class TuneResult:
     candidates: tuple[Candidate, ...]
     evaluations: float
     remarks: tuple[str, ...]
-    _workshop: Workshop
+    _workshop: Workshop | None
 
     @classmethod
     def of(cls, shop: Workshop) -> Self:
@@ -50,6 +55,7 @@ class TuneResult:
         assert shop.best is not None
         best = min(shop.candidates, key=lambda candidate: candidate.score)
         return cls(
+            params=judged_params(shop.problem, shop.best),
             state=shop.best,
             hyper=shop.lowest_constant().hyper,
             schedule=best.schedule,
@@ -61,10 +67,8 @@ class TuneResult:
             _workshop=shop,
         )
 
-    @property
-    def params(self) -> Params:
-        """The parameters of `state`."""
-        return self.state.params
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_workshop": None}
 
     def __repr__(self) -> str:
         return f"<TuneResult: {self.best.kind}, validation loss {self.score:.4g}>"
@@ -76,7 +80,8 @@ class TuneResult:
 
     def table(self) -> str:
         """Every candidate as text, the best first."""
-        unit = self._workshop.num_steps
+        # The untuned start is always the first, and one plain run.
+        unit = self.candidates[0].evaluations
         lines = [
             f"{'kind':12}{'horizon':>8}{'valid loss':>12}{'± s.e.':>10}{'runs':>7}  trained with"
         ]
@@ -94,7 +99,7 @@ class TuneResult:
           ValueError: values that are not those of the space.
           FloatingPointError: the run diverges.
         """
-        return self._workshop.plain_run(self._checked(hyper), integer("seed", seed, 0))
+        return self._with_problem().plain_run(self._checked(hyper), integer("seed", seed, 0))
 
     def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
         """Constant values retrained in full on `seeds` fresh seeds, scored on the test split.
@@ -110,13 +115,14 @@ class TuneResult:
           ValueError: the data have no test split; values that are not those of the space; no seeds.
         """
         seeds = integer("seeds", seeds)
-        if self._workshop.data.test is None:
+        shop = self._with_problem()
+        if shop.data.test is None:
             raise ValueError(
                 "data.test=None: an audit is taken on a split that nothing was tuned on. Give "
                 "hypergrad.Splits(train, valid, test)."
             )
         values = self._checked(hyper)
-        losses = np.array([self._workshop.test_loss(values, i) for i in range(seeds)])
+        losses = np.array([shop.test_loss(values, i) for i in range(seeds)])
         error = float(losses.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
         return Audit(losses, float(losses.mean()), error)
 
@@ -128,11 +134,20 @@ class TuneResult:
         # Loaded on use, as tuning needs no matplotlib.
         from hypergrad.plotting.tuned import save_candidates
 
-        shop = self._workshop
+        shop = self._with_problem()
         return save_candidates(self.candidates, shop.space, shop.num_steps, folder)
 
+    def _with_problem(self) -> Workshop:
+        if self._workshop is None:
+            raise ValueError(
+                "This result was unpickled, and holds neither problem nor data: call "
+                "hypergrad.tune again with the same checkpoint, which trains nothing anew, and use "
+                "what it returns."
+            )
+        return self._workshop
+
     def _checked(self, hyper: Mapping[str, Any] | None) -> Hyper:
-        return self._workshop.space.validate(dict(self.hyper if hyper is None else hyper))
+        return self._with_problem().space.validate(dict(self.hyper if hyper is None else hyper))
 
 
 def _shown(candidate: Candidate) -> str:
