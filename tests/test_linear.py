@@ -117,11 +117,15 @@ def test_gmres_does_not_depend_on_the_scale_of_the_matrix(scale: float) -> None:
         measure(lambda _, c=c: hg.GMRES(50, cycles=c), "float64", 1.1, scale) for c in (1, 2)
     )
     assert one[0] < 1e-10 and two[0] <= one[0]
-    for dtype in ("float32", "float64"):
-        residuals = [
-            measure(lambda _, c=c: hg.GMRES(20, cycles=c), dtype, 1e6, scale)[0] for c in (1, 2, 3)
-        ]
-        assert residuals == sorted(residuals, reverse=True)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_further_cycle_of_gmres_is_never_worse(dtype: str) -> None:
+    residuals = [
+        measure(lambda _, c=c: hg.GMRES(20, cycles=c), dtype, 1e6, 1e4)[0] for c in (1, 2, 3)
+    ]
+    assert residuals == sorted(residuals, reverse=True)
 
 
 @pytest.mark.usefixtures("x64")
