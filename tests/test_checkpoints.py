@@ -181,7 +181,8 @@ def test_sigterm_ends_what_hangs(mode: str, start: Any, tmp_path: Path) -> None:
     process, begin = start(mode), time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
-    assert time.monotonic() - begin < 6
+    # Three to five seconds on a machine that has time; for ever was what it took.
+    assert time.monotonic() - begin < 25
     if mode != "stubborn":
         (done,) = saved_updates(tmp_path / "run")
         assert 1 <= done <= 18

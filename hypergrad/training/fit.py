@@ -257,6 +257,7 @@ class _Run:
             self._ran_out(reason)
             return iter(())
         except Stopped:
+            self._broken_off()
             return iter(())
         if self.saver is not None:
             program = program_of(self.update.trace(self.state, fed.train, fed.valid))
@@ -290,14 +291,18 @@ class _Run:
         except RanOut as reason:
             self._ran_out(reason)
         except Stopped:
-            self.callbacks = ()  # one of them may be what hangs
+            self._broken_off()
         while pending:
             try:
                 self._settle(pending.popleft())
             except Stopped:
-                self.callbacks = ()
+                self._broken_off()
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
+
+    def _broken_off(self) -> None:
+        self.signals.freed()
+        self.callbacks = ()  # one of them may be what hung
 
     def _waited_for(self, batches: Iterator[Fed]) -> Iterator[Fed]:
         while True:

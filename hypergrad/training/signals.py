@@ -57,6 +57,10 @@ class Signals:
         finally:
             self._waits = False
 
+    def freed(self) -> None:
+        """Say that what hung was broken off: what is left, a save, has the time that it takes."""
+        self._ended.set()
+
     def end(self, message: str) -> None:
         """End as the signal asks for, now that all is saved."""
         if self.wanted == signal.SIGINT:
