@@ -262,6 +262,8 @@ class Cohort:
             doubt = _doubt(report.reasons[i])
             if doubt is not None:
                 attrs["doubt"] = doubt
+                # Most of its training was undone, so that no score of its end is one of its values.
+                attrs["undone"] = bool(2 * report.reasons[i][1:].sum() > report.reasons[i].sum())
             if report.test_score is not None:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
@@ -283,7 +285,9 @@ class Cohort:
             elif standing.proposal.number not in going:
                 standing = standing._replace(fate="stopped" if after else "finished")
             trials.append(standing)
-        why = self.programs.bad_data if len(finite) < len(standings) else ""
+        undone = any(s.attrs.get("undone") for s in standings)
+        bad = undone or len(finite) < len(standings)
+        why = self.programs.bad_data if bad else ""
         return Standings(steps, trials, best[0].score if best else None, why)
 
 

@@ -330,7 +330,11 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
             _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
             continue
         if "doubt" in attrs:
-            _log.warning(f"#{proposal.number}: {attrs['doubt']}.")
+            _log.warning(f"#{proposal.number}: {attrs['doubt']}{news.why_not_finite}.")
+        if fate == "finished" and attrs.get("undone"):
+            error = f"ValueError: training was undone: {attrs['doubt']}{news.why_not_finite}."
+            opened.fail(proposal, error)
+            continue
         opened.report(proposal, score, news.steps)
         values = None if proposal.recorded else refined
         if fate == "finished":
