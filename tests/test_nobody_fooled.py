@@ -383,7 +383,7 @@ def test_bad_data_are_told_from_divergence(caplog: pytest.LogCaptureFixture) -> 
     valid = X[64:], Y[64:]
     train = hg.Minibatches((x[:32], Y[:32]), batch_size=8, num_steps=4)
     for data, valid_data, match in (
-        (train, valid, r"training step \d+, is not finite.* train, in examples \[3\] of 32"),
+        (train, valid, r"training step \d+\) is not finite.* train, in examples \[3\] of 32"),
         (
             (x[None, :32], Y[None, :32]),
             valid,

@@ -173,6 +173,31 @@ def test_a_killed_call_goes_on(tmp_path: Path) -> None:
         _tune(budget=6, checkpoint=folder, start={"rate": 0.02, "l2": 1e-3})
 
 
+def test_a_budget_that_tunes_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hypergrad"):
+        result = _tune(budget=2)
+    assert [c.kind for c in result.candidates] == ["untuned"]
+    assert "Nothing was tuned: budget=2" in result.remarks[0] and "budget=2" in caplog.text
+
+
+def test_warnings_are_of_the_run_that_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hypergrad"):
+        result = _tune(budget=6)
+    assert "horizon" not in caplog.text
+    assert result.best.kind == "alternating" or result.remarks == ()
+
+
+def test_bad_data_and_wrong_names_are_named() -> None:
+    x, y = DATA.train
+    bad = DATA._replace(train=(np.where(np.arange(len(y))[:, None] == 3, np.nan, x), y))
+    with pytest.raises(FloatingPointError, match=r"the data are the reason.*data\.train.*\[3\]"):
+        _tune(data=bad, budget=1)
+    with pytest.raises(ValueError, match=r"data\.valid: arrays disagree"):
+        _tune(data=DATA._replace(valid=(x, y[:-1])))
+    with pytest.raises(ValueError, match=r"'learning_rate'.*rate"):
+        _tune(_problem(lambda h: optax.sgd(h["learning_rate"])), budget=1)
+
+
 def test_starts() -> None:
     several = _tune(start=[START, {"rate": 0.3, "l2": 1e-3}], budget=2)
     assert [c.kind for c in several.candidates] == ["untuned", "untuned"]

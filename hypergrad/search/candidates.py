@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ class Workshop:
       spent: gradient evaluations so far.
       candidates: in the order in which they were trained.
       best: the training state of the lowest score.
-      remarks: what the alternating runs had to say, see `FitResult.remarks`.
+      remarks: what was odd about the run of the best network, see `FitResult.remarks`.
     """
 
     problem: Problem
@@ -96,7 +97,7 @@ class Workshop:
     spent: float = 0.0
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     best: InnerState | None = None
-    remarks: list[str] = dataclasses.field(default_factory=list)
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._lowest = np.inf
@@ -189,7 +190,6 @@ class Workshop:
             hyper, schedule = start, constant(start, self.num_steps)
             if result is not None:
                 hyper, schedule = result.hyper, result.schedule
-                self.remarks += result.remarks
             self._add("alternating", start, k, cost, hyper, schedule, result)
         if result is None:
             return None
@@ -233,6 +233,8 @@ class Workshop:
         key = jax.random.fold_in(jax.random.key(self.seed), self._stages)
         train = Minibatches(self.data.train, self.batch_size, steps)
         folder = None if self.folder is None else self.folder / f"{self._stages:02}"
+        # Of most runs only the values are kept: what is odd about them confuses, and is kept apart.
+        _log.addFilter(_no_remark)
         try:
             return fit(
                 tuner,
@@ -244,8 +246,10 @@ class Workshop:
                 progress=self.progress,
             )
         except FloatingPointError as error:
-            _log.info(f"run {self._stages} diverged: {error}")
+            self._say(f"run {self._stages} diverged: {error}")
             return None
+        finally:
+            _log.removeFilter(_no_remark)
 
     def _add(
         self,
@@ -264,11 +268,18 @@ class Workshop:
             last = jax.tree.map(lambda x: x[-1], schedule.values)
             score, error = self._scored(judged_params(self.problem, inner), last)
             if score < self._lowest:
-                self._lowest, self.best = score, inner
+                self._lowest, self.best, self.remarks = score, inner, result.remarks
         found = Candidate(kind, start, k, score, error, cost, hyper, schedule)
         self.candidates.append(found)
-        _log.info(f"{kind}: validation loss {score:.4g}, {self.spent / self.num_steps:.2f} runs")
+        self._say(f"{kind}: validation loss {score:.4g}, {self.spent / self.num_steps:.2f} runs")
         return found
+
+    def _say(self, line: str) -> None:
+        """A line to the log; to standard error where none is set up and somebody watches."""
+        if _log.hasHandlers():
+            _log.info(line)
+        elif self.progress:
+            sys.stderr.write(f"{line}\n")
 
     def _scored(self, params: Params, hyper: Hyper) -> tuple[float, float]:
         whole, parts = jax.device_get(self._judge(params, hyper, self.data.valid))
@@ -309,6 +320,10 @@ class Found(NamedTuple):
     hyper: Hyper
     settled: Schedule | None
     horizon: int
+
+
+def _no_remark(record: logging.LogRecord) -> bool:
+    return not getattr(record, "remark", False)
 
 
 def constant(hyper: Hyper, num_steps: int) -> Schedule:

@@ -12,6 +12,7 @@ import numpy as np
 
 from hypergrad.checks import WrongTypeError, flag, integer, positive
 from hypergrad.data.batches import Minibatches, num_examples
+from hypergrad.data.contents import bad_examples
 from hypergrad.data.splits import Splits
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
@@ -25,6 +26,7 @@ _log = logging.getLogger("hypergrad")
 
 # Runs that only look for values take a quarter of the steps.
 _STRIDE = 4
+_DIVERGED = "lower its learning rate; hypergrad.check_hypergradient names the step and the cause."
 # Whole-run steps at a time.
 _STEPS = 2
 
@@ -104,9 +106,11 @@ def tune(
     shop.progress, shop.folder = progress, folder
     _spend(shop, starts, budget * num_steps)
     if shop.best is None:
+        found = ((name, bad_examples(split)) for name, split in data._asdict().items())
+        bad = [f"data.{name}, in examples {where}" for name, where in found if where]
+        data_are = f"the data are the reason, NaN or infinity in {'; '.join(bad)}."
         raise FloatingPointError(
-            f"Every candidate diverged, from start={start!r} on: lower its learning rate, or see "
-            "hypergrad.check_hypergradient for the step and the likely cause."
+            f"Every candidate diverged, from start={start!r} on: {data_are if bad else _DIVERGED}"
         )
     return TuneResult.of(shop)
 
@@ -148,6 +152,13 @@ def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
             if found.settled is not None and affords(plain):
                 shop.replay(found.settled, found.hyper, place)
         place = shop.lowest_constant().hyper
+    if all(candidate.kind == "untuned" for candidate in shop.candidates):
+        shop.remarks += (
+            f"Nothing was tuned: budget={budget / shop.num_steps:g} affords the start alone. Give "
+            "3 or more, 6 for a tuned network and its values.",
+        )
+        _log.warning(shop.remarks[-1])
+        return
     while affords(plain):
         shop.train("frozen", shop.lowest_constant().hyper, place)
 
@@ -181,6 +192,12 @@ def _check_data(data: Any, batch_size: int) -> None:
         raise WrongTypeError(
             f"data is a {type(data).__name__}: give hypergrad.Splits(train, valid, test)."
         )
+    for name, split in data._asdict().items():
+        if split is not None:
+            try:
+                num_examples(split)
+            except ValueError as error:
+                raise ValueError(f"data.{name}: {error}") from None
     Minibatches(data.train, batch_size)  # refuses a batch larger than the data
     if data.valid is None:
         raise ValueError("data.valid=None: tuning needs a split that is not trained on.")

@@ -35,7 +35,7 @@ class TuneResult:
       candidates: every trained network, in order, see `hypergrad.search.candidates.Candidate`.
       evaluations: gradient evaluations in all: a training step counts 1, its way back 2, a
         validation gradient by its examples; a plain run of `num_steps` is the unit of `budget`.
-      remarks: what is odd about the runs, a sentence each.
+      remarks: what is odd about the run that trained `state`, or about the whole, a sentence each.
     """
 
     params: Params
@@ -63,7 +63,7 @@ class TuneResult:
             std_error=best.std_error,
             candidates=tuple(shop.candidates),
             evaluations=shop.spent,
-            remarks=tuple(shop.remarks),
+            remarks=shop.remarks,
             _workshop=shop,
         )
 

@@ -56,8 +56,8 @@ class Doubts:
 
     def _cause_of(self, record: Record, positions: dict[str, Any]) -> str:
         step = record.first_bad_step
-        at = f"Update {record.update}, training step {step}" if step not in (None, -1) else None
-        at = at or f"Update {record.update}"
+        at = f"Update {record.update} (its training step {step})"
+        at = at if step not in (None, -1) else f"Update {record.update}"
         bad = []
         for name, data in self._data.items():
             arrays = data.arrays if isinstance(data, Minibatches) else data
@@ -67,14 +67,14 @@ class Doubts:
                 bad.append(f"{name}, in {'steps and ' * stacked}examples {where}")
         if bad:
             return (
-                f"{at}, is not finite, and the data are the reason: NaN or infinity in "
+                f"{at} is not finite, and the data are the reason: NaN or infinity in "
                 f"{'; '.join(bad)}. Leave these out; an update that meets them is lost."
             )
         read = {n: p["read"] for n, p in positions.items()}
         if "train" in read:
             last = read["train"]
             return (
-                f"{at}, is not finite. It read batches {last - self._steps + 1} to {last} of "
+                f"{at} is not finite. It read batches {last - self._steps + 1} to {last} of "
                 "train: NaN in them is one reason, divergence another."
             )
         return ""
@@ -91,5 +91,5 @@ def remarks_of(tuner: Tuner, state: State, history: History) -> tuple[str, ...]:
         moved = {n: v for n, v in history.hypers.items() if n in tuner.space.continuous}
         found += remarks(tuner.space, moved)
     for remark in found:
-        _log.warning(remark)
+        _log.warning(remark, extra={"remark": True})
     return tuple(found)

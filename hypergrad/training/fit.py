@@ -166,11 +166,11 @@ def fit(
     (8, True)
     """
     _check_types(tuner, state, train)
+    refuse_missing_axis(train, valid)
     steps, num_updates = lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(folder_name("checkpoint", checkpoint))
-    refuse_missing_axis(train, valid)
     state = jax.tree.map(_strong, state)
     first = int(getattr(state, "updates", 0))
     asked = range(first, first + num_updates)

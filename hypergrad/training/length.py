@@ -1,9 +1,13 @@
 """How long a run is: K training steps for each of so many updates."""
 
+import logging
+
 from hypergrad.checks import integer
 from hypergrad.data.streams import is_fixed, steps_of
 from hypergrad.trees import Train
 from hypergrad.tuners.alternating import horizon
+
+_log = logging.getLogger("hypergrad")
 
 
 def lengths(
@@ -23,4 +27,9 @@ def lengths(
     steps = steps_of(train, steps_per_update)
     if num_steps < steps:
         raise ValueError(f"num_steps={num_steps} is less than one update of K={steps} steps.")
+    if num_steps % steps:
+        _log.warning(
+            f"num_steps={num_steps} is no multiple of K={steps}: the last {num_steps % steps} "
+            "steps are not trained."
+        )
     return steps, num_steps // steps

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.checks import having, instance, integer
+from hypergrad.checks import WrongTypeError, having, instance, integer
 from hypergrad.data.batches import step_inputs
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import Problem, steps_done, training_steps
@@ -57,6 +57,10 @@ def settled_schedule(space: Space, history: Sequence[Any], steps_per_update: int
     having(
         "history", history, ("__len__", "__getitem__"), "the info.hyper of each update, in order"
     )
+    if hasattr(history, "history"):
+        raise WrongTypeError(
+            f"history is a {type(history).__name__}: give its records, result.history."
+        )
     if len(history) < 4:
         raise ValueError(f"history has {len(history)} updates; settling needs at least 4.")
     if hasattr(history[0], "refused"):

@@ -12,6 +12,7 @@ from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
+from hypergrad.problem.structure import naming_missing
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, Train, Unit
 from hypergrad.tuners.alternating import alternating, horizon
@@ -149,7 +150,9 @@ def plain(problem: Problem, space: Space) -> Tuner:
 
     def init(hyper: Hyper, key: Key) -> Plain:
         hyper = space.validate(hyper)
-        return Plain(hyper, problem.init(hyper, key), key, jnp.zeros((), jnp.int32))
+        with naming_missing(hyper):
+            inner = problem.init(hyper, key)
+        return Plain(hyper, inner, key, jnp.zeros((), jnp.int32))
 
     def update(run: Plain, train: Train, valid: Batch) -> tuple[Plain, Untuned]:
         key = run_key(run.key, run.inner, run.updates)
