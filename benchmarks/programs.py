@@ -88,7 +88,10 @@ PARTS: dict[str, Maker] = {
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "none": lambda o: o,
     "apply_if_finite": lambda o: optax.apply_if_finite(o, 5),
-    "MultiSteps": lambda o: optax.MultiSteps(o, 2).gradient_transformation(),
+    # in float32 by default, in which differences drown
+    "MultiSteps": lambda o: optax.MultiSteps(
+        o, 2, accumulator_dtype=float
+    ).gradient_transformation(),
     "masked": lambda o: optax.masked(o, {"w": True, "b": False, "v": True}),
     "flatten": optax.flatten,
     "partition": lambda o: optax.partition(

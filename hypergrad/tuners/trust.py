@@ -76,6 +76,7 @@ class Trust:
       max_unconverged: refuse an implicit hypergradient where converging would change the validation
         loss by more than this share of it (`info["unconverged_share"]`), as at a kink (an L1
         penalty: see `hypergrad.prox`). This and `max_residual` rewind nothing: training goes on.
+        Raise it, up to infinity, for smooth losses where the validation loss goes towards 0.
       warm_up: estimates before the running median is believed.
       max_loss: `restarting` refuses a run whose validation loss does not end below this share of
         the untrained one (a diverged network can look calm: it is dead). Raise it, up to
@@ -90,7 +91,7 @@ class Trust:
     warm_up: int = 3
     max_loss: float = 0.8
     max_residual: float = 10.0
-    max_unconverged: float = 0.1
+    max_unconverged: float = 0.5
 
     def __post_init__(self) -> None:
         integer_field(self, "warm_up", 0)
