@@ -170,6 +170,7 @@ def test_several_lines_are_one_reason() -> None:
     assert sweep(None, 1, lines).table().endswith("the last error: ValueError: one two")
 
 
+@pytest.mark.filterwarnings("ignore:.*a program of its own")
 def test_ctrl_c_leaves_a_result(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[Any] = []
 
@@ -397,7 +398,7 @@ def test_bad_data_are_told_from_divergence(caplog: pytest.LogCaptureFixture) -> 
         with contextlib.suppress(FloatingPointError):
             hg.fit(tuner, state, data, valid_data, 12, **given)
         assert re.search(match, caplog.text), caplog.text
-        assert caplog.text.count("is not finite") == 1
+        assert caplog.text.count("Update 0") == 1
     with pytest.raises(FloatingPointError, match=r"train, in .*; valid, in examples \[3\]"):
         hg.fit(tuner, state, train, (x, Y), 25)
     table = sweep(data=splits(x)).table()

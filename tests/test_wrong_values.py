@@ -314,7 +314,7 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         {
             "estimator": NOT_ESTIMATORS,
             "outer_optimizer": NOT_OPTIMISERS,
-            "steps_per_update": NOT_INTEGERS,
+            "steps_per_update": [value for value in NOT_INTEGERS if value is not None],
             "max_move": NOT_POSITIVE,
             "trust": NOT_TRUST,
         },

@@ -17,7 +17,7 @@ from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import width_for
-from hypergrad.tuners.trust import REASONS
+from hypergrad.tuners.trust import NOT_FINITE, REASONS
 
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
@@ -262,8 +262,9 @@ class Cohort:
             doubt = _doubt(report.reasons[i])
             if doubt is not None:
                 attrs["doubt"] = doubt
-                # Most of its training was undone, so that no score of its end is one of its values.
-                attrs["undone"] = bool(2 * report.reasons[i][1:].sum() > report.reasons[i].sum())
+                # Most of its training was NaN and undone: no success, whatever the end scores.
+                not_finite = report.reasons[i][NOT_FINITE]
+                attrs["undone"] = bool(2 * not_finite > report.reasons[i].sum())
             if report.test_score is not None:
                 attrs["held_out"] = float(report.test_score[i])
             attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}

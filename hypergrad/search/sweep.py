@@ -168,7 +168,7 @@ def sweep(
         in_whole_updates(ladder, scheduler, steps)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
-    refuse_text("data", data._asdict())
+    refuse_text("data", {"train": data.train, "valid": data.valid, "test": data.test})
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
     programs = Programs(make_problem, space, data, batch_size, refine, steps)

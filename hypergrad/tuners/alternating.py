@@ -31,7 +31,7 @@ from hypergrad.trees import (
     select,
 )
 from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
-from hypergrad.tuners.refusals import warn_of_state
+from hypergrad.tuners.refusals import warning
 from hypergrad.tuners.trust import (
     Trust,
     first_state,
@@ -231,12 +231,9 @@ def alternating(
         return new, info_of(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
     def best(state: TunerState) -> Hyper:
-        # Inside of a program nobody reads the log.
-        if not isinstance(state.trust.refusals, jax.core.Tracer):
-            warn_of_state(state)
         return space.from_unit(space.project(state.average.unit))
 
-    return Tuner(init, compiled_outside_jit(update), compiled_outside_jit(best), space)
+    return Tuner(init, compiled_outside_jit(update), warning(compiled_outside_jit(best)), space)
 
 
 def _with_step_of(inner: InnerState, other: InnerState) -> InnerState:

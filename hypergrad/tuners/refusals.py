@@ -1,8 +1,12 @@
 """What is said of a run whose hypergradients were mostly refused."""
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
+
+from hypergrad.trees import Hyper
 from hypergrad.tuners.base import TunerState
 from hypergrad.tuners.trust import LATELY, REASONS
 
@@ -28,8 +32,20 @@ def refusals_in(refused: Sequence[int]) -> str | None:
     )
 
 
-def warn_of_state(state: TunerState) -> None:
-    """Warns where more than a third of the last updates were refused."""
+def warning(best: Callable[[TunerState], Hyper]) -> Callable[[TunerState], Hyper]:
+    """`best`, with a warning where more than a third of the last updates were refused."""
+
+    @functools.wraps(best)
+    def warned(state: TunerState) -> Hyper:
+        # Inside of a program nobody reads the log.
+        if not isinstance(state.trust.refusals, jax.core.Tracer | jax.ShapeDtypeStruct):
+            _warn_of(state)
+        return best(state)
+
+    return warned
+
+
+def _warn_of(state: TunerState) -> None:
     bits, updates = int(state.trust.refusals), int(state.updates)
     last = [bits >> i & 1 for i in range(min(updates, LATELY))]
     if len(last) >= 4 and 3 * sum(last) > len(last):

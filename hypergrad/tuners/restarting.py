@@ -18,7 +18,7 @@ from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
 from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
-from hypergrad.tuners.refusals import warn_of_state
+from hypergrad.tuners.refusals import warning
 from hypergrad.tuners.trust import (
     NOT_LEARNED,
     Trust,
@@ -134,13 +134,11 @@ def restarting(
         return new, info_of(loss, hyper, grad, refused, outer, about)
 
     def best(state: TunerState) -> Hyper:
-        if not isinstance(state.trust.refusals, jax.core.Tracer):
-            warn_of_state(state)
         # The position reached counts as one more iterate: nothing after it could distrust it.
         average = include(state.average, state.now.unit, state.trust.seen > 0)
         return space.from_unit(space.project(average.unit))
 
-    return Tuner(init, compiled_outside_jit(update), compiled_outside_jit(best), space)
+    return Tuner(init, compiled_outside_jit(update), warning(compiled_outside_jit(best)), space)
 
 
 def combine(grads: Unit) -> tuple[Unit, Scalar]:

@@ -69,8 +69,7 @@ class Trust:
       max_spike: refuse a norm (in unit coordinates) above this multiple of its running median.
       max_growth: refuse an adjoint that grew more than this along the unroll (`info["growth"]` of
         `Unrolled`; other estimators do not report it). Healthy runs on digits stay below 1,
-        diverging ones start at 2 to 100. Whole runs under Adam with a warm-up have been seen at
-        2.3: raise it there.
+        diverging ones start at 2 to 100; whole runs under Adam with a warm-up reach 2.3.
       max_residual: refuse a linear system whose residual is above this (`info["residual"]` of
         `Implicit`): 1 is no solution at all, a diverged Neumann series is far above.
       max_unconverged: refuse an implicit hypergradient where converging would change the validation
@@ -185,7 +184,7 @@ def remember(
 
 
 def recent_refusals(state: TrustState) -> jax.Array:
-    """How many of the last 16 updates were refused, int32."""
+    """Of the last 16 updates, int32."""
     return jax.lax.population_count(state.refusals & (2**LATELY - 1)).astype(jnp.int32)
 
 
