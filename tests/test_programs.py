@@ -46,5 +46,7 @@ PROGRAMS = st.builds(
 def test_hypergradients_of_random_programs(program: Program) -> None:
     for outcome in judge(program, random_positions(program.seed, 14), forward=False):
         assert "UNEXPLAINED" not in outcome.cause, outcome
-        assert (outcome.plain or 0) < 1e-10, outcome
+        # Rounding: below 1e-15 of most programs, 2e-9 where roots of tiny squares are chained
+        # (amsgrad, adan).
+        assert (outcome.plain or 0) < 1e-8, outcome
         assert (outcome.differences or 0) < TOLERANCE or outcome.cause == "kink", outcome
