@@ -1,6 +1,7 @@
 """Checkpoint folders that cannot be read or written, or that two want; runs told to end."""
 
 import errno
+import functools
 import os
 import resource
 import signal
@@ -163,7 +164,11 @@ def start(tmp_path: Path) -> Iterator[Any]:
     def begin(mode: str, until: str = "at 12\n") -> subprocess.Popen[str]:
         command = [sys.executable, "-c", PROGRAM, mode, str(tmp_path / "run")]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=listens
+        )
         processes.append(process)
         assert process.stdout is not None
         assert until in process.stdout, process.stderr
