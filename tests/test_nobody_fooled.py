@@ -181,7 +181,12 @@ def test_ctrl_c_leaves_a_result(caplog: pytest.LogCaptureFixture) -> None:
         return make(choices)
 
     space = hg.Space({**SPACE, "kind": hg.Int(0, 1000)})
-    result = sweep(None, 4, interrupted, space=space)
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = sweep(None, 4, interrupted, space=space)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.interrupted and "interrupted" in caplog.text
     assert len(result.top()) == 1 and "1 waiting" in result.table()
     assert not sweep().interrupted
