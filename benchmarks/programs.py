@@ -1,7 +1,7 @@
 """Measure hypergradients of random programs against plain `jax.grad` and float64 differences.
 
-Run: `python -m benchmarks.programs [--quick] [--count 5000] [--seed 0] [--out FILE]` (two to four
-seconds for each program of 8 examples on one core; quick: 80 examples).
+Run: `python -m benchmarks.programs [--quick] [--count 5000] [--minutes M] [--seed 0] [--out FILE]`
+(two to four seconds for each program of 8 examples on one core; quick: 80 examples).
 
 An example is a program at a random position of its hyperparameters, bounds included; 8 positions of
 a program are judged in one compiled call. A program is a chain of 1 to 4 of the optax
@@ -23,6 +23,7 @@ import collections
 import contextlib
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ PARTS: dict[str, Maker] = {
     "centralize": lambda h: optax.centralize(),
     "apply every": lambda h: optax.apply_every(2),
     "zero nans": lambda h: optax.zero_nans(),
-    "tree rates": lambda h: hg.scale_by_tree({"w": 1.0, "b": h["rate"], "v": h["bound"]}),
+    "tree rates": lambda h: hg.scale_by_tree(h["bound"]),
 }
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "none": lambda o: o,
@@ -359,10 +360,14 @@ def random_positions(seed: int, count: int = 8) -> np.ndarray:
 
 
 def main(
-    quick: bool = False, count: int = 5000, seed: int = 0, out: str | None = None
+    quick: bool = False,
+    count: int = 5000,
+    seed: int = 0,
+    out: str | None = None,
+    minutes: float = float("inf"),
 ) -> list[Outcome]:
     """Judge random programs; print the table and every disagreement."""
-    rng, outcomes = random.Random(seed), []
+    rng, outcomes, end = random.Random(seed), [], time.monotonic() + 60 * minutes
     with jax.enable_x64(True):
         for i in range((80 if quick else count) // 8):
             found = judge(random_program(rng), random_positions(seed + i))
@@ -371,6 +376,9 @@ def main(
                 if outcome.cause:
                     print(outcome, flush=True)
             jax.clear_caches()
+            if time.monotonic() > end:
+                break
+    print(f"{len(outcomes)} examples")
     print("| against | compared | median | 99% | worst |\n|---|---|---|---|---|")
     for name in ("plain", "forward", "differences"):
         errors = np.array([e for o in outcomes if (e := getattr(o, name)) is not None])
@@ -390,6 +398,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--out")
     options = parser.parse_args()
-    main(options.quick, options.count, options.seed, options.out)
+    main(options.quick, options.count, options.seed, options.out, options.minutes)
