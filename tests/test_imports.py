@@ -18,11 +18,10 @@ ROOMS = {
     "version": "",
     "checks": "",
     "files": "lock journal",
-    "eager": "",
     "space": "dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "rules inner_gradient mistakes optimizer problem compressed noise structure",
+    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",

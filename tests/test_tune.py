@@ -198,6 +198,14 @@ def test_bad_data_and_wrong_names_are_named() -> None:
         _tune(_problem(lambda h: optax.sgd(h["learning_rate"])), budget=1)
 
 
+@pytest.mark.parametrize("num_steps", [8, 13, 16, 37])
+def test_few_steps_are_enough_for_every_kind_of_run(num_steps: int) -> None:
+    result = _tune(num_steps=num_steps, budget=20)
+    kinds = {candidate.kind for candidate in result.candidates}
+    assert kinds == {"untuned", "alternating", "frozen", "whole runs", "settled"}
+    assert result.evaluations <= 20 * num_steps
+
+
 def test_starts() -> None:
     several = _tune(start=[START, {"rate": 0.3, "l2": 1e-3}], budget=2)
     assert [c.kind for c in several.candidates] == ["untuned", "untuned"]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad import checks
+from hypergrad.data.contents import refuse_text
 from hypergrad.data.keys import SHUFFLE
-from hypergrad.eager import refuse_text
 from hypergrad.trees import Batch, Key, Train, Tree, leaf_names
 
 # Why a number must be a Python integer.

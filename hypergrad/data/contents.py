@@ -1,11 +1,13 @@
-"""What arrays hold: by which two data sets are told apart, and where they are not finite."""
+"""What arrays hold: by which data sets are told apart, what is not finite, what is no number."""
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.checks import WrongTypeError
 from hypergrad.trees import Leaf, Tree, leaf_names
 
 # So many examples are named.
@@ -60,3 +62,26 @@ def bad_examples(data: Tree, axes: int = 1) -> str | None:
             of = " x ".join(map(str, leaf.shape[:axes]))
             return f"[{named}{more}] of {of} (leaf {name})"
     return None
+
+
+def refuse_text(name: str, data: Any) -> None:
+    """Refuses arrays that JAX cannot hold.
+
+    Raises:
+      WrongTypeError: names the leaf, its dtype and the remedy.
+    """
+    leaves = jax.tree.leaves(data)
+    if not any(map(_is_odd, leaves)):
+        return
+    leaf, value = next(x for x in zip(leaf_names(data), leaves, strict=True) if _is_odd(x[1]))
+    kind = f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
+    raise WrongTypeError(
+        f"{name} holds the leaf {leaf!r} of {kind}, which JAX cannot compute with: leave it out, "
+        "or give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
+    )
+
+
+def _is_odd(value: Any) -> bool:
+    # Objects, two kinds of strings, bytes, dates. A PRNG key's dtype has no kind.
+    kind = getattr(getattr(value, "dtype", None), "kind", "V")
+    return isinstance(value, str | bytes) or kind in "OUTSM"

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from hypergrad import checks
 from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inputs
 from hypergrad.data.streams import refuse_missing_axis
-from hypergrad.eager import naming_closures
 from hypergrad.estimators.memory import compiled_for, shapes_of
+from hypergrad.problem.eager import naming_closures
 from hypergrad.problem.problem import (
     Inner,
     Problem,

@@ -6,10 +6,10 @@ from typing import Literal
 import jax
 
 from hypergrad.checks import having, numbers, random_key
-from hypergrad.eager import compiled_for_each
 from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Train, leaf_names, strong

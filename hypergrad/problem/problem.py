@@ -10,7 +10,7 @@ import optax
 from hypergrad import checks
 from hypergrad.data.batches import Minibatches, step_inputs
 from hypergrad.data.keys import SHUFFLE, VALID
-from hypergrad.eager import compiled_for_each
+from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
 from hypergrad.problem.mistakes import explained, refuse_modules
 from hypergrad.problem.optimizer import check_optimizer, first_opt_state, optimizer_update

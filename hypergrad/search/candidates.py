@@ -17,6 +17,7 @@ from hypergrad.data.splits import Splits
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.compressed import compressed
+from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.training.fit import FitResult, fit
@@ -103,7 +104,7 @@ class Workshop:
         self._lowest = np.inf
         self._stages = 0
         self._tuners = _shared_tuners(self.problem, self.space, self.num_steps)
-        self._judge = jax.jit(self._losses)
+        self._judge = compiled_for_each(self.problem, "tune", _losses)
         size = num_examples(self.data.valid)
         updates = self.num_steps // self.horizon(UPDATES[-1])
         affordable = int(_GUIDANCE * self.num_steps * self.batch_size / updates)
@@ -193,9 +194,10 @@ class Workshop:
             self._add("alternating", start, k, cost, hyper, schedule, result)
         if result is None:
             return None
-        settled = None
-        if set(result.schedule.values) == set(result.hyper):
-            history = [record.hyper for record in result.history]
+        settled, history = None, [record.hyper for record in result.history]
+        # A short run's is never replayed, and of fewer than four updates there is none.
+        complete = set(result.schedule.values) == set(result.hyper)
+        if stride == 1 and complete and len(history) >= 4:
             settled = settled_schedule(self.space, history, k)
         return Found(result.hyper, settled, k)
 
@@ -288,16 +290,19 @@ class Workshop:
             return score, float("nan")
         return score, float(np.std(parts, ddof=1) / np.sqrt(len(parts)))
 
-    def _losses(self, params: Params, hyper: Hyper, valid: Batch) -> tuple[jax.Array, jax.Array]:
-        """The loss on the whole split, and on each of up to ten parts of it."""
-        size = num_examples(valid)
-        count = min(_PARTS, size)
-        split = lambda x: x[: size // count * count].reshape(count, -1, *x.shape[1:])  # noqa: E731
 
-        def loss(batch: Batch) -> jax.Array:
-            return validation_loss(self.problem, params, hyper, batch, jax.random.key(0), 0)
+def _losses(
+    problem: Problem, params: Params, hyper: Hyper, valid: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """The loss on the whole split, and on each of up to ten parts of it."""
+    size = num_examples(valid)
+    count = min(_PARTS, size)
+    split = lambda x: x[: size // count * count].reshape(count, -1, *x.shape[1:])  # noqa: E731
 
-        return loss(valid), jax.lax.map(loss, jax.tree.map(split, valid))
+    def loss(batch: Batch) -> jax.Array:
+        return validation_loss(problem, params, hyper, batch, jax.random.key(0), 0)
+
+    return loss(valid), jax.lax.map(loss, jax.tree.map(split, valid))
 
 
 # Two and not all: a compiled update keeps its tuner alive, and what the problem closes over.
@@ -313,7 +318,8 @@ class Found(NamedTuple):
 
     Attributes:
       hyper: its `best`, the values to keep.
-      settled: its settled schedule; None where a hyperparameter is too large for a history.
+      settled: its settled schedule; None of a short run, and where a hyperparameter is too large
+        for a history.
       horizon: K.
     """
 

@@ -22,8 +22,8 @@ from hypergrad.checks import (
     text,
 )
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
+from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
-from hypergrad.eager import refuse_text
 from hypergrad.problem.problem import Problem
 from hypergrad.search.arguments import check_types, checked_points
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told

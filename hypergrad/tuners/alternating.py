@@ -9,10 +9,10 @@ import optax
 
 from hypergrad.checks import integer, random_key
 from hypergrad.data.batches import num_steps
-from hypergrad.eager import compiled_outside_jit
 from hypergrad.estimators.base import Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.problem.eager import compiled_outside_jit
 from hypergrad.problem.problem import Problem, run_key
 from hypergrad.problem.structure import naming_missing
 from hypergrad.space.space import Space

@@ -9,11 +9,11 @@ import optax
 
 from hypergrad import checks
 from hypergrad.data.batches import num_steps
-from hypergrad.eager import compiled_outside_jit
 from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.transforms import norm_adam
+from hypergrad.problem.eager import compiled_outside_jit
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypergrad.checks import WrongTypeError
-from hypergrad.trees import leaf_names
+from hypergrad.data.contents import refuse_text
 
 # Of the strategies that one problem is used with.
 _KEPT = 8
@@ -94,26 +93,3 @@ def naming_closures() -> Iterator[None]:
 def in_trace() -> bool:
     """Whether JAX is tracing: compiling the parts alone would gain nothing, and change programs."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def refuse_text(name: str, data: Any) -> None:
-    """Refuses arrays that JAX cannot hold.
-
-    Raises:
-      WrongTypeError: names the leaf, its dtype and the remedy.
-    """
-    leaves = jax.tree.leaves(data)
-    if not any(map(_is_odd, leaves)):
-        return
-    leaf, value = next(x for x in zip(leaf_names(data), leaves, strict=True) if _is_odd(x[1]))
-    kind = f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
-    raise WrongTypeError(
-        f"{name} holds the leaf {leaf!r} of {kind}, which JAX cannot compute with: leave it out, "
-        "or give numbers, as labels = numpy.unique(names, return_inverse=True)[1]."
-    )
-
-
-def _is_odd(value: Any) -> bool:
-    # Objects, two kinds of strings, bytes, dates. A PRNG key's dtype has no kind.
-    kind = getattr(getattr(value, "dtype", None), "kind", "V")
-    return isinstance(value, str | bytes) or kind in "OUTSM"
