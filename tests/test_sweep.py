@@ -383,6 +383,30 @@ def test_one_line_per_rung_and_a_live_view_on_terminals_only(
     assert capfd.readouterr().err == ""
 
 
+def test_the_best_of_a_refined_sweep_is_confirmed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
+    result, trained = run(refine=refine, num_trials=5, population=1), []
+    retrained = type(result)._retrained
+
+    def counted(self: Any, values: Any, first: int, last: int, stream: int) -> Any:
+        trained.extend((tuple(values.items()), seed) for seed in range(first, last))
+        return retrained(self, values, first, last, stream)
+
+    monkeypatch.setattr(type(result), "_retrained", counted)
+    best = result.best
+    # Ends and starts of three trials under one seed, the better three under another.
+    assert len(trained) == len(set(trained)) == 9
+    starts = [result.study.trials[b.number].user_attrs["start"] for b in result.top(3)]
+    ends = [b.hyper for b in result.top(3)]
+    assert any(best.hyper["rate"] == pytest.approx(v["rate"]) for v in (*starts, *ends))
+    seeds = [retrained(result, best.hyper, i, i + 1, 2**31 + 1).score[0] for i in (0, 1)]
+    assert best.score == pytest.approx(np.mean(seeds), rel=1e-5)
+    assert result.best == best and len(trained) == 9
+    # The same number for each: a plain program of one choice is made once.
+    plain = result._programs.plain({"optimizer": best.hyper["optimizer"]})
+    assert plain is result._programs.plain({"optimizer": best.hyper["optimizer"]})
+
+
 def test_the_last_trials_polish_the_best() -> None:
     refine = hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5)
     result = run(refine=refine, num_trials=6, polish=3, population=1, told="last")

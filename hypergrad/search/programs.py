@@ -50,6 +50,7 @@ class Programs:
     steps_per_update: int
     made: Callable[[dict[str, Any], Problem, Hyper], None] | None = None
     _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
+    _plain: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def bad_data(self) -> str:
@@ -70,7 +71,10 @@ class Programs:
         problem, space, _ = program = self.of(choices)
         if self.refine is None:
             return program
-        return Program(problem, space, self._population(problem, space, None))
+        key = frozenset(choices.items())
+        if key not in self._plain:
+            self._plain[key] = Program(problem, space, self._population(problem, space, None))
+        return self._plain[key]
 
     def _make(self, choices: dict[str, Any]) -> Program:
         problem = self.make_problem(dict(choices))

@@ -114,7 +114,7 @@ class SweepResult:
         values = self.best.hyper if hyper is None else hyper
         opened, _, _ = self._with_problem()
         opened.check(values)
-        losses = self._retrained(values, seeds, _AUDIT).test_score
+        losses = self._retrained(values, 0, integer("seeds", seeds), _AUDIT).test_score
         if losses is None:
             raise ValueError(
                 "data.test=None: an audit is taken on a split that nothing was tuned on."
@@ -142,29 +142,35 @@ class SweepResult:
         # Where nothing is found, `best_of` raises and says why.
         candidates = self.top(integer("count", count)) or [best_of(self.study)]
         seeds = integer("seeds", seeds)
-        starts = [start for best in candidates if (start := self._start_of(best)) is not None]
-        if starts and seeds > 1:
-            once = self._frozen([*candidates, *starts], 1)
-            candidates = [candidate for candidate, _ in once[: len(candidates)]]
-        found = [scored for _, scored in self._frozen(candidates, seeds)]
+        kept = len(candidates)
+        candidates += [start for best in candidates if (start := self._start_of(best))]
+        first = 1 if len(candidates) > kept else seeds
+        found = [(best, self._scores(best.hyper, 0, first)) for best in candidates]
+        found = self._ordered(found)[:kept]
+        if first < seeds:
+            rest = [self._scores(best.hyper, first, seeds) for best, _ in found]
+            pairs = zip(found, rest, strict=True)
+            found = self._ordered([(b, np.concatenate([x, more], 1)) for (b, x), more in pairs])
         if not found:
             raise ValueError(
                 f"None of the best {count} trials trains again with its values frozen: see "
                 "result.table(), and give a larger count."
             )
-        return found[0]
+        best, (scores, tests) = found[0]
+        return best._replace(score=float(scores.mean()), held_out=float(tests.mean()))
 
-    def _frozen(self, candidates: list[Best], seeds: int) -> list[tuple[Best, Best]]:
-        """Candidates with what their frozen values are worth, the best first; without the lost."""
-        found = []
-        _, _, score_of = self._with_problem()
-        for best in candidates:
-            report = self._retrained(best.hyper, seeds, _CONFIRM)
-            score = float(np.where(report.finite, score_of(report), np.nan).mean())
-            if np.isfinite(score):
-                tests = np.nan if report.test_score is None else np.mean(report.test_score)
-                found.append((best, best._replace(score=score, held_out=float(tests))))
-        return sorted(found, key=lambda pair: sign_of(self.study) * pair[1].score)
+    def _scores(self, values: Mapping[str, Any], first: int, last: int) -> np.ndarray:
+        """(Score, test loss) `[2, seeds]` of values frozen and retrained; NaN where one is lost."""
+        report = self._retrained(values, first, last, _CONFIRM)
+        scores = np.where(report.finite, self._with_problem()[2](report), np.nan)
+        tests = np.full_like(scores, np.nan) if report.test_score is None else report.test_score
+        return np.stack([scores, tests]).astype(np.float64)
+
+    def _ordered(self, found: list[tuple[Best, np.ndarray]]) -> list[tuple[Best, np.ndarray]]:
+        """By the mean score, the best first; without the lost."""
+        sign = sign_of(self.study)
+        trained = [(best, scores) for best, scores in found if np.isfinite(scores[0].mean())]
+        return sorted(trained, key=lambda pair: sign * pair[1][0].mean())
 
     def _start_of(self, best: Best) -> Best | None:
         """The values that a trial started from; None where they stood still."""
@@ -176,14 +182,16 @@ class SweepResult:
             return None
         return best._replace(hyper=best.hyper | {n: start[n] for n in start if n in best.hyper})
 
-    def _retrained(self, values: Mapping[str, Any], seeds: int, stream: int) -> PopulationReport:
-        """Reports of full runs under frozen values and seeds that no trial has used."""
-        seeds = integer("seeds", seeds)
+    def _retrained(
+        self, values: Mapping[str, Any], first: int, last: int, stream: int
+    ) -> PopulationReport:
+        """Reports of full runs under frozen values and seeds `first` to `last` of a stream."""
         opened, programs, _ = self._with_problem()
         choices = {n: v for n, v in values.items() if n in opened.space.discrete}
         program = programs.plain(choices)
-        hypers = {n: jnp.full(seeds, values[n], jnp.float32) for n in program.space.continuous}
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), stream), seeds)
+        count, key = last - first, jax.random.fold_in(jax.random.key(self._seed), stream)
+        hypers = {n: jnp.full(count, values[n], jnp.float32) for n in program.space.continuous}
+        keys = jax.random.split(key, last)[first:]
         state = program.members.init(hypers, keys)
         updates = self._num_steps // program.members.steps_per_update
         return jax.device_get(program.members.report(program.members.advance(state, updates)))
