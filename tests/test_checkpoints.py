@@ -1,7 +1,6 @@
 """Checkpoint folders that cannot be read or written, or that two want; runs told to end."""
 
 import errno
-import functools
 import os
 import resource
 import signal
@@ -117,7 +116,9 @@ def test_one_writer_per_folder(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+# A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.test_checkpoints import run
 
 mode, folder = sys.argv[1:]
@@ -164,11 +165,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
     def begin(mode: str, until: str = "at 12\n") -> subprocess.Popen[str]:
         command = [sys.executable, "-c", PROGRAM, mode, str(tmp_path / "run")]
         pipe = subprocess.PIPE
-        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
-        listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=listens
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
         processes.append(process)
         assert process.stdout is not None
         assert until in process.stdout, process.stderr
