@@ -29,8 +29,8 @@ ROOMS = {
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
-    "search": "schedulers arguments recipe programs cohort endings result sweep"
-    " candidates tuned tune",
+    "results": "programs result",
+    "search": "schedulers arguments recipe cohort endings sweep candidates tuned tune",
     "nn": "dropout linen nnx equinox",
     "testing": "contract causes check",
     "cli": "",

@@ -313,7 +313,7 @@ def test_population_based_training_copies_and_moves() -> None:
 
 def test_memory_that_suffices_for_one_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that fails with XLA's error for more than one member runs them one by one."""
-    from hypergrad.search import programs
+    from hypergrad.results import programs
 
     class Scarce(programs.Population):
         def advance(self, state: Any, num_updates: Any) -> Any:

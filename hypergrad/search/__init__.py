@@ -1,6 +1,5 @@
 """The sweep: a study outside, populations of one program inside, brackets in between."""
 
-from hypergrad.search.result import Audit, SweepResult
 from hypergrad.search.schedulers import Hyperband, PopulationBasedTraining, SuccessiveHalving
 from hypergrad.search.sweep import sweep
 from hypergrad.search.tune import tune

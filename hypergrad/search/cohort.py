@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.search.programs import ProblemError, Program, Programs
+from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState

@@ -4,8 +4,8 @@ import logging
 from collections import Counter
 from typing import Any, Self
 
+from hypergrad.results.programs import ProblemError
 from hypergrad.search.cohort import Failure, Standings
-from hypergrad.search.programs import ProblemError
 from hypergrad.space.space import Space
 
 _log = logging.getLogger("hypergrad")

@@ -25,12 +25,12 @@ from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
 from hypergrad.problem.problem import Problem
+from hypergrad.results.programs import ProblemError, Programs
+from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told
 from hypergrad.search.endings import AllAlike, UntilInterrupted
-from hypergrad.search.programs import ProblemError, Programs
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
-from hypergrad.search.result import SweepResult
 from hypergrad.search.schedulers import (
     PopulationBasedTraining,
     Rung,

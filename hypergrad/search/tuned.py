@@ -12,8 +12,8 @@ import numpy as np
 from hypergrad.checks import integer
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import judged_params
+from hypergrad.results.result import Audit
 from hypergrad.search.candidates import Candidate, Workshop
-from hypergrad.search.result import Audit
 from hypergrad.trees import Hyper, InnerState, Params
 
 

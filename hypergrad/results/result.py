@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 
 from hypergrad.checks import integer
-from hypergrad.search.programs import Programs
+from hypergrad.results.programs import Programs
 from hypergrad.study.optuna_private import storage_of
 from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
 from hypergrad.study.storage import dashboard_command, open_storage, place_of
