@@ -18,6 +18,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.problem.compressed import compressed
+from hypergrad.search.ahead import Ahead
 from hypergrad.search.candidates import Workshop
 
 SPACE = hg.Space(
@@ -202,7 +203,7 @@ def test_bad_data_and_wrong_names_are_named() -> None:
 def test_few_steps_are_enough_for_every_kind_of_run(num_steps: int) -> None:
     result = _tune(num_steps=num_steps, budget=20)
     kinds = {candidate.kind for candidate in result.candidates}
-    assert kinds == {"untuned", "alternating", "frozen", "whole runs", "settled"}
+    assert kinds == {"untuned", "alternating", "ahead", "frozen", "whole runs", "settled"}
     assert result.evaluations <= 20 * num_steps
 
 
@@ -226,6 +227,31 @@ def test_validation_gradients_of_a_large_split_are_cheap() -> None:
     big = DATA._replace(valid=jax.tree.map(lambda x: np.repeat(x, 100, 0), DATA.valid))
     shop = Workshop(_problem(), SPACE, big, 1000, BATCH, 0)
     assert 3 * 1000 < shop.alternating_cost() <= 3.1 * 1000
+
+
+def test_a_run_that_looks_ahead_trains_by_its_window_alone() -> None:
+    problem, key = _problem(), jax.random.key(1)
+    inner, valid = problem.init(START, key), jax.tree.map(jnp.asarray, DATA.valid)
+
+    def window(steps: int) -> hg.Window:
+        return hg.Window(problem, inner, hg.Minibatches(DATA.train, BATCH, steps), valid, key)
+
+    found, _ = Ahead(hg.Unrolled(), 5).estimate(window(4), START, ())
+    later, _ = hg.Unrolled().estimate(window(9), START, ())
+    now, _ = hg.Unrolled().estimate(window(4), START, ())
+    assert abs(now.grad["rate"] / later.grad["rate"] - 1) > 0.05
+    jax.tree.map(np.testing.assert_array_equal, found.grad, later.grad)
+    assert int(found.inner.step) == 4
+    np.testing.assert_allclose(found.inner.params["w"], now.inner.params["w"], rtol=1e-5)
+
+
+def test_a_large_budget_looks_ahead() -> None:
+    result = _tune(budget=20)
+    ahead = next(c for c in result.candidates if c.kind == "ahead")
+    # each of 40 steps in two windows and once by itself; 8 validation gradients of 24 / 8
+    assert ahead.evaluations <= 7 * STEPS + 8 * 3 and np.isfinite(ahead.score)
+    assert result.evaluations <= 20 * STEPS
+    assert "ahead" not in {c.kind for c in _tune(budget=12).candidates}
 
 
 def test_a_compressed_run_goes_through_the_whole_decay() -> None:

@@ -260,13 +260,15 @@ def _propagate(jaxpr: Any, inputs: Sequence[_Taint]) -> list[_Taint]:
 def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        body = params["jaxpr"].jaxpr
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        body = getattr(params["jaxpr"], "jaxpr", params["jaxpr"])
+        # Not by the equation's own counts, which JAX 0.11 renamed: what is carried or constant has
+        # the same shape inside and outside.
+        num_fixed = _num_of_same_rank(eqn.invars, body.invars)
+        num_carry = _num_of_same_rank(eqn.outvars, body.outvars)
+        num_consts = num_fixed - num_carry
         return _to_fixed_point(
-            lambda carry: _propagate(
-                body, [*inputs[:num_consts], *carry, *inputs[num_consts + num_carry :]]
-            ),
-            inputs[num_consts : num_consts + num_carry],
+            lambda carry: _propagate(body, [*inputs[:num_consts], *carry, *inputs[num_fixed:]]),
+            inputs[num_consts:num_fixed],
         )
     if name == "while":
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -297,6 +299,12 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
     merged = _join(inputs)
     merged = merged._replace(diced=merged.diced | _dice(inputs) * _is_flat(eqn))
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
+
+
+def _num_of_same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of a scan's variables are not slices along its axis; they come first."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(o.aval.shape) == len(i.aval.shape) for o, i in pairs)
 
 
 def _is_shifted_noise(taint: _Taint) -> bool:

@@ -19,6 +19,7 @@ from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.compressed import compressed
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
+from hypergrad.search.ahead import Ahead
 from hypergrad.space.space import Space
 from hypergrad.training.fit import FitResult, fit
 from hypergrad.trees import Batch, Hyper, InnerState, Params
@@ -48,8 +49,9 @@ class Candidate(NamedTuple):
     """One trained network, and what it was trained with.
 
     Attributes:
-      kind: "untuned", "alternating", "frozen" (values of another run, retrained), "settled" (a
-        learned schedule, retrained) or "whole runs" (values by whole-run steps, retrained).
+      kind: "untuned", "alternating", "ahead" (an alternating run whose hypergradients look beyond
+        their windows), "frozen" (values of another run, retrained), "settled" (a learned schedule,
+        retrained) or "whole runs" (values by whole-run steps, retrained).
       start: where the run that found its values began, in the user's units.
       horizon: training steps between two outer steps of that run; 0 where nothing was tuned.
       score: the validation loss of the network; infinite if it diverged.
@@ -149,10 +151,16 @@ class Workshop:
         """Of a whole run under values that stand still, or under a schedule."""
         return self.cost(self.num_steps)
 
-    def alternating_cost(self, updates: int = UPDATES[0], stride: int = 1) -> float:
-        """Of an alternating run with about so many updates, of a `stride`-th of the steps."""
+    def alternating_cost(
+        self, updates: int = UPDATES[0], stride: int = 1, ahead: bool = False
+    ) -> float:
+        """Of an alternating run with about so many updates, of a `stride`-th of the steps.
+
+        One that looks ahead takes each step in two windows and goes on by one of its own.
+        """
         steps = self.num_steps // stride
-        return self.cost(steps, steps // self.horizon(updates, stride))
+        cost = self.cost(steps, steps // self.horizon(updates, stride))
+        return cost + 4 * steps if ahead else cost
 
     def whole_runs_cost(self, stride: int, updates: int) -> float:
         """Of so many whole-run steps on runs of a `stride`-th of the steps."""
@@ -173,25 +181,32 @@ class Workshop:
         cost = self.plain_cost()
         return self._add("settled", start, steps, cost, hyper, schedule, result)
 
-    def alternate(self, start: Hyper, updates: int = UPDATES[0], stride: int = 1) -> "Found | None":
-        """An alternating run from `start`; a candidate where it is a whole one, `stride` 1."""
+    def alternate(
+        self, start: Hyper, updates: int = UPDATES[0], stride: int = 1, ahead: bool = False
+    ) -> "Found | None":
+        """An alternating run from `start`; a candidate where it is a whole one, `stride` 1.
+
+        With `ahead` each window is judged as much later as it is long.
+        """
         steps, k = self.num_steps // stride, self.horizon(updates, stride)
 
         def make() -> Tuner:
             rate = _RATES[updates]
             problem, outer = compressed(self.problem, stride), steady_adam(rate)
-            return alternating(problem, self.space, outer_optimizer=outer, max_move=2 * rate)
+            how: Any = Ahead(Unrolled(validate_at=0.3), k) if ahead else Unrolled(validate_at=0.8)
+            return alternating(problem, self.space, how, outer, max_move=2 * rate)
 
-        tuner = self._tuner(("alternating", updates, stride), make)
+        tuner = self._tuner(("alternating", updates, stride, ahead), make)
         result = self._fit(tuner, start, k, steps // k)
-        cost = self.alternating_cost(updates, stride)
+        cost = self.alternating_cost(updates, stride, ahead)
         if stride > 1:
             self.spent += cost
         else:
             hyper, schedule = start, constant(start, self.num_steps)
             if result is not None:
                 hyper, schedule = result.hyper, result.schedule
-            self._add("alternating", start, k, cost, hyper, schedule, result)
+            kind = "ahead" if ahead else "alternating"
+            self._add(kind, start, k, cost, hyper, schedule, result)
         if result is None:
             return None
         settled, history = None, [record.hyper for record in result.history]

@@ -29,6 +29,8 @@ _STRIDE = 4
 _DIVERGED = "lower its learning rate; hypergrad.check_hypergradient names the step and the cause."
 # Whole-run steps at a time.
 _STEPS = 2
+# Alternating runs in turn: how many updates, and whether they look ahead.
+_RUNS = ((UPDATES[0], False), (UPDATES[1], False), (UPDATES[0], True))
 
 
 def tune(
@@ -120,7 +122,8 @@ def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
 
     First a short alternating run, which finds its way from far at a quarter of the cost, then
     a whole one from there: its network. What it leaves is retrained; steps over whole short
-    runs go on from it, as they see the decay that alternating ones do not. Then once more.
+    runs go on from it, as they see the decay that alternating ones do not. Then once more,
+    by smaller steps, and by a run that looks ahead.
     """
 
     def affords(*costs: float) -> bool:
@@ -138,11 +141,15 @@ def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
             place = found.hyper
             if not affords(shop.alternating_cost()):
                 shop.train("frozen", place, shop.lowest_constant().hyper, found.horizon)
-    for updates in itertools.cycle(UPDATES):
+    for number, (updates, ahead) in enumerate(itertools.cycle(_RUNS)):
         if not affords(shop.alternating_cost(updates)):
             break
-        found = shop.alternate(place, updates)
-        if found is not None:
+        if not affords(shop.alternating_cost(updates, ahead=ahead)):
+            continue
+        found = shop.alternate(place, updates, ahead=ahead)
+        won = shop.candidates[-1].score == min(c.score for c in shop.candidates)
+        # A later one is followed where its network won: else the budget is better spent on another.
+        if found is not None and (won or number == 0):
             if affords(plain):
                 shop.train("frozen", found.hyper, place, found.horizon)
             if affords(steps, plain):
