@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import compiling
 import digits200 as task
 
 WINDOW = 10
@@ -30,7 +31,6 @@ VARIANTS = {
     "100 images": {"num_train": 100},
     "30% labels flipped": {"num_train": 200, "flipped": 0.3},
 }
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 BUDGET = 15_000
 
 
@@ -50,7 +50,7 @@ def alternating(data: task.Data) -> Callable[[Any, jax.Array], Any]:
         own = task.valid_loss(state.inner.params, None, data.test, None)
         return own, infos.hyper, tuner.best(state), infos.loss
 
-    return jax.jit(run, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(run, compiler_options=compiling.OPTIONS)
 
 
 def restarting(data: task.Data) -> Callable[[Any, jax.Array, float], Any]:
@@ -60,7 +60,7 @@ def restarting(data: task.Data) -> Callable[[Any, jax.Array, float], Any]:
     )
     train = hg.Minibatches(data.train, task.BATCH, task.STEPS)
     update = jax.jit(
-        lambda state: tuner.update(state, train, data.valid), compiler_options=COMPILER_OPTIONS
+        lambda state: tuner.update(state, train, data.valid), compiler_options=compiling.OPTIONS
     )
 
     def run(start: Any, key: jax.Array, spent: float) -> Any:

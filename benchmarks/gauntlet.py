@@ -35,8 +35,9 @@ import hypergrad as hg
 from benchmarks.gauntlet_tasks import DECAYS, FREE, NAMES, Task, task
 from hypergrad.tuners.alternating import horizon
 
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import compiling
+
 JUDGES = 2
 # What needs no tuning, each at its authors' setting: in the optimiser's place, at one run's cost.
 TUNING_FREE: dict[str, Callable[[], Any]] = {
@@ -57,7 +58,7 @@ class Cell:
     def compiled(self, name: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """The program of this name."""
         if name not in self._programs:
-            self._programs[name] = jax.jit(make(), compiler_options=COMPILER_OPTIONS)
+            self._programs[name] = jax.jit(make(), compiler_options=compiling.OPTIONS)
         return self._programs[name]
 
     def judged(self, problem: hg.Problem, params: Any, hyper: Any) -> jax.Array:

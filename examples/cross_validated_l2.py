@@ -58,6 +58,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,8 +83,6 @@ FOLDS, GRID, TOLERANCE = 5, np.logspace(-4, 4, 10), 1e-5
 ZOOMS, REFERENCE_ZOOMS = 3, 2
 # what the picture shows of the grid's 8 decades, and of losses close to the minimum
 LOW, HIGH, FLOOR = 1e-2, 1e3, 1e-8
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 class Task(NamedTuple):
@@ -235,7 +234,7 @@ def cross_validated(task: Task) -> tuple[Callable[..., Any], Any, Any]:
     problem, key = make_problem(task), jax.random.key(0)
     estimator = hg.Implicit(hg.ConjugateGradient(task.products, warm_start=True))
 
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @partial(jax.jit, compiler_options=compiling.OPTIONS)
     def objective(log_l2: jax.Array, inner: Any, state: Any) -> Any:
         def of_fold(used: jax.Array, inner: Any, state: Any) -> Any:
             train, valid = Fold(task.x, task.y, used), Fold(task.x, task.y, 1 - used)

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,6 @@ SIZE, BATCH, STEPS = 599, 100, 600
 WINDOW, UPDATES = 10, 100
 # Where the loss of a wrong label still stands out: the best of 30, 60, 100 and 300 steps.
 EARLY_STEPS = 100
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 SPACE = hg.Space({"weight": hg.Float(0.0, 1.0)})
 # The last iterate is judged, as no learning rate is tuned that the steps' noise could mislead. A
@@ -129,20 +128,20 @@ PROBLEM = hg.bilevel(
 )
 
 
-@partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, compiler_options=compiling.OPTIONS)
 def start(key: jax.Array) -> Any:
     """A fresh training state."""
     return PROBLEM.init(None, key)
 
 
-@partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, compiler_options=compiling.OPTIONS)
 def hundred_steps(inner: Any, examples: Any, weights: jax.Array, key: jax.Array) -> Any:
     """The training state 100 steps on: one small program serves every run outside of tuning."""
     batches = hg.Minibatches(examples, min(BATCH, len(examples[0])), 100)
     return hg.rollout(PROBLEM, {"weight": weights}, inner, batches, key)
 
 
-@partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+@partial(jax.jit, compiler_options=compiling.OPTIONS)
 def logits(params: Any, images: jax.Array) -> jax.Array:
     """The network's outputs [n, 10]."""
     return NETWORK.apply(params, images)
@@ -186,7 +185,7 @@ def clean(
     state = tuner.init({"weight": np.ones(SIZE, np.float32)}, jax.random.key(seed))
     begin = time.perf_counter()
     update = jax.jit(tuner.update).lower(state, train, data.valid)
-    update = update.compile(compiler_options=COMPILER_OPTIONS)
+    update = update.compile(compiler_options=compiling.OPTIONS)
     compile_seconds, begin = time.perf_counter() - begin, time.perf_counter()
     for _ in range(updates):
         state, info = update(state, train, data.valid)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compiling
 import digits200 as task
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,6 @@ from hypergrad.plotting import plot_losses, plot_trajectories
 from hypergrad.plotting.panels import PALETTE, new_panels, png
 
 WINDOW = 10
-# XLA's fusion emitters double the time it takes to compile on a CPU and gain nothing here.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 class Result(NamedTuple):
@@ -57,7 +56,7 @@ class Run(NamedTuple):
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
     """`function` compiled for `args`, and the seconds it took."""
     begin = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile(compiler_options=COMPILER_OPTIONS)
+    program = jax.jit(function).lower(*args).compile(compiler_options=compiling.OPTIONS)
     return program, time.perf_counter() - begin
 
 

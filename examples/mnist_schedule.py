@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,7 @@ from hypergrad.plotting.panels import (
 
 STEPS, BATCH, KNOTS, UPDATES, SEEDS = 200, 50, 10, 12, 3
 LAYERS = ("conv_1", "conv_2", "dense_1", "dense_2")
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
+compiled = partial(jax.jit, compiler_options=compiling.OPTIONS)
 
 SPACE = hg.Space(
     {

@@ -36,6 +36,7 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +54,7 @@ PIXELS, CLASSES, WINDOW, RETRAIN = 64, 10, 20, 3000
 START, GRID = 1 / TRAIN, np.geomspace(1e-5, 1.0, 21)
 # The outer penalty on log L2's variance: of .03, .1, .3 and 1 the best on the held-out images.
 SPREAD = 0.3
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
+compiled = partial(jax.jit, compiler_options=compiling.OPTIONS)
 
 SPACE = hg.Space({"l2": hg.Float(1e-5, 1.0, scale="log")})
 ESTIMATOR = hg.Implicit(hg.ConjugateGradient(20, warm_start=True))

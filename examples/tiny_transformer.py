@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,7 @@ STEPS, BATCH, WINDOW, VALID_BATCH = 300, 16, 30, 32
 # next 30 steps is nearer to the whole run's than that for the next 10. The last third of a window
 # is judged: all of it forgives noise, with which the run then ends; its last step alone fears it.
 ESTIMATOR, STEP = hg.Unrolled(validate_at=10), 0.15
-# XLA's fusion emitters take half of the time it takes to compile on a CPU and gain nothing here.
-compiled = partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})
+compiled = partial(jax.jit, compiler_options=compiling.OPTIONS)
 
 SPACE = hg.Space(
     {

@@ -142,7 +142,7 @@ def test_fit_goes_on_from_an_earlier_result() -> None:
 
 
 def test_an_update_that_is_jitted_already_is_used_as_it_is() -> None:
-    options = {"xla_cpu_use_fusion_emitters": False}
+    options = {"xla_cpu_enable_fast_math": False}
     tuner = TUNER._replace(update=jax.jit(TUNER.update, compiler_options=options))
     hg.fit(tuner, _start(), ARRAYS, VALID, 2)
     assert tuner.update._cache_size() == 1
