@@ -2,11 +2,11 @@
 
 Run: `python -m benchmarks.accelerator --out rows.json`, on a machine with JAX on a GPU; it needs no
 network and no data set. `--seconds` (480) is a limit on the clock, after which the rows that are
-left are skipped, and said to be; `--quick` takes tiny models, `--rows TEXT ...` the rows whose names
-hold one of the texts. `--out` (JSON) is written after every row; Markdown is printed.
+left are skipped, and said to be; `--quick` takes tiny models, `--rows TEXT ...` the rows whose
+names hold one of the texts. `--out` (JSON) is written after every row; Markdown is printed.
 
-Each row is measured in a child process, one child for all as long as none dies: a row that fails, or
-takes its process with it, or is not done after 150 seconds, is reported as that and loses no other.
+Rows are measured in a child process, one for all as long as none dies: a row that fails, or takes
+its process with it, or is not done after 150 seconds, is reported as that and loses no other.
 
 Models of about 100 million float32 weights, data at random: an MLP and a transformer under AdamW,
 a CNN under momentum; hyperparameters: learning rate and one L2 coefficient. "plain" and "naive
@@ -66,7 +66,7 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table: `measure()` gives its figures, `base` names the row it is compared with."""
+    """A line of the table: `measure()` gives its figures, `base` names the row to compare with."""
 
     name: str
     measure: Callable[[], dict[str, Any]]
@@ -252,9 +252,10 @@ def arguments(model: Model, steps: int) -> tuple[Any, Any, Any]:
 def timed(
     function: Callable[..., Any], *args: Any, params: Any = None, carried: bool = False
 ) -> dict[str, Any]:
-    """Figures of `function(*args)`; `carried`: its first result is its next first argument, donated.
+    """Figures of `function(*args)`.
 
-    `params` are what memory is counted in copies of.
+    `carried`: its first result is its next first argument, donated. `params` are what memory is
+    counted in copies of.
     """
     begin = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=(0,) if carried else ()).lower(*args)
@@ -345,7 +346,7 @@ def updated(model: Model, estimator: hg.Estimator, **options: Any) -> dict[str, 
 
 
 def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures without arrays; a small hypergradient as numbers, of a large one whether it is finite."""
+    """Figures without arrays: a small hypergradient as numbers, of a large one the norm."""
     out = figures.pop("out", None)
     grad = None if out is None else out[0]
     if isinstance(grad, dict) and all(jnp.ndim(x) == 0 for x in grad.values()):
@@ -374,7 +375,7 @@ def fitted(updates: int, wrapped: bool) -> dict[str, Any]:
         else:
             for _ in range(count):
                 stacked = jax.tree.map(lambda *x: np.stack(x), *train)
-                state, info = update(state, stacked, valid[0])
+                state, _ = update(state, stacked, valid[0])
             jax.block_until_ready(state)
         return time.perf_counter() - begin
 
@@ -534,8 +535,8 @@ def rows(quick: bool) -> list[Row]:
         Row("MLP: plain training", lambda: training(of["MLP"])),
         *each_weight(),
         *whole_run(length, ["none", *[m for m in MODES if m in ("sqrt", "log")]]),
-        Row("fit: the loop over jax.jit(tuner.update)", lambda: fitted(updates, False)),
-        Row("fit: hypergrad.fit", lambda: fitted(updates, True), "fit: the loop over jax.jit(tuner.update)"),
+        Row("fit: the loop", lambda: fitted(updates, False)),
+        Row("fit: hypergrad.fit", lambda: fitted(updates, True), "fit: the loop"),
         *[row for row in reverse("MLP") if not row.name.endswith("plain training")],
         *online("MLP"),
         *reverse("CNN"),
@@ -557,7 +558,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def work(names: Sequence[str], quick: bool, journal: Path) -> None:
-    """Measures the rows of these names and appends to `journal`, a line when each begins and ends."""
+    """Measures the rows of these names; a line in `journal` when each begins and ends."""
     found = {row.name: row for row in rows(quick)}
     with journal.open("a") as file:
 
@@ -597,9 +598,10 @@ def supervise(
     report: Callable[[list[dict[str, Any]], dict[str, Any]], None],
     row_seconds: float = ROW_SECONDS,
 ) -> dict[str, Any]:
-    """Has `names` measured by child processes `command(names, journal)` till the clock shows `until`.
+    """Has `names` measured by child processes, `command(names, journal)`, up to a time.
 
-    `report(rows, device)` is called after every row; returns what is known of the device.
+    `until` is of `time.monotonic`. `report(rows, device)` is called after every row; returns what
+    is known of the device.
     """
     left, about = list(names), {}
     done: list[dict[str, Any]] = []
@@ -638,12 +640,8 @@ def supervise(
                 break
             tail = " ".join(errors.read_text().strip().splitlines()[-3:])[-300:]
             why = f"its process ended with {child.returncode}: {tail}"
-            done.append(
-                {
-                    "name": under_way,
-                    "error": f"not done after {row_seconds:.0f} s" if late else died,
-                }
-            )
+            why = f"not done after {row_seconds:.0f} s" if late else why
+            done.append({"name": under_way, "error": why})
             left.remove(under_way)
             report(done, about)
     done += [{"name": name, "skipped": "skipped: the time was over"} for name in left]

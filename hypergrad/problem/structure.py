@@ -261,7 +261,7 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         body = params["jaxpr"].jaxpr
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        num_consts, num_carry = _scan_counts(params)
         return _to_fixed_point(
             lambda carry: _propagate(
                 body, [*inputs[:num_consts], *carry, *inputs[num_consts + num_carry :]]
@@ -297,6 +297,14 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
     merged = _join(inputs)
     merged = merged._replace(diced=merged.diced | _dice(inputs) * _is_flat(eqn))
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants of its body, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since JAX 0.11
+    return len(list(consts)), len(list(carry))
 
 
 def _is_shifted_noise(taint: _Taint) -> bool:
