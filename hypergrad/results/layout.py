@@ -82,7 +82,7 @@ def _parts(node: Tree) -> list[tuple[Any, Any]]:
 
 def _made(kind: str, keys: list[Any], parts: list[Any]) -> Tree:
     by_key = dict(zip(keys, parts, strict=True))
-    found = _loaded(kind)
+    found: Any = _loaded(kind)
     if found in (list, tuple):
         return found(parts)
     if issubclass(found, Mapping):
