@@ -112,6 +112,7 @@ _LATER = {
     "PopulationBasedTraining": "search.schedulers",
     "SuccessiveHalving": "search.schedulers",
     "fit": "training.fit",
+    "load": "results.saved",
     "sweep": "search.sweep",
     "tune": "search.tune",
 }

@@ -17,7 +17,12 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.training.checkpoints import TornError, load, save, saved_updates
+from hypergrad.training.checkpoints import (
+    TornError,
+    read_checkpoint,
+    saved_updates,
+    write_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = hg.Space({"rate": hg.Float(1e-4, 2.0, scale="log")})
@@ -268,8 +273,8 @@ def test_a_torn_checkpoint_is_skipped(
 def test_every_file_of_a_checkpoint_that_matters_is_watched(tmp_path: Path) -> None:
     """Cut short, or with one byte changed, it is refused or still reads as what was written."""
     arrays = [np.arange(6.0), np.zeros((2, 0), np.int32), np.random.default_rng(0).random(50_000)]
-    save(tmp_path, 3, arrays, {"name": "run"})
-    read, about = load(tmp_path, 3)
+    write_checkpoint(tmp_path, 3, arrays, {"name": "run"})
+    read, about = read_checkpoint(tmp_path, 3)
     assert about == {"name": "run"}
     for x, y in zip(arrays, read, strict=True):
         assert x.dtype == y.dtype
@@ -283,13 +288,13 @@ def test_every_file_of_a_checkpoint_that_matters_is_watched(tmp_path: Path) -> N
         for torn in (content[: len(content) // 2], bytes(flipped)):
             path.write_bytes(torn)
             try:
-                for x, y in zip(arrays, load(tmp_path, 3)[0], strict=True):
+                for x, y in zip(arrays, read_checkpoint(tmp_path, 3)[0], strict=True):
                     np.testing.assert_array_equal(x, y)
             except TornError:
                 refused += 1
         path.write_bytes(content)
     assert refused >= 6
-    load(tmp_path, 3)
+    read_checkpoint(tmp_path, 3)
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:

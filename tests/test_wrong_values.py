@@ -530,6 +530,18 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         lambda **wrong: result().confirm(**wrong),
         {"seeds": NOT_INTEGERS, "count": NOT_INTEGERS},
     ),
+    "retrain": (
+        lambda **wrong: result().retrain(**wrong),
+        {"hyper": ({}, {"other": 1}, {"rate": 7.0}, 3), "seed": (None, 1.5, -1, "0", 2**32)},
+    ),
+    "save": (
+        lambda **wrong: result().save(**({"folder": "network"} | wrong)),
+        {"folder": (*NOT_PATHS, "missing/a/b"), "hyper": ({}, {"rate": 7.0}), "seed": (None, -1)},
+    ),
+    "load": (
+        lambda **wrong: hg.load(**({"folder": result().save("network")} | wrong)),
+        {"folder": (*NOT_PATHS, "missing"), "like": (3, HYPER, STATE)},
+    ),
     "top": (lambda **wrong: result().top(**wrong), {"count": (-1, 1.5, "3", None)}),
     "table": (lambda **wrong: result().table(**wrong), {"count": (-1, 1.5, "3", None)}),
     "JSONLines": (hg.callbacks.JSONLines, {"path": (3, None, "missing/a.jsonl", "", True)}),

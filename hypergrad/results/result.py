@@ -1,4 +1,4 @@
-"""What a sweep found: the best trial, a table, an audit on fresh seeds, pictures."""
+"""What a sweep found: the best trial, its network, a table, an audit on fresh seeds, pictures."""
 
 import dataclasses
 import os
@@ -11,18 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import optuna
 
-from hypergrad.checks import integer
-from hypergrad.results.programs import Programs
+from hypergrad.checks import checked_seed, integer
+from hypergrad.optim.schedules import Schedule
+from hypergrad.problem.problem import judged_params
+from hypergrad.results.programs import Program, Programs
+from hypergrad.results.saved import Saved, checked_folder, write
 from hypergrad.study.optuna_private import storage_of
-from hypergrad.study.ranking import Best, best_of, ranked, sign_of, states, table
+from hypergrad.study.ranking import (
+    Best,
+    best_of,
+    confirmed,
+    keep_confirmed,
+    ranked,
+    sign_of,
+    states,
+    table,
+)
 from hypergrad.study.storage import dashboard_command, open_storage, place_of
 from hypergrad.study.study import OpenStudy
-from hypergrad.tuners.population.member import PopulationReport
+from hypergrad.trees import InnerState, Key
+from hypergrad.tuners.population.member import PopulationReport, PopulationState
 
 # Streams of seeds, far from the trials' own, which are folded in by their numbers.
-_AUDIT, _CONFIRM = 2**31, 2**31 + 1
-# The study's user attribute that keeps what was confirmed.
-_CONFIRMED = "confirmed"
+_AUDIT, _CONFIRM, _RETRAIN = 2**31, 2**31 + 1, 2**31 + 2
 
 
 class Audit(NamedTuple):
@@ -61,6 +72,8 @@ class SweepResult:
     _num_steps: int
     _seed: int
     interrupted: bool = False
+    # At most one, with what was asked for.
+    _retrained_last: list[tuple[Any, Saved]] = dataclasses.field(default_factory=list)
 
     def __reduce__(self) -> tuple[Any, ...]:
         place = place_of(storage_of(self.study))
@@ -72,24 +85,23 @@ class SweepResult:
 
     @property
     def best(self) -> Best:
-        """What to take: the trial with the best score among those that trained in full.
+        """What to take: what `confirm` found, or the trial with the best score.
 
-        Under `refine` scores are those of values that moved while they trained, so what is taken is
-        `confirm()`: frozen values, scored as they will be used. The first access trains it, at the
-        cost of nine full runs, and the study keeps it (its user attribute `confirmed`).
+        Under `refine` scores are those of values that moved while they trained, so the first access
+        confirms: frozen values, scored as they will be used, at the cost of nine full runs. Of
+        values that stood still it is the best trial in full, until `confirm` says otherwise. The
+        study keeps what was confirmed, for as long as no other trial has trained in full.
 
         Raises:
           ValueError: no trial did.
         """
-        kept = self.study.user_attrs.get(_CONFIRMED, {})
-        if self._programs is None or self._programs.refine is None:
+        kept = confirmed(self.study)
+        if kept and (kept[1] == 0 or self._programs is None):
             # What was unpickled cannot train, and has what was confirmed before.
-            return Best(*kept["best"]) if kept else best_of(self.study)
-        trained = len(self.top(len(self.study.trials)))
-        if kept.get("of") != trained:
-            kept = {"of": trained, "best": list(self.confirm())}
-            self.study.set_user_attr(_CONFIRMED, kept)
-        return Best(*kept["best"])
+            return kept[0]
+        if self._programs is None or self._programs.refine is None:
+            return best_of(self.study)
+        return self.confirm()
 
     def top(self, count: int = 10) -> list[Best]:
         """The best trials that trained in full, such as to enqueue in a sweep on other data."""
@@ -157,7 +169,67 @@ class SweepResult:
                 "result.table(), and give a larger count."
             )
         best, (scores, tests) = found[0]
-        return best._replace(score=float(scores.mean()), held_out=float(tests.mean()))
+        best = best._replace(score=float(scores.mean()), held_out=float(tests.mean()), moved=False)
+        keep_confirmed(self.study, best)
+        return best
+
+    def retrain(self, hyper: Mapping[str, Any] | None = None, seed: int = 0) -> InnerState:
+        """The training state of a full run whose values stand still: `.params` are the network's.
+
+        Args:
+          hyper: all active values, in the user's units; None for the best's.
+          seed: of the run; no trial, audit or confirmation has used it.
+
+        Cost: a full run, and where nothing was trained one at a time before, a compilation.
+
+        Raises:
+          ValueError: no trial trained in full; values that are not all active ones of the space.
+          FloatingPointError: the run diverges.
+        """
+        return self._network(hyper, seed)[1].state
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        hyper: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Path:
+        """Saves the network of `retrain(hyper, seed)` in `folder`, for `hypergrad.load`.
+
+        What was retrained last is not trained again. Also writes `hyper.toml`, the values and the
+        network's validation score for people. Returns the folder.
+
+        Raises:
+          ValueError: as `retrain`; a folder that cannot be made.
+          OSError: the folder cannot be written.
+        """
+        checked_folder(folder)
+        return write(folder, self._network(hyper, seed)[1])
+
+    def _network(self, hyper: Mapping[str, Any] | None, seed: int) -> tuple[Any, Saved]:
+        """The network of these values, trained unless it was the last one to be."""
+        opened, _, score = self._with_problem()
+        values = self.best.hyper if hyper is None else hyper
+        opened.check(values)
+        values = dict(values)
+        asked = (sorted((name, repr(value)) for name, value in values.items()), checked_seed(seed))
+        if self._retrained_last and self._retrained_last[0][0] == asked:
+            return self._retrained_last[0]
+        key = jax.random.fold_in(jax.random.key(self._seed), _RETRAIN)
+        program, run, report = self._full_runs(values, jax.random.fold_in(key, seed)[None])
+        if not report.finite[0]:
+            raise FloatingPointError(
+                f"The full run under {values} diverges: give other values, or another seed than "
+                f"{seed}."
+            )
+        inner = jax.tree.map(lambda x: x[0], run.run.inner)
+        floats = {n: jnp.asarray([values[n]], jnp.float32) for n in program.space.continuous}
+        params = judged_params(program.problem, inner)
+        network = Saved(
+            params, inner, values, Schedule(floats, self._num_steps), float(score(report)[0])
+        )
+        self._retrained_last[:] = [(asked, network)]
+        return self._retrained_last[0]
 
     def _scores(self, values: Mapping[str, Any], first: int, last: int) -> np.ndarray:
         """(Score, test loss) `[2, seeds]` of values frozen and retrained; NaN where one is lost."""
@@ -186,15 +258,21 @@ class SweepResult:
         self, values: Mapping[str, Any], first: int, last: int, stream: int
     ) -> PopulationReport:
         """Reports of full runs under frozen values and seeds `first` to `last` of a stream."""
+        key = jax.random.fold_in(jax.random.key(self._seed), stream)
+        return self._full_runs(values, jax.random.split(key, last)[first:])[2]
+
+    def _full_runs(
+        self, values: Mapping[str, Any], keys: Key
+    ) -> tuple[Program, PopulationState, PopulationReport]:
+        """Full runs under frozen values, one for each of `keys` `[n]`."""
         opened, programs, _ = self._with_problem()
-        choices = {n: v for n, v in values.items() if n in opened.space.discrete}
-        program = programs.plain(choices)
-        count, key = last - first, jax.random.fold_in(jax.random.key(self._seed), stream)
-        hypers = {n: jnp.full(count, values[n], jnp.float32) for n in program.space.continuous}
-        keys = jax.random.split(key, last)[first:]
+        program = programs.plain({n: v for n, v in values.items() if n in opened.space.discrete})
+        floats = program.space.continuous
+        hypers = {n: jnp.full(len(keys), values[n], jnp.float32) for n in floats}
         state = program.members.init(hypers, keys)
         updates = self._num_steps // program.members.steps_per_update
-        return jax.device_get(program.members.report(program.members.advance(state, updates)))
+        state = program.members.advance(state, updates)
+        return program, state, jax.device_get(program.members.report(state))
 
     def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Writes pictures of the sweep into `folder` as PNG; returns their paths.

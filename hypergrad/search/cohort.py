@@ -14,6 +14,7 @@ import numpy as np
 
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
+from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import width_for
@@ -259,6 +260,8 @@ class Cohort:
                     **{n: _rounded(v[i][used]) for n, v in report.trail.items()},
                 },
             }
+            if self.programs.refine is not None or self.exploit is not None:
+                attrs |= _moved(report, i)
             doubt = _doubt(report.reasons[i])
             if doubt is not None:
                 attrs["doubt"] = doubt
@@ -313,6 +316,15 @@ def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
 def _rounded(values: np.ndarray) -> list[float]:
     """To the digits of a float32: as JSON they are half as long, and MySQL's texts are limited."""
     return [float(f"{value:.7g}") for value in values]
+
+
+def _moved(report: PopulationReport, slot: int) -> dict[str, bool]:
+    """Marks a trial whose hyperparameters did not stand still, so that its score is no value's."""
+    pairs = zip(report.start.values(), report.trail.values(), strict=True)
+    used = report.trail_steps[slot] > 0
+    # Means of what stands still differ from it by rounding.
+    moved = any(not np.allclose(t[slot][used], s[slot], 1e-6, 0) for s, t in pairs)
+    return {MOVED: True} if moved else {}
 
 
 def _doubt(reasons: np.ndarray) -> str | None:

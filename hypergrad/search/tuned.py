@@ -13,6 +13,7 @@ from hypergrad.checks import integer
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.problem import judged_params
 from hypergrad.results.result import Audit
+from hypergrad.results.saved import Saved, write
 from hypergrad.search.candidates import Candidate, Workshop
 from hypergrad.trees import Hyper, InnerState, Params
 
@@ -100,6 +101,19 @@ class TuneResult:
           FloatingPointError: the run diverges.
         """
         return self._with_problem().plain_run(self._checked(hyper), integer("seed", seed, 0))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Saves the trained network and the values in `folder`, for `hypergrad.load`.
+
+        Returns the folder, which also gets `hyper.toml`, the values to keep for people. What was
+        unpickled can be saved, too.
+
+        Raises:
+          ValueError: a folder that cannot be made.
+          OSError: the folder cannot be written.
+        """
+        found = Saved(self.params, self.state, self.hyper, self.schedule, self.score)
+        return write(folder, found)
 
     def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
         """Constant values retrained in full on `seeds` fresh seeds, scored on the test split.

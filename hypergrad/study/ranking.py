@@ -15,6 +15,16 @@ from hypergrad.study.distributions import Coordinates
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR, REASON, counted
 
+# The study's user attribute that keeps what was confirmed, and of how many trials in full; a
+# trial's that says that its values moved.
+_CONFIRMED, MOVED = "confirmed", "moved"
+# Beside scores of values that moved, and what it says.
+MARK = "*"
+FOOTNOTE = (
+    f"{MARK} of values that moved while they trained; frozen they may score otherwise: "
+    "result.confirm(), or hypergrad confirm"
+)
+
 
 class Best(NamedTuple):
     """One trial that trained in full.
@@ -24,19 +34,28 @@ class Best(NamedTuple):
       score: the validation score it was selected by: flattering, as selected scores are.
       held_out: its own run's loss on the test split; NaN without one.
       number: the trial's number in the study.
+      moved: whether the score is of values that moved while they trained, of which `hyper` is
+        where they ended.
     """
 
     hyper: dict[str, Any]
     score: float
     held_out: float
     number: int
+    moved: bool = False
 
 
 def ranked(study: optuna.Study) -> list[Best]:
     """The trials that trained in full, the best first."""
     values = Coordinates(stored_space(study)).from_study
     complete = [
-        Best(values(t.params), t.value, float(t.user_attrs.get("held_out", "nan")), t.number)
+        Best(
+            values(t.params),
+            t.value,
+            float(t.user_attrs.get("held_out", "nan")),
+            t.number,
+            bool(t.user_attrs.get(MOVED, False)),
+        )
         for t in counted(study)
         if t.state == TrialState.COMPLETE and t.value is not None
     ]
@@ -58,6 +77,17 @@ def best_of(study: optuna.Study) -> Best:
     return found[0]
 
 
+def keep_confirmed(study: optuna.Study, best: Best) -> None:
+    """Write into the study what is best of the trials that have trained in full so far."""
+    study.set_user_attr(_CONFIRMED, {"of": len(ranked(study)), "best": list(best)})
+
+
+def confirmed(study: optuna.Study) -> tuple[Best, int] | None:
+    """What was confirmed, and how many trials have trained in full since; None for nothing."""
+    kept = study.user_attrs.get(_CONFIRMED)
+    return kept and (Best(*kept["best"]), len(ranked(study)) - kept["of"])
+
+
 def states(study: optuna.Study) -> str:
     """How many trials there are of each state."""
     names = [t.state.name.lower() for t in counted(study)]
@@ -67,18 +97,24 @@ def states(study: optuna.Study) -> str:
 
 def table(study: optuna.Study, count: int = 10) -> str:
     """The best trials as text, one line each, and how many there are of each state."""
-    lines = [states(study)]
-    for best in ranked(study)[: integer("count", count, 0)]:
-        values = "  ".join(
-            f"{printable(name)}={short(value)}" for name, value in best.hyper.items()
-        )
-        lines.append(
-            f"#{best.number:<5} score {best.score:<9.4g}  test {best.held_out:<9.4g}  {values}"
-        )
+    best, count = ranked(study), integer("count", count, 0)
+    lines = [states(study), *map(_row, best[:count])]
+    if any(one.moved for one in best[:count]):
+        lines.append(FOOTNOTE)
     reasons = [reason_of(trial) for trial in failed_trials(study)]
-    if reasons and len(lines) == 1:
+    if reasons and not best:
         lines.append(f"the last error: {reasons[-1]}")
+    if kept := confirmed(study):
+        found, since = kept
+        stale = f", before {since} more had trained" if since else ""
+        lines.append(f"confirmed, its values frozen{stale}:\n{_row(found)}")
     return "\n".join(lines)
+
+
+def _row(best: Best) -> str:
+    values = "  ".join(f"{printable(name)}={short(value)}" for name, value in best.hyper.items())
+    score = f"{best.score:.4g}{MARK if best.moved else ''}"
+    return f"#{best.number:<5} score {score:<9}  test {best.held_out:<9.4g}  {values}"
 
 
 def reason_of(trial: FrozenTrial) -> str:

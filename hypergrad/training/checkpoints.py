@@ -114,7 +114,9 @@ def saved_updates(folder: Path) -> list[int]:
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
 
 
-def save(folder: Path, update: int, arrays: list[np.ndarray], about: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, update: int, arrays: list[np.ndarray], about: dict[str, Any]
+) -> None:
     """Write one checkpoint: `arrays` in order, and what there is to know about them, as JSON."""
     import orbax.checkpoint as ocp
 
@@ -130,7 +132,7 @@ def save(folder: Path, update: int, arrays: list[np.ndarray], about: dict[str, A
         orbax.save(folder / str(update), args=ocp.args.PyTreeSave(written), force=True)
 
 
-def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+def read_checkpoint(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
     """The arrays of one checkpoint, and what was said about them.
 
     Raises TornError where a byte is missing or is not what was written.
@@ -160,14 +162,14 @@ def load(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
         raise
     # Orbax and what it is built on raise nearly anything on files that are cut short.
     except Exception as error:
-        cannot = _cannot_now(error, folder / str(update))
+        cannot = cannot_now(error, folder / str(update))
         if cannot is not None:
             raise cannot from None
         said = " ".join(str(error).split())[:200]
         raise TornError(f"{type(error).__name__}: {said}") from error
 
 
-def _cannot_now(error: BaseException, path: Path) -> OSError | MemoryError | None:
+def cannot_now(error: BaseException, path: Path) -> OSError | MemoryError | None:
     """What kept somebody from reading or writing a checkpoint, in one sentence.
 
     None where the reason lies in its own files: one that is missing, or holds something else.
@@ -277,7 +279,7 @@ class Saver:
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
         with _writing(self.folder, f"given update {update}"):
-            save(self.folder, update, [*take_apart(state), *columns.values()], about)
+            write_checkpoint(self.folder, update, [*take_apart(state), *columns.values()], about)
         # Not before the new one is whole.
         for old in saved_updates(self.folder)[self._keep :]:
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
@@ -343,7 +345,7 @@ def _newest(folder: Path, start: Resumed, about: dict[str, Any], stop: int) -> R
     torn: dict[int, TornError] = {}
     for done in saved_updates(folder):
         try:
-            arrays, stored = load(folder, done)
+            arrays, stored = read_checkpoint(folder, done)
         except TornError as error:
             torn[done] = error
             continue
