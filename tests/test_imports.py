@@ -18,7 +18,7 @@ ROOMS = {
     "version": "",
     "checks": "",
     "files": "lock journal",
-    "space": "dimensions space description",
+    "space": "ranges dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
