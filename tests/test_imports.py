@@ -25,10 +25,11 @@ ROOMS = {
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
-    "tuners.population": "refine member placement exploit population",
+    "tuners.population": "refine held member placement exploit population",
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
+    "costs": "lengths programs",
     "results": "programs result",
     "search": "schedulers arguments recipe cohort endings sweep candidates tuned tune",
     "nn": "dropout linen nnx equinox",

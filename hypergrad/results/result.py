@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optuna
 
@@ -190,10 +189,10 @@ class SweepResult:
         choices = {n: v for n, v in values.items() if n in opened.space.discrete}
         program = programs.plain(choices)
         count, key = last - first, jax.random.fold_in(jax.random.key(self._seed), stream)
-        hypers = {n: jnp.full(count, values[n], jnp.float32) for n in program.space.continuous}
+        hypers = program.starts([values] * count)
         keys = jax.random.split(key, last)[first:]
         state = program.members.init(hypers, keys)
-        updates = self._num_steps // program.members.steps_per_update
+        updates = programs.lengths.of(choices).num_steps // program.members.steps_per_update
         return jax.device_get(program.members.report(program.members.advance(state, updates)))
 
     def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:

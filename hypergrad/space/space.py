@@ -91,6 +91,14 @@ class Space(Mapping[str, Dimension]):
         """The names of the traced Ints, in order."""
         return tuple(name for name in self.discrete if getattr(self[name], "traced", False))
 
+    def values_of(self, name: str) -> list[Any]:
+        """All values of an Int or a Categorical."""
+        dimension = self[name]
+        if isinstance(dimension, Int):
+            return list(range(dimension.low, dimension.high + 1, dimension.step or 1))
+        assert isinstance(dimension, Categorical)
+        return list(dimension.choices)
+
     def is_active(self, name: str, choices: Mapping[str, Any]) -> bool:
         """Say whether the conditions of `name`, and those of what it depends on, are met.
 
