@@ -6,7 +6,7 @@ several objectives.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 
@@ -14,7 +14,7 @@ from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Train, Unit
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.population.refine import Runs
+from hypergrad.tuners.population.refine import PlainRuns, RefinedRuns
 
 
 class Held(NamedTuple):
@@ -32,6 +32,10 @@ class Held(NamedTuple):
     def key(self) -> Key:
         """The run's key."""
         return self.run.key
+
+    def keyed(self, key: Key) -> Self:
+        """The run under another key."""
+        return self._replace(run=self.run._replace(key=key))
 
 
 def given(problem: Problem, values: Hyper) -> Problem:
@@ -60,7 +64,7 @@ class HeldRuns:
       space: the ranges of what is tuned.
     """
 
-    make: Callable[[Problem], Runs]
+    make: Callable[[Problem], RefinedRuns | PlainRuns]
     problem: Problem
     names: tuple[str, ...]
     space: Space
@@ -82,11 +86,7 @@ class HeldRuns:
         """The run with its hyperparameters at `unit`."""
         return run._replace(run=self._of(run.values).moved(run.run, unit))
 
-    def keyed(self, run: Held, key: Key) -> Held:
-        """The run under another key."""
-        return run._replace(run=run.run._replace(key=key))
-
-    def _of(self, values: Hyper) -> Runs:
+    def _of(self, values: Hyper) -> RefinedRuns | PlainRuns:
         return self.make(given(self.problem, values))
 
     def _init(self, hyper: Hyper, key: Key) -> Held:
@@ -100,3 +100,6 @@ class HeldRuns:
 
     def _best(self, run: Held) -> jax.Array:
         return self._of(run.values).tuner.best(run.run)
+
+
+Runs = RefinedRuns | PlainRuns | HeldRuns

@@ -16,10 +16,10 @@ from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Leaf, Tree, path_name, select
 from hypergrad.tuners.population.exploit import exploited
-from hypergrad.tuners.population.held import HeldRuns
+from hypergrad.tuners.population.held import HeldRuns, Runs
 from hypergrad.tuners.population.member import Data, Member, PopulationReport, PopulationState
 from hypergrad.tuners.population.placement import Execution, Mode, Placement
-from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, Runs, plain
+from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, plain
 
 
 def width_for(n: int, available: Sequence[int] | None = None) -> int:
@@ -298,7 +298,7 @@ def _runs(
 ) -> Runs:
     """What trains the members."""
 
-    def make(problem: Problem) -> Runs:
+    def make(problem: Problem) -> RefinedRuns | PlainRuns:
         if refine is None:
             return PlainRuns(plain(problem, space), space)
         followed = problem if training is None else training(problem)

@@ -1,7 +1,7 @@
 """How a member's run is trained: following hypergradients (`Refine`), or plainly."""
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.problem.structure import naming_missing
 from hypergrad.space.space import Space
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, State, Train, Unit
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, Train, Unit
 from hypergrad.tuners.alternating import alternating, horizon
 from hypergrad.tuners.base import Tuner, TunerState
 from hypergrad.tuners.trust import Trust
@@ -93,10 +93,6 @@ class RefinedRuns:
         """The run with its hyperparameters at `unit`."""
         return run._replace(now=run.now._replace(unit=unit))
 
-    def keyed(self, run: TunerState, key: Key) -> TunerState:
-        """The run under another key."""
-        return run._replace(key=key)
-
 
 class Plain(NamedTuple):
     """A run under hyperparameters that stand still; cf. `TunerState`.
@@ -133,10 +129,6 @@ class PlainRuns:
     def moved(self, run: Plain, unit: Unit) -> Plain:
         """The run with its hyperparameters at `unit`."""
         return run._replace(hyper=self.space.from_unit(unit))
-
-    def keyed(self, run: Plain, key: Key) -> Plain:
-        """The run under another key."""
-        return run._replace(key=key)
 
 
 class Untuned(NamedTuple):
@@ -205,27 +197,3 @@ def replaying(problem: Problem, space: Space) -> Tuner:
         return run._replace(inner=inner, updates=run.updates + 1), info
 
     return Tuner(init, update, lambda run: hyper_at(run.values, run.updates - 1), space)
-
-
-class Runs(Protocol):
-    """How members are trained, and where their runs keep hyperparameters: cf. `RefinedRuns`."""
-
-    @property
-    def tuner(self) -> Tuner:
-        """What trains them."""
-
-    @property
-    def space(self) -> Space:
-        """The ranges of what is tuned."""
-
-    def unit(self, run: State) -> Unit:
-        """Where a run's hyperparameters stand, in unit coordinates."""
-
-    def hyper(self, run: State) -> Hyper:
-        """The same in the user's units."""
-
-    def moved(self, run: State, unit: Unit) -> State:
-        """The run with its hyperparameters at `unit`."""
-
-    def keyed(self, run: State, key: Key) -> State:
-        """The run under another key."""
