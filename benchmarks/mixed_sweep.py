@@ -33,6 +33,7 @@ import optuna
 
 import hypergrad as hg
 from benchmarks.gauntlet_tasks import mnist1d
+from hypergrad.costs.lengths import Lengths
 from hypergrad.results.programs import Programs
 from hypergrad.search.schedulers import bracket_steps, brackets
 from hypergrad.study.distributions import Coordinates
@@ -43,6 +44,11 @@ import digits200
 import hybrid_sweep as mixed
 
 STEPS = 500
+
+
+def lengths(task: "Task") -> Lengths:
+    """Of plain full runs."""
+    return Lengths(mixed.SPACE, task.batch, STEPS, None)
 
 
 class Task(NamedTuple):
@@ -129,7 +135,7 @@ def swept(
 
 def optuna_alone(task: Task, seed: int, budget: float) -> tuple[Any, list[Any]]:
     """Optuna's TPE and its HyperbandPruner, asked by Optuna, on the same compiled programs."""
-    programs = Programs(task.make_problem, mixed.SPACE, task.data, task.batch, None, 10)
+    programs = Programs(task.make_problem, mixed.SPACE, task.data, lengths(task), None)
     opened = open_study(mixed.SPACE, sampler="tpe", seed=seed)
     study = opened.study
     study.pruner = optuna.pruners.HyperbandPruner(50, STEPS, 3)
@@ -215,7 +221,7 @@ METHODS: dict[str, Callable[[Task, int, float], tuple[Any, list[Any]]]] = {
 
 def auditor(task: Task) -> Callable[[dict[str, Any], int, int], tuple[float, float]]:
     """`(values, seeds, stream) -> mean (validation, test) losses` of frozen values, retrained."""
-    programs = Programs(task.make_problem, mixed.SPACE, task.data, task.batch, None, 10)
+    programs = Programs(task.make_problem, mixed.SPACE, task.data, lengths(task), None)
 
     def mean(losses: jax.Array) -> float:
         found = np.asarray(losses, np.float64)

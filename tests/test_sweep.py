@@ -366,6 +366,7 @@ def test_one_line_per_rung_and_a_live_view_on_terminals_only(
         run(scheduler=scheduler, num_trials=4, num_steps=40)
     lines = [record.message for record in caplog.records]
     assert [line.split(":")[0] for line in lines] == [
+        "at most 2 programs of equal choices for 4 trials.",
         "4 trials at 10 steps",
         "2 trials at 20 steps",
         "1 trials at 40 steps",

@@ -1,6 +1,9 @@
 """The three splits of a data set: trained on, tuned on, reported on."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from hypergrad.trees import Tree
 
@@ -17,3 +20,18 @@ class Splits(NamedTuple):
     train: Tree
     valid: Tree
     test: Tree = None
+
+
+def check_splits(data: Any, label: str) -> None:
+    """Refuse what does not hold arrays of examples to train and to validate on."""
+    if not isinstance(data, Splits):
+        raise TypeError(
+            f"{label} is a {type(data).__name__}: give hypergrad.Splits(train, valid, test)."
+        )
+    for name in ("train", "valid"):
+        leaves = jax.tree.leaves(getattr(data, name))
+        if not leaves or not all(jnp.ndim(leaf) for leaf in leaves):
+            raise ValueError(
+                f"{label}.{name} must hold arrays of examples, [examples, ...]: give all of "
+                "hypergrad.Splits(train, valid, test)."
+            )

@@ -2,23 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.costs.lengths import Length, Lengths
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.contents import bad_examples
-from hypergrad.data.splits import Splits
+from hypergrad.data.splits import Splits, check_splits
 from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
 from hypergrad.space.space import Space
 from hypergrad.trees import Hyper
+from hypergrad.tuners.population.held import given
 from hypergrad.tuners.population.population import Population
 from hypergrad.tuners.population.refine import Refine
+
+MakeProblem = Callable[[dict[str, Any]], Problem | tuple[Problem, Splits]]
 
 
 class ProblemError(ValueError):
@@ -26,11 +31,24 @@ class ProblemError(ValueError):
 
 
 class Program(NamedTuple):
-    """A problem of fixed choices, the space of its active Floats, and what trains its members."""
+    """A problem of fixed choices, the space of its active Floats, and what trains its members.
+
+    `data` are the splits it is trained on, `held` the active traced Ints, and `batch_size` examples
+    per step.
+    """
 
     problem: Problem
     space: Space
     members: Population
+    data: Splits
+    held: tuple[str, ...]
+    batch_size: int
+
+    def starts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, jax.Array]:
+        """What members start from, leaves `[points]`: the Floats and the traced Ints of each."""
+        kinds = {**dict.fromkeys(self.space.continuous, jnp.float32)}
+        kinds |= dict.fromkeys(self.held, jnp.int32)
+        return {n: jnp.asarray([p[n] for p in points], kind) for n, kind in kinds.items()}
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,15 +60,14 @@ class Programs:
         reads one that the space lacks.
     """
 
-    make_problem: Callable[[dict[str, Any]], Problem]
+    make_problem: MakeProblem
     space: Space
     data: Splits
-    batch_size: int
+    lengths: Lengths
     refine: Refine | None
-    steps_per_update: int
-    made: Callable[[dict[str, Any], Problem, Hyper], None] | None = None
-    _made: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
-    _plain: dict[frozenset[tuple[str, Any]], Program] = dataclasses.field(default_factory=dict)
+    made: Callable[[dict[str, Any], Program, Hyper], None] | None = None
+    _made: dict[Any, Program] = dataclasses.field(default_factory=dict)
+    _plain: dict[Any, Program] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def bad_data(self) -> str:
@@ -61,54 +78,91 @@ class Programs:
 
     def of(self, choices: dict[str, Any]) -> Program:
         """The program of these choices."""
-        key = frozenset(choices.items())
+        key = self._key(choices)
         if key not in self._made:
             self._made[key] = self._make(choices)
         return self._made[key]
 
+    def static(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """The choices that a program is made for: all but the traced ones."""
+        return {name: v for name, v in choices.items() if name not in self.space.traced}
+
+    def shared(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """The choices that members of one team have in common."""
+        reads = self.lengths.reads
+        return {n: v for n, v in choices.items() if n in reads or n not in self.space.traced}
+
+    def _key(self, choices: Mapping[str, Any]) -> Any:
+        length = self.lengths.of(choices)
+        static = frozenset(self.static(choices).items())
+        return static, length.batch_size, length.steps_per_update
+
     def plain(self, choices: dict[str, Any]) -> Program:
         """The same without refinement: hyperparameters stand still."""
-        problem, space, _ = program = self.of(choices)
+        program = self.of(choices)
         if self.refine is None:
             return program
-        key = frozenset(choices.items())
+        key = self._key(choices)
         if key not in self._plain:
-            self._plain[key] = Program(problem, space, self._population(problem, space, None))
+            members = self._population(program, self.lengths.of(choices), None)
+            self._plain[key] = program._replace(members=members)
         return self._plain[key]
 
     def _make(self, choices: dict[str, Any]) -> Program:
-        problem = self.make_problem(dict(choices))
+        static, length = self.static(choices), self.lengths.of(choices)
+        problem, data = self._with_data(self.make_problem(dict(static)), static)
+        active = [n for n in self.space.continuous if self.space.is_active(n, static)]
+        space = Space({n: dataclasses.replace(self.space[n], when=None) for n in active})
+        held = tuple(n for n in self.space.traced if n in choices)
+        program = Program(problem, space, None, data, held, length.batch_size)  # type: ignore[arg-type]
+        self._check(program, length, choices)
+        # Choices under which no Float is active leave nothing to refine.
+        refine = self.refine if space.continuous else None
+        return program._replace(members=self._population(program, length, refine))
+
+    def _with_data(self, made: Any, choices: dict[str, Any]) -> tuple[Problem, Splits]:
+        """What `make_problem` returned, as a problem and the splits that it is trained on."""
+        own = isinstance(made, tuple) and not isinstance(made, Problem) and len(made) == 2
+        problem, data = made if own else (made, self.data)
         if not isinstance(problem, Problem):
             raise ProblemError(
                 f"make_problem returned {type(problem).__name__} for {choices}: return a "
-                "hypergrad.Problem, such as hypergrad.bilevel makes."
+                "hypergrad.Problem, such as hypergrad.bilevel makes, or (problem, splits)."
             )
-        active = [n for n in self.space.continuous if self.space.is_active(n, choices)]
-        space = Space({n: dataclasses.replace(self.space[n], when=None) for n in active})
-        self._check(problem, space, choices)
-        # Choices under which no Float is active leave nothing to refine.
-        refine = self.refine if space.continuous else None
-        return Program(problem, space, self._population(problem, space, refine))
+        if own:
+            check_splits(data, f"make_problem({choices}): data")
+            data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
+        return problem, data
 
-    def _population(self, problem: Problem, space: Space, refine: Refine | None) -> Population:
-        train, valid, test = self.data
+    def _population(self, program: Program, length: Length, refine: Refine | None) -> Population:
+        train, valid, test = program.data
         own = None if refine is None else refine.steps_per_update
-        steps = self.steps_per_update if own is None else None
         return Population(
-            problem, space, refine, train, valid, self.batch_size, steps_per_update=steps, test=test
+            program.problem,
+            program.space,
+            refine,
+            train,
+            valid,
+            length.batch_size,
+            steps_per_update=length.steps_per_update if own is None else None,
+            test=test,
+            held=program.held,
         )
 
-    def _check(self, problem: Problem, space: Space, choices: dict[str, Any]) -> None:
+    def _check(self, program: Program, length: Length, choices: dict[str, Any]) -> None:
+        problem, space = program.problem, program.space
         estimator = None if self.refine is None else self.refine.estimator
         if not isinstance(estimator, Estimator):
             # Nothing is differentiated, but a value that the problem ignores is a mistake.
             estimator = FiniteDifference()
         middle = space.from_unit({name: np.float32(0.5) for name in space.continuous})
-        batches = Minibatches(self.data.train, self.batch_size, self.steps_per_update)
-        window = Window(problem, None, batches, self.data.valid, jax.random.key(0))
+        values = {name: jnp.int32(choices[name]) for name in program.held}
+        seen = given(problem, values) if values else problem
+        batches = Minibatches(program.data.train, length.batch_size, length.steps_per_update)
+        window = Window(seen, None, batches, program.data.valid, jax.random.key(0))
         try:
             require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
         if self.made is not None:
-            self.made(choices, problem, middle)
+            self.made(choices, program, {**middle, **values})

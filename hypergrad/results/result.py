@@ -226,7 +226,7 @@ class SweepResult:
         floats = {n: jnp.asarray([values[n]], jnp.float32) for n in program.space.continuous}
         params = judged_params(program.problem, inner)
         network = Saved(
-            params, inner, values, Schedule(floats, self._num_steps), float(score(report)[0])
+            params, inner, values, Schedule(floats, self._length(values)), float(score(report)[0])
         )
         self._retrained_last[:] = [(asked, network)]
         return self._retrained_last[0]
@@ -261,16 +261,21 @@ class SweepResult:
         key = jax.random.fold_in(jax.random.key(self._seed), stream)
         return self._full_runs(values, jax.random.split(key, last)[first:])[2]
 
+    def _length(self, values: Mapping[str, Any]) -> int:
+        """Training steps of a full run under these values."""
+        opened, programs, _ = self._with_problem()
+        choices = {n: v for n, v in values.items() if n in opened.space.discrete}
+        return programs.lengths.of(choices).num_steps
+
     def _full_runs(
         self, values: Mapping[str, Any], keys: Key
     ) -> tuple[Program, PopulationState, PopulationReport]:
         """Full runs under frozen values, one for each of `keys` `[n]`."""
         opened, programs, _ = self._with_problem()
-        program = programs.plain({n: v for n, v in values.items() if n in opened.space.discrete})
-        floats = program.space.continuous
-        hypers = {n: jnp.full(len(keys), values[n], jnp.float32) for n in floats}
-        state = program.members.init(hypers, keys)
-        updates = self._num_steps // program.members.steps_per_update
+        choices = {n: v for n, v in values.items() if n in opened.space.discrete}
+        program = programs.plain(choices)
+        state = program.members.init(program.starts([values] * len(keys)), keys)
+        updates = self._length(values) // program.members.steps_per_update
         state = program.members.advance(state, updates)
         return program, state, jax.device_get(program.members.report(state))
 

@@ -5,11 +5,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from hypergrad.checks import function, instance
-from hypergrad.data.splits import Splits
+from hypergrad.data.splits import check_splits
 from hypergrad.problem.problem import Problem
 from hypergrad.search.schedulers import Scheduler
 from hypergrad.space.space import Space
@@ -44,16 +41,9 @@ def check_types(make_problem: Any, space: Any, data: Any, refine: Any, scheduler
     schedulers = "SuccessiveHalving, Hyperband, PopulationBasedTraining"
     for name, value, kinds, remedy in (
         ("space", space, Space, "a hypergrad.Space"),
-        ("data", data, Splits, "hypergrad.Splits(train, valid, test)"),
         ("refine", refine, Refine | None, "a hypergrad.Refine, or None"),
         ("scheduler", scheduler, Scheduler | None, f"one of {schedulers}, or None"),
     ):
         if not isinstance(value, kinds):
             raise TypeError(f"{name} is a {type(value).__name__}: give {remedy}.")
-    for name in ("train", "valid"):
-        leaves = jax.tree.leaves(getattr(data, name))
-        if not leaves or not all(jnp.ndim(leaf) for leaf in leaves):
-            raise ValueError(
-                f"data.{name} must hold arrays of examples, [examples, ...]: give all of "
-                "hypergrad.Splits(train, valid, test)."
-            )
+    check_splits(data, "data")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.costs.lengths import Length
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.study.ranking import MOVED
@@ -20,6 +21,7 @@ from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import width_for
 from hypergrad.tuners.trust import NOT_FINITE, REASONS
 
+Fate = Literal["goes on", "stopped", "finished", "diverged"]
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 _TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
@@ -37,6 +39,7 @@ class Group(NamedTuple):
     state: PopulationState
     proposals: tuple[Proposal, ...]
     copies: tuple[tuple[int, int, int], ...] = ()
+    length: Length = Length(1, 1, 1)
 
 
 class Standing(NamedTuple):
@@ -54,7 +57,7 @@ class Standing(NamedTuple):
     score: float
     refined: dict[str, float]
     attrs: dict[str, Any]
-    fate: Literal["goes on", "stopped", "finished", "diverged"] = "goes on"
+    fate: Fate = "goes on"
 
 
 class Standings(NamedTuple):
@@ -110,7 +113,6 @@ class Cohort:
       sign: 1 where a small score is good, -1 where a large one is.
       told: which of a trial's values the study learns.
       exploit: population based training between the members of a group, or None.
-      num_steps: of a full run.
       seed: of the members' training.
       watch: gets `training` several times a rung, where anybody looks.
     """
@@ -120,10 +122,10 @@ class Cohort:
     sign: int
     told: Told
     exploit: PopulationBasedTraining | None
-    num_steps: int
     seed: int
     watch: Callable[[int, float, int], None] | None = None
     spent: int = 0
+    examples: int = 0
     _running: int = 0
     # In full runs: what those that train here have behind them.
     _partial: float = 0.0
@@ -150,7 +152,8 @@ class Cohort:
             reached = self._placed(standings, done, after)
             going = {s.proposal.number for s in reached.trials if s.fate == "goes on"}
             # Before the yield, as whoever is told looks at `training`.
-            self._running, self._partial = len(going), len(going) * done / self.num_steps
+            self._running = len(going)
+            self._partial = len(going) * done / self.programs.lengths.num_steps
             yield reached
             groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
 
@@ -169,12 +172,13 @@ class Cohort:
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
         program = self.programs.of(team[0].choices)
-        floats = program.space.continuous
-        hypers = {n: jnp.asarray([p.start[n] for p in team], jnp.float32) for n in floats}
+        hypers = program.starts([{**p.choices, **p.start} for p in team])
+        length = self.programs.lengths.of(team[0].choices)
         # By their numbers, so that a trial trains alike in whatever team it is.
         numbers = jnp.asarray([p.number for p in team])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
-        return Group(program, program.members.init(hypers, keys, width), tuple(team))
+        state = program.members.init(hypers, keys, width)
+        return Group(program, state, tuple(team), length=length)
 
     def _train(
         self, groups: list[Group], done: int, until: int
@@ -198,7 +202,9 @@ class Cohort:
         return trained, standings
 
     def _advanced(self, group: Group, done: int, until: int) -> Group:
-        """The group after training from `done` to `until` steps."""
+        """The group after training from rung to rung."""
+        length, at = group.length, self.programs.lengths.steps_at
+        done, until = at(length, done) if done else 0, at(length, until)
         members, here = group.program.members, len(group.proposals)
         # Members know whole updates only, and at least one.
         stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
@@ -209,7 +215,8 @@ class Cohort:
             group = group._replace(state=jax.block_until_ready(state))
             done += steps
             self.spent += steps * here
-            self._partial += steps * here / self.num_steps
+            self.examples += steps * here * length.batch_size
+            self._partial += steps * here / length.num_steps
             if self.watch is not None:
                 self.watch(*self.training)
             if self.exploit is not None and here > 1 and done < until:
@@ -250,7 +257,7 @@ class Cohort:
         values = getattr(report, _TOLD_FIELDS[self.told])
         result = []
         for i, proposal in enumerate(group.proposals):
-            refined = {name: float(value[i]) for name, value in values.items()}
+            refined = {n: float(values[n][i]) for n in group.program.space.continuous}
             used = report.trail_steps[i] > 0  # 0 marks a block still to come
             attrs: dict[str, Any] = {
                 "steps": int(report.steps[i]),
@@ -262,6 +269,8 @@ class Cohort:
             }
             if self.programs.refine is not None or self.exploit is not None:
                 attrs |= _moved(report, i)
+            if self.programs.lengths.reads:
+                attrs["examples"] = attrs["steps"] * group.length.batch_size
             doubt = _doubt(report.reasons[i])
             if doubt is not None:
                 attrs["doubt"] = doubt
@@ -274,7 +283,9 @@ class Cohort:
             if self.exploit is not None:
                 mine = (copy for copy in group.copies if copy[0] == proposal.number)
                 attrs["copied"] = [(step, parent) for _, step, parent in mine]
-            result.append(Standing(proposal, float(scores[i]), refined, attrs))
+            ended = int(report.steps[i]) >= group.length.num_steps
+            fate: Fate = "finished" if ended else "goes on"
+            result.append(Standing(proposal, float(scores[i]), refined, attrs, fate))
         return result
 
     def _placed(self, standings: list[Standing], steps: int, after: Rung | None) -> Standings:
@@ -286,8 +297,8 @@ class Cohort:
         for standing in standings:
             if not np.isfinite(standing.score):
                 standing = standing._replace(fate="diverged")
-            elif standing.proposal.number not in going:
-                standing = standing._replace(fate="stopped" if after else "finished")
+            elif standing.fate == "goes on" and standing.proposal.number not in going:
+                standing = standing._replace(fate="stopped")
             trials.append(standing)
         undone = any(s.attrs.get("undone") for s in standings)
         bad = undone or len(finite) < len(standings)

@@ -12,7 +12,7 @@ import optuna
 
 from hypergrad.data.contents import contents
 from hypergrad.data.splits import Splits
-from hypergrad.problem.problem import Problem
+from hypergrad.results.programs import Program
 from hypergrad.training.identity import digest_of
 from hypergrad.trees import Hyper
 from hypergrad.tuners.population.refine import Refine
@@ -49,18 +49,14 @@ def describe_refine(refine: Refine | None) -> dict[str, str] | None:
 
 
 def check_losses(
-    study: optuna.Study,
-    data: Splits,
-    batch_size: int,
-    choices: dict[str, Any],
-    problem: Problem,
-    hyper: Hyper,
+    study: optuna.Study, choices: dict[str, Any], program: Program, hyper: Hyper
 ) -> None:
     """Warn where the losses compute something else than in the study's earlier trials.
 
     That may be what was meant, so it is no error. Cost: both losses are traced once more.
     """
-    shape = lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)  # noqa: E731
+    problem, data = program.problem, program.data
+    shape = lambda x: jax.ShapeDtypeStruct((program.batch_size, *x.shape[1:]), x.dtype)  # noqa: E731
     key = jax.random.key(0)
     params = jax.eval_shape(lambda h, k: problem.init(h, k).params, hyper, key)
     train = digest_of(problem.train_loss, params, hyper, jax.tree.map(shape, data.train), key)

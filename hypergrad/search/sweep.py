@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -21,11 +20,12 @@ from hypergrad.checks import (
     printable,
     text,
 )
-from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches
+from hypergrad.costs.lengths import Lengths, Setting
+from hypergrad.costs.programs import tell_of_programs
+from hypergrad.data.batches import num_examples
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
-from hypergrad.problem.problem import Problem
-from hypergrad.results.programs import ProblemError, Programs
+from hypergrad.results.programs import MakeProblem, ProblemError, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
 from hypergrad.search.cohort import Cohort, Failure, Standings, Told
@@ -38,7 +38,6 @@ from hypergrad.search.schedulers import (
     brackets,
     in_whole_updates,
 )
-from hypergrad.space.dimensions import Int
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
@@ -50,20 +49,21 @@ from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 
+# What the members of a team have in common, of their choices.
+Shared = Callable[[dict[str, Any]], dict[str, Any]]
+
 # How often it is said who is waited for, in seconds.
 _TELL_EVERY = 60.0
-# Values of an Int, beyond which compiling is likely to take longer than training.
-_MANY_PROGRAMS = 16
 
 
 def sweep(
-    make_problem: Callable[[dict[str, Any]], Problem],
+    make_problem: MakeProblem,
     space: Space,
     data: Splits,
     *,
     num_trials: int,
-    num_steps: int,
-    batch_size: int,
+    num_steps: Setting,
+    batch_size: Setting,
     refine: Refine | None = None,
     sampler: str | optuna.samplers.BaseSampler = "tpe",
     scheduler: Scheduler | None = None,
@@ -86,14 +86,18 @@ def sweep(
     led to. With `refine=None` it is a black-box sweep.
 
     Args:
-      make_problem: `choices -> Problem`, from a dict of the active discrete values. The problem's
-        `hyper` holds exactly the active Floats.
+      make_problem: `choices -> Problem`, from a dict of the active discrete values, or `choices ->
+        (Problem, Splits)` where they choose the data, too. The problem's `hyper` holds exactly the
+        active Floats and the traced Ints, which are not among the choices.
       space: what is searched.
       data: the splits. Scores are taken on all of `valid`; `test` is only reported.
       num_trials: in all, over all processes and restarts that share the storage.
       num_steps: training steps of a full run, a multiple of the recipe's steps per update. Rungs
-        are rounded down to such multiples, but not below the scheduler's `min_steps`.
-      batch_size: examples per training step.
+        are rounded down to such multiples, but not below the scheduler's `min_steps`. A number, the
+        name of a hyperparameter, or `choices -> number`.
+      batch_size: examples per training step; in the same three ways. Where it differs, schedulers
+        ration examples: trials stand at a rung when they have seen equally many, which are those of
+        the rung's steps at the largest batch; one whose own run ends before has its final score.
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", or any Optuna sampler.
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
@@ -135,7 +139,7 @@ def sweep(
     check_types(make_problem, space, data, refine, scheduler)
     seed, name = checked_seed(seed), text("name", name)
     flag("progress", progress)
-    batch_size = integer("batch_size", batch_size, remedy=FIXES_A_SHAPE)
+    lengths = Lengths(space, batch_size, num_steps, refine)
     if metric is not None:
         text("metric", metric)
     enqueue = checked_points(enqueue, space)
@@ -144,7 +148,7 @@ def sweep(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
             f"{list(space)}. Give refine=None."
         )
-    num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
+    num_trials = integer("num_trials", num_trials)
     population, polish = integer("population", population), integer("polish", polish, 0)
     choice("told", told, get_args(Told))
     if direction == "maximize" and metric is None:
@@ -152,7 +156,7 @@ def sweep(
             "direction='maximize' with metric=None would maximise the validation loss: name one of "
             "the problem's metrics."
         )
-    _warn_of_programs(space, num_trials)
+    tell_of_programs(space, num_trials)
     exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
     if exploit is not None and population < 2:
         raise ValueError(
@@ -163,16 +167,16 @@ def sweep(
             f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
             "and fewer than all trials, as there must be something to polish."
         )
-    steps = _steps_per_update(refine, num_steps)
+    num_steps = lengths.num_steps
     ladders = [
-        in_whole_updates(ladder, scheduler, steps)
+        in_whole_updates(ladder, scheduler, lengths.steps_per_update)
         for ladder in brackets(scheduler, num_steps, num_trials - polish)
     ]
     refuse_text("data", {"train": data.train, "valid": data.valid, "test": data.test})
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
-    programs = Programs(make_problem, space, data, batch_size, refine, steps)
-    Minibatches(data.train, batch_size, steps)  # refuses a batch larger than the data
+    programs = Programs(make_problem, space, data, lengths, refine)
+    lengths.refuse_larger_than(num_examples(data.train))
     # A sampler that is made already has its own seed.
     sampler_seed = seed if isinstance(sampler, str) else None
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
@@ -185,12 +189,12 @@ def sweep(
             space, backend, sampler, direction, sampler_seed, name, num_trials=num_trials
         ) as opened,
     ):
-        recipe: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
+        recipe = lengths.describe()
         recipe |= {"metric": metric, "refine": describe_refine(refine)}
         recipe |= {"told": told if moves else None}
         if storage is not None:  # in memory nobody else's trials can be
             recipe |= {"data": describe_data(data)}
-            programs.made = partial(check_losses, opened.study, data, batch_size)
+            programs.made = partial(check_losses, opened.study)
         check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
@@ -203,7 +207,6 @@ def sweep(
                 # What copies made of a trial is its end.
                 told if refine is not None else "last",
                 exploit,
-                num_steps,
                 seed,
                 view.show if progress else None,
             )
@@ -211,7 +214,8 @@ def sweep(
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
-                teams = _ask_or_wait(opened, ladder[0].members, population, record=not moves)
+                shared = dict if exploit is not None else programs.shared
+                teams = _ask_or_wait(opened, shared, ladder[0].members, population, not moves)
                 if not teams:
                     break
                 for news in cohort.run(teams, ladder, population):
@@ -222,33 +226,6 @@ def sweep(
     return SweepResult(
         opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
     )
-
-
-def _warn_of_programs(space: Space, num_trials: int) -> None:
-    """Each value of an Int is another program: few trials would share one."""
-    for name in space.discrete:
-        dimension = space[name]
-        if isinstance(dimension, Int) and dimension.count > _MANY_PROGRAMS:
-            count, step = dimension.count, -(-(dimension.high - dimension.low) // 8)
-            warnings.warn(
-                f"{name!r} is {dimension!r} with {count} values, and each is a program of its own: "
-                f"up to {min(count, num_trials)} are compiled for {num_trials} trials. Give "
-                f"step={step} or so, a Categorical of a few values, or, where no shape depends on "
-                "it, a Float.",
-                stacklevel=3,
-            )
-
-
-def _steps_per_update(refine: Refine | None, num_steps: int) -> int:
-    if refine is None:
-        # Members train by whole updates: of the usual 10 steps, or of as many as divide a full run.
-        return max(k for k in range(1, 11) if num_steps % k == 0)
-    steps = refine.steps(num_steps)
-    if num_steps % steps:
-        raise ValueError(
-            f"num_steps={num_steps} is no multiple of steps_per_update={steps}: choose one that is."
-        )
-    return steps
 
 
 def _from_where_it_stopped(
@@ -276,12 +253,12 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> 
 
 
 def _ask_or_wait(
-    opened: OpenStudy, count: int, population: int, record: bool
+    opened: OpenStudy, shared: Shared, count: int, population: int, record: bool
 ) -> list[list[Proposal]]:
     """Proposals as of `_ask`; where none are left, others', if they die, until all have ended."""
     ended, told = False, time.monotonic()
     while True:
-        teams = _ask(opened, count, population, record)
+        teams = _ask(opened, shared, count, population, record)
         # Others may have given trials back between our asking and our looking: ask once more.
         if teams or ended:
             return teams
@@ -296,19 +273,21 @@ def _ask_or_wait(
             time.sleep(0.0 if ended else 1.0)
 
 
-def _ask(opened: OpenStudy, count: int, population: int, record: bool) -> list[list[Proposal]]:
-    """Up to `count` proposals, in teams of equal choices and at most `population` members."""
+def _ask(
+    opened: OpenStudy, shared: Shared, count: int, population: int, record: bool
+) -> list[list[Proposal]]:
+    """Up to `count` proposals, in teams of one program and at most `population` members."""
     teams: list[list[Proposal]] = []
     for _ in range(count):
         team = teams[-1] if teams and len(teams[-1]) < population else None
-        proposal = opened.ask(team[0].choices if team else None, record=record)
+        proposal = opened.ask(shared(team[0].choices) if team else None, record=record)
         if proposal is None and team:
             # No slot is left for more of these choices, but the queue may hold others.
             proposal = opened.ask(record=record)
         if proposal is None:
             break
         # A grid proposes in its own order, whatever choices it is asked for.
-        if team and proposal.choices == team[0].choices:
+        if team and shared(proposal.choices) == shared(team[0].choices):
             team.append(proposal)
         else:
             teams.append([proposal])

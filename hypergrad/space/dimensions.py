@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import checks
+from hypergrad.space import ranges
 from hypergrad.trees import Leaf
 
 _FLOAT_SCALES = ("linear", "log", "reverse_log")
@@ -36,11 +37,12 @@ class Float:
     hyperparameters; a tuple lists several admissible values. With `step` only `low`, `low + step`,
     ... are used: training sees the nearest of them, and the unit coordinate moves on between them
     by the hypergradient taken there (straight through, Bengio 2013), so that a small step of the
-    outer loop need not change the value.
+    outer loop need not change the value. `prior` is where you believe the optimum to be: `sweep`
+    tries it first and draws around it until its own results say more, `tune` starts there.
 
     Raises ValueError for `low >= high`, only one bound, bounds that are not finite, an unknown
-    scale, `"log"` with `low <= 0`, `"reverse_log"` with `high >= 1`, and a `step` that does not
-    divide a linear range.
+    scale, `"log"` with `low <= 0`, `"reverse_log"` with `high >= 1`, a `step` that does not divide
+    a linear range, and a `prior` outside the bounds.
 
     >>> rate = Float(1e-4, 1.0, scale="log")
     >>> print(f"{rate.from_unit(0.5):.4f} {rate.to_unit(0.01):.4f}")
@@ -53,14 +55,17 @@ class Float:
     # Compared, but a dict has no hash.
     when: Mapping[str, Any] | None = field(default=None, hash=False)
     step: float | None = None
+    prior: float | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> Float:  # noqa: D102
-        _refuse_log("Float", given)
+        ranges.refuse_log("Float", given)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
         checks.choice("Float(scale", self.scale, _FLOAT_SCALES)
-        object.__setattr__(self, "when", _conditions("Float", self.when))
+        object.__setattr__(self, "when", ranges.conditions("Float", self.when))
+        if self.prior is not None:
+            object.__setattr__(self, "prior", checks.finite("Float(prior", self.prior))
         if self.low is None and self.high is None:
             if self.step is not None:
                 raise ValueError(f"Float(step={self.step!r}) starts at low: give low and high.")
@@ -79,10 +84,11 @@ class Float:
             remedy = "or neither bound for an unbounded hyperparameter"
             bound = checks.finite(f"Float({name}", getattr(self, name), remedy)
             object.__setattr__(self, name, bound)
-        _check_range("Float", self.low, self.high, self.scale)
+        ranges.check_range("Float", self.low, self.high, self.scale)
         if self.step is not None:
             checks.positive("step", self.step, "a distance between two values, or None")
-            _check_step("Float", self.low, self.high, self.step, self.scale)
+            ranges.check_step("Float", self.low, self.high, self.step, self.scale)
+        ranges.check_prior("Float", self.low, self.high, self.prior)
 
     def __repr__(self) -> str:
         return _show(self, *(() if self.low is None else (self.low, self.high)))
@@ -196,9 +202,15 @@ class Int:
     """A whole number between `low` and `high`, both included: it changes shapes or control flow.
 
     Discrete hyperparameters are chosen by the study and get no gradient. `scale` is `"linear"` or
-    `"log"`; `step` keeps to `low`, `low + step`, ...; `when` as in `Float`. Raises ValueError for
-    `low >= high`, an unknown scale, `"log"` with `low < 1` and a `step` that does not divide a
-    linear range; TypeError for numbers that are no integers.
+    `"log"`; `step` keeps to `low`, `low + step`, ...; `when` and `prior` as in `Float`.
+
+    In a sweep each value is a program of its own. With `traced` one program serves all values: the
+    value is a traced int32 in `hyper`, as a Float's is, and stands in no `choices`. It may mask
+    (`hypergrad.nn.MaskedDense`), count the steps of a schedule, or select; it cannot fix a shape.
+
+    Raises ValueError for `low >= high`, an unknown scale, `"log"` with `low < 1`, a `step` that
+    does not divide a linear range and a `prior` that is none of the values; TypeError for numbers
+    that are no integers.
 
     >>> Int(1, 8).admits(3), Int(1, 8).admits(9), Int(16, 64, step=16).admits(40)
     (True, False, False)
@@ -209,22 +221,26 @@ class Int:
     scale: str = "linear"
     when: Mapping[str, Any] | None = field(default=None, hash=False)
     step: int | None = None
+    prior: int | None = None
+    traced: bool = False
 
     def __new__(cls, *_: Any, **given: Any) -> Int:  # noqa: D102
-        _refuse_log("Int", given)
+        ranges.refuse_log("Int", given)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
         checks.choice("Int(scale", self.scale, _INT_SCALES)
-        object.__setattr__(self, "when", _conditions("Int", self.when))
+        object.__setattr__(self, "when", ranges.conditions("Int", self.when))
         for name in ("low", "high"):
             remedy = "or use Float for a hyperparameter with a gradient"
             bound = checks.integer(f"Int({name}", getattr(self, name), None, remedy)
             object.__setattr__(self, name, bound)
-        _check_range("Int", self.low, self.high, self.scale)
+        ranges.check_range("Int", self.low, self.high, self.scale)
         if self.step is not None:
             object.__setattr__(self, "step", checks.integer("Int(step", self.step))
-            _check_step("Int", self.low, self.high, self.step, self.scale)
+            ranges.check_step("Int", self.low, self.high, self.step, self.scale)
+        checks.flag("Int(traced", self.traced)
+        ranges.refuse_prior_of(self)
 
     def __repr__(self) -> str:
         return _show(self, self.low, self.high)
@@ -245,8 +261,9 @@ class Categorical:
     """One of several named choices: an optimiser, a width, whether to use a layer at all.
 
     Choices are numbers, strings, booleans or None, so that every storage of a study can keep them.
-    `when` as in `Float`. Raises ValueError for no choices or equal ones (`1 == True` included),
-    TypeError for choices of another type.
+    `when` and `prior` as in `Float`; a prior of None is none. Raises ValueError for no choices,
+    equal ones (`1 == True` included) and a `prior` that is none of them, TypeError for choices of
+    another type.
 
     >>> Categorical(["sgd", "adamw"])
     Categorical(['sgd', 'adamw'])
@@ -254,9 +271,15 @@ class Categorical:
 
     choices: tuple[Any, ...]
     when: Mapping[str, Any] | None = field(default=None, hash=False)
+    prior: str | float | None = None
 
     # The annotation is what is stored; any iterable with an order may be given.
-    def __init__(self, choices: Iterable[Any], when: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        choices: Iterable[Any],
+        when: Mapping[str, Any] | None = None,
+        prior: str | float | None = None,
+    ) -> None:
         if isinstance(choices, str | bytes | Mapping | Set) or not isinstance(choices, Iterable):
             raise TypeError(f"Categorical(choices={choices!r}) has no order: give a list.")
         values = tuple(c.item() if isinstance(c, np.generic) else c for c in choices)
@@ -275,7 +298,9 @@ class Categorical:
                     "(equal values count as one): remove one."
                 )
         object.__setattr__(self, "choices", values)
-        object.__setattr__(self, "when", _conditions("Categorical", when))
+        object.__setattr__(self, "when", ranges.conditions("Categorical", when))
+        object.__setattr__(self, "prior", prior)
+        ranges.refuse_prior_of(self)
 
     def __repr__(self) -> str:
         return _show(self, list(self.choices))
@@ -312,69 +337,16 @@ def _refuse_where(wrong: np.ndarray, given: np.ndarray, label: str, why: str) ->
         raise ValueError(f"{place} starts at {given[tuple(index)]}, {why}")
 
 
-def _conditions(kind: str, when: Mapping[str, Any] | None) -> dict[str, tuple[Any, ...]] | None:
-    """Return `when` with a tuple of admissible values for each name."""
-    if when is None:
-        return None
-    if not isinstance(when, Mapping) or not when:
-        raise ValueError(f"{kind}(when={when!r}) names nothing: give a dict from name to value.")
-    result = {}
-    for name, values in when.items():
-        several = isinstance(values, tuple | list | Set | range)
-        result[name] = tuple(values) if several else (values,)
-        if not result[name]:
-            raise ValueError(f"{kind}(when={when!r}) can never be met: give {name!r} a value.")
-    return result
-
-
-def _check_range(kind: str, low: float, high: float, scale: str) -> None:
-    """Refuse bounds with nothing between them, or whose ends the scale has no logarithm of."""
-    if low >= high:
-        raise ValueError(
-            f"{kind}(low={low!r}, high={high!r}) is empty: give low < high, or close over a "
-            "constant."
-        )
-    if scale == "log" and low <= 0:
-        least = "low >= 1" if kind == "Int" else "low > 0"
-        raise ValueError(
-            f"{kind}(low={low!r}, scale='log') has no logarithm: give {least}, or scale='linear' "
-            "to reach zero."
-        )
-    if scale == "reverse_log" and high >= 1:
-        raise ValueError(
-            f"{kind}(high={high!r}, scale='reverse_log') takes the logarithm of one minus the "
-            "value: give high < 1, or scale='linear' to reach one."
-        )
-
-
-def _refuse_log(kind: str, given: Mapping[str, Any]) -> None:
-    if "log" in given:
-        scale = "log" if given["log"] else "linear"
-        raise ValueError(f"{kind}(log={given['log']!r}) is Optuna's: write scale={scale!r}.")
-
-
-def _check_step(kind: str, low: float, high: float, step: float, scale: str) -> None:
-    if scale != "linear":
-        raise ValueError(
-            f"{kind}(step={step!r}, scale={scale!r}) has equal steps on an unequal scale: leave "
-            "one of both out, or list the values in a Categorical."
-        )
-    count = (high - low) / step
-    if abs(count - round(count)) > 1e-6 or round(count) < 1:
-        last = low + math.floor(count) * step
-        give = f"high={last:.12g}" if last > low else "a smaller step"
-        raise ValueError(
-            f"{kind}(low={low!r}, high={high!r}, step={step!r}) does not end on a step: give "
-            f"{give}."
-        )
-
-
 def _show(dimension: Dimension, *values: object) -> str:
     arguments = [repr(value) for value in values]
     if not isinstance(dimension, Categorical) and dimension.scale != "linear":
         arguments.append(f"scale={dimension.scale!r}")
     if not isinstance(dimension, Categorical) and dimension.step is not None:
         arguments.append(f"step={dimension.step!r}")
+    if dimension.prior is not None:
+        arguments.append(f"prior={dimension.prior!r}")
+    if isinstance(dimension, Int) and dimension.traced:
+        arguments.append("traced=True")
     if dimension.when is not None:
         when = {name: v[0] if len(v) == 1 else v for name, v in dimension.when.items()}
         arguments.append(f"when={when!r}")

@@ -86,6 +86,19 @@ class Space(Mapping[str, Dimension]):
                 order.update(dict.fromkeys(self._parents_first(name, ())))
         return tuple(order)
 
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """The names of the traced Ints, in order."""
+        return tuple(name for name in self.discrete if getattr(self[name], "traced", False))
+
+    def values_of(self, name: str) -> list[Any]:
+        """All values of an Int or a Categorical."""
+        dimension = self[name]
+        if isinstance(dimension, Int):
+            return list(range(dimension.low, dimension.high + 1, dimension.step or 1))
+        assert isinstance(dimension, Categorical)
+        return list(dimension.choices)
+
     def is_active(self, name: str, choices: Mapping[str, Any]) -> bool:
         """Say whether the conditions of `name`, and those of what it depends on, are met.
 
@@ -250,6 +263,11 @@ class Space(Mapping[str, Dimension]):
                 raise ValueError(
                     f"Space[{name!r}] has a condition on {parent!r}, which is continuous: "
                     "conditions name an Int or a Categorical."
+                )
+            if getattr(self[parent], "traced", False):
+                raise ValueError(
+                    f"Space[{name!r}] has a condition on {parent!r}, which is traced: what is "
+                    "active must be known when a program is made. Leave traced=True out."
                 )
             for value in admissible:
                 self._check_choice(parent, value, f"Space[{name!r}]: when[{parent!r}]")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -16,9 +16,10 @@ from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Leaf, Tree, path_name, select
 from hypergrad.tuners.population.exploit import exploited
+from hypergrad.tuners.population.held import HeldRuns, Runs
 from hypergrad.tuners.population.member import Data, Member, PopulationReport, PopulationState
 from hypergrad.tuners.population.placement import Execution, Mode, Placement
-from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, Runs, plain
+from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, plain
 
 
 def width_for(n: int, available: Sequence[int] | None = None) -> int:
@@ -77,6 +78,9 @@ class Population:
         copies of each member's hyperparameters; lower it where they are many.
       devices: where members live; None for all of this process. A width that they divide is
         sharded over them, any other stays on the first.
+      held: names in `hypers` that the problem finds in `hyper`, too, and that nothing moves: traced
+        numbers of any type, so that one program serves all their values.
+      training: what hypergradients follow where that is not `problem`, as a function of it.
 
     Attributes:
       steps_per_update: K.
@@ -118,6 +122,8 @@ class Population:
         mode: Literal["auto", "vmap", "map"] = "auto",
         trail: int = 32,
         devices: Sequence[jax.Device] | None = None,
+        held: Sequence[str] = (),
+        training: Callable[[Problem], Problem] | None = None,
     ) -> None:
         own = None if refine is None else refine.steps_per_update
         if own is not None and steps_per_update is not None:
@@ -129,12 +135,8 @@ class Population:
         trail = integer("trail", trail, least=2)
         if trail % 2:
             raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
-        runs: Runs
-        if refine is None:
-            runs, steps = PlainRuns(plain(problem, space), space), steps_per_update
-        else:
-            runs = RefinedRuns(refine.tuner(problem, space), space)
-            steps = steps_per_update if own is None else own
+        runs = _runs(problem, space, refine, tuple(held), training)
+        steps = steps_per_update if own is None else own
         steps = 10 if steps is None else integer("steps_per_update", steps)
         self.steps_per_update = steps
         self.execution = Execution(None if mode == "auto" else mode)
@@ -285,6 +287,24 @@ class Population:
         if n == 0:
             raise ValueError(f"The population is empty: {shapes}. Give at least one member.")
         return n
+
+
+def _runs(
+    problem: Problem,
+    space: Space,
+    refine: Refine | None,
+    held: tuple[str, ...],
+    training: Callable[[Problem], Problem] | None,
+) -> Runs:
+    """What trains the members."""
+
+    def make(problem: Problem) -> RefinedRuns | PlainRuns:
+        if refine is None:
+            return PlainRuns(plain(problem, space), space)
+        followed = problem if training is None else training(problem)
+        return RefinedRuns(refine.tuner(followed, space), space)
+
+    return HeldRuns(make, problem, held, space) if held else make(problem)
 
 
 @dataclasses.dataclass(frozen=True)

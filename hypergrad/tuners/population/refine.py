@@ -197,6 +197,3 @@ def replaying(problem: Problem, space: Space) -> Tuner:
         return run._replace(inner=inner, updates=run.updates + 1), info
 
     return Tuner(init, update, lambda run: hyper_at(run.values, run.updates - 1), space)
-
-
-Runs = RefinedRuns | PlainRuns

@@ -1,0 +1,1 @@
+"""What one choice costs: examples per step, steps of a full run, programs to compile."""
