@@ -409,6 +409,16 @@ def test_a_hyperparameter_that_is_missing_is_named() -> None:
         tuner.init({"rate": 0.1}, jax.random.key(0))
 
 
+def test_a_key_that_a_library_misses_is_no_hyperparameter() -> None:
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return optax.tree_utils.tree_set({"a": w}, b=w)["a"]
+
+    problem = hg.bilevel(lambda key: jnp.zeros(3), loss, loss, lambda h: optax.sgd(h["rate"]))
+    tuner = hg.alternating(problem, hg.Space({"rate": hg.Float(1e-3, 1.0, scale="log")}))
+    with pytest.raises(KeyError, match="b"):
+        tuner.update(tuner.init({"rate": 0.1}, jax.random.key(0)), jnp.ones((2, 3)), jnp.ones(3))
+
+
 def test_the_largest_move_may_be_traced_but_not_negative() -> None:
     """One compiled update for several step sizes, as examples/tiny_transformer.py does it."""
 

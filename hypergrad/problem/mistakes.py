@@ -142,6 +142,12 @@ def _place(frames: list[tuple[FrameType, int]]) -> str:
     return ""
 
 
+def raised_by_user(error: Exception) -> bool:
+    """Whether the line that raised stands in the user's own code, not in a library's."""
+    (frame, _) = list(_frames(error.__traceback__))[-1]
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] not in _OTHERS
+
+
 def refuse_modules(params: Any) -> None:
     """Refuses parameters that are a module or hold what is no array, and names the adapter.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from hypergrad.problem.inner_gradient import OWN
-from hypergrad.problem.mistakes import explained
+from hypergrad.problem.mistakes import explained, raised_by_user
 from hypergrad.problem.rules import declared_rules, function_name
 from hypergrad.trees import Hyper, Params, Tree, is_inexact, leaf_names
 
@@ -44,7 +44,7 @@ def naming_missing(hyper: Hyper) -> Iterator[None]:
             yield
     except KeyError as error:
         missing = error.args[0]
-        if not isinstance(hyper, Mapping) or missing in hyper:
+        if not isinstance(hyper, Mapping) or missing in hyper or not raised_by_user(error):
             raise
         raise StructureError(
             f"A function of the problem reads hyper[{missing!r}], which hyper lacks: it holds "
