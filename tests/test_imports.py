@@ -26,12 +26,14 @@ ROOMS = {
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine held member placement exploit population",
-    "training": "history doubts length identity checkpoints progress callbacks signals fit",
+    "training": "arguments history doubts length identity checkpoints progress callbacks signals"
+    " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
     "costs": "lengths programs",
     "results": "layout saved programs result",
-    "search": "schedulers arguments recipe cohort endings sweep ahead candidates tuned tune",
+    "search": "schedulers arguments recipe spending cohort endings limits sweep"
+    " ahead candidates tuned tune",
     "nn": "dropout linen nnx equinox",
     "testing": "contract causes check",
     "cli": "",

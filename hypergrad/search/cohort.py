@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.costs.lengths import Length
+from hypergrad.data.batches import num_examples
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
+from hypergrad.search.spending import evaluations_per_step
 from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
@@ -25,6 +27,8 @@ Fate = Literal["goes on", "stopped", "finished", "diverged"]
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 _TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
+# The user attribute of a trial that says what it has cost, in gradient evaluations.
+EVALUATIONS = "evaluations"
 # How often a rung says how far it is.
 _PARTS = 10
 
@@ -115,6 +119,7 @@ class Cohort:
       exploit: population based training between the members of a group, or None.
       seed: of the members' training.
       watch: gets `training` several times a rung, where anybody looks.
+      may: says whether so many gradient evaluations more may begin; what may not is left as it is.
     """
 
     programs: Programs
@@ -124,8 +129,11 @@ class Cohort:
     exploit: PopulationBasedTraining | None
     seed: int
     watch: Callable[[int, float, int], None] | None = None
+    may: Callable[[float], bool] = lambda more: True
     spent: int = 0
     examples: int = 0
+    evaluations: float = 0.0
+    _cut: bool = False
     _running: int = 0
     # In full runs: what those that train here have behind them.
     _partial: float = 0.0
@@ -144,7 +152,7 @@ class Cohort:
         time: all standings at a rung before the next one begins, and what has raised at once.
         """
         groups = yield from self._start(teams, most)
-        done = 0
+        self._cut, done = False, 0
         for rung, after in zip(rungs, [*rungs[1:], None], strict=True):
             self._running = sum(len(g.proposals) for g in groups)
             groups, standings = yield from self._train(groups, done, rung.steps)
@@ -154,7 +162,10 @@ class Cohort:
             # Before the yield, as whoever is told looks at `training`.
             self._running = len(going)
             self._partial = len(going) * done / self.programs.lengths.num_steps
-            yield reached
+            if reached.trials or not self._cut:
+                yield reached
+            if self._cut:
+                return
             groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
 
     def _start(
@@ -162,6 +173,10 @@ class Cohort:
     ) -> Generator[Failure, None, list[Group]]:
         groups = []
         for team in teams:
+            # A program takes its time to be made, too.
+            if not self.may(1.0):
+                self._cut = True
+                break
             try:
                 groups.append(self._group(team, _width(len(team), most)))
             except ProblemError:
@@ -187,6 +202,10 @@ class Cohort:
         standings: list[Standing] = []
         while groups:
             group, *groups = groups
+            steps = self._own_steps(group, until) - self._own_steps(group, done)
+            if not self.may(steps * self._rate(group.program) * len(group.proposals)):
+                self._cut = True
+                break
             try:
                 ended = self._advanced(group, done, until)
                 standings += self._standings(ended)
@@ -201,10 +220,23 @@ class Cohort:
                     yield failure(group.proposals, error)
         return trained, standings
 
+    def _own_steps(self, group: Group, steps: int) -> int:
+        """Steps of a group's own that a rung at so many steps is."""
+        return self.programs.lengths.steps_at(group.length, steps) if steps else 0
+
+    def _rate(self, program: Program) -> float:
+        """Gradient evaluations of a trial's training step."""
+        floats = len(program.space.continuous)
+        guidance = num_examples(program.data.valid) / program.batch_size
+        steps = program.members.steps_per_update
+        return evaluations_per_step(
+            self.programs.refine if floats else None, floats, guidance, steps
+        )
+
     def _advanced(self, group: Group, done: int, until: int) -> Group:
         """The group after training from rung to rung."""
-        length, at = group.length, self.programs.lengths.steps_at
-        done, until = at(length, done) if done else 0, at(length, until)
+        length = group.length
+        done, until = self._own_steps(group, done), self._own_steps(group, until)
         members, here = group.program.members, len(group.proposals)
         # Members know whole updates only, and at least one.
         stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
@@ -216,6 +248,7 @@ class Cohort:
             done += steps
             self.spent += steps * here
             self.examples += steps * here * length.batch_size
+            self.evaluations += steps * here * self._rate(group.program)
             self._partial += steps * here / length.num_steps
             if self.watch is not None:
                 self.watch(*self.training)
@@ -262,6 +295,7 @@ class Cohort:
             attrs: dict[str, Any] = {
                 "steps": int(report.steps[i]),
                 "refused": int(report.refused[i]),
+                EVALUATIONS: int(report.steps[i]) * self._rate(group.program),
                 "trajectory": {
                     "steps": report.trail_steps[i][used].tolist(),
                     **{n: _rounded(v[i][used]) for n, v in report.trail.items()},
@@ -292,7 +326,9 @@ class Cohort:
         """The same, in their order, with each one's fate: the best go on to the rung `after`."""
         finite = [s for s in standings if np.isfinite(s.score)]
         best = sorted(finite, key=lambda s: self.sign * s.score)
-        going = {s.proposal.number for s in best[: after.members]} if after else set()
+        # Where some have not come as far as this, nobody has lost.
+        places = len(best) if self._cut else after.members if after else 0
+        going = {s.proposal.number for s in best[:places]} if after else set()
         trials = []
         for standing in standings:
             if not np.isfinite(standing.score):

@@ -28,8 +28,9 @@ from hypergrad.data.splits import Splits
 from hypergrad.results.programs import MakeProblem, ProblemError, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
-from hypergrad.search.cohort import Cohort, Failure, Standings, Told
+from hypergrad.search.cohort import EVALUATIONS, Cohort, Failure, Standings, Told
 from hypergrad.search.endings import AllAlike, UntilInterrupted
+from hypergrad.search.limits import Limits, SweepCallback
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
 from hypergrad.search.schedulers import (
     PopulationBasedTraining,
@@ -74,6 +75,9 @@ def sweep(
     told: Told = "last",
     polish: int = 0,
     enqueue: Iterable[Mapping[str, Any]] = (),
+    timeout: float | None = None,
+    max_evaluations: float | None = None,
+    callbacks: Sequence[SweepCallback] = (),
     seed: int = 0,
     name: str = "hypergrad",
     progress: bool = True,
@@ -117,6 +121,14 @@ def sweep(
         where the best trials so far ended (their choices, the values told). Needs `refine`. Worth
         a fifth of the trials, after a scheduler has picked among many short runs.
       enqueue: known good points, tried first; what a point leaves out is proposed.
+      timeout: seconds of this call, after which nothing more begins. The rung that trains is
+        finished; trials that would go on are handed back and queued again.
+      max_evaluations: gradient evaluations in all, over all processes and restarts that share the
+        storage (trials that died excepted): no group of trials begins a rung that would exceed it.
+        A training step counts 1, its way back 2, a validation gradient n_valid / batch_size
+        (`hypergrad.search.spending`); the trials' attribute `evaluations` says what each has cost.
+      callbacks: functions of the study and of a trial that has ended, as Optuna's own are. One ends
+        the sweep by `study.stop()`, or by raising `hypergrad.callbacks.Stop`.
       seed: of the sampler and of training.
       name: the study's.
       progress: a live view (trials, best score, running population, speed, training steps, time
@@ -136,6 +148,7 @@ def sweep(
         mistake that every trial would meet, such as a `make_problem` that ignores or lacks a
         hyperparameter, or an unknown metric.
     """
+    limits = Limits(timeout, max_evaluations, callbacks)
     check_types(make_problem, space, data, refine, scheduler)
     seed, name = checked_seed(seed), text("name", name)
     flag("progress", progress)
@@ -199,7 +212,11 @@ def sweep(
         # All processes queue them, and a study takes each point once.
         for hyper in enqueue:
             opened.enqueue(hyper)
-        with SweepProgress(num_trials, progress) as view, UntilInterrupted() as interrupted:
+        with (
+            SweepProgress(num_trials, progress) as view,
+            UntilInterrupted() as interrupted,
+            limits.opened(opened.study),
+        ):
             cohort = Cohort(
                 programs,
                 _score_by(metric),
@@ -210,17 +227,20 @@ def sweep(
                 seed,
                 view.show if progress else None,
             )
+            cohort.may = lambda more: limits.allow(opened.study, cohort.evaluations, more)
             alike = AllAlike(space)
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
                 _queue_best(opened, ladder[0].members, polish, num_trials)
                 shared = dict if exploit is not None else programs.shared
-                teams = _ask_or_wait(opened, shared, ladder[0].members, population, not moves)
+                count = ladder[0].members
+                teams = _ask_or_wait(opened, shared, count, population, not moves, cohort.may)
                 if not teams:
                     break
                 for news in cohort.run(teams, ladder, population):
                     _tell(opened, news)
                     alike.see(news)
+                    limits.see(opened.study, news)
                     _look_back(view, opened, cohort)
     spent = cohort.spent
     return SweepResult(
@@ -253,11 +273,16 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> 
 
 
 def _ask_or_wait(
-    opened: OpenStudy, shared: Shared, count: int, population: int, record: bool
+    opened: OpenStudy,
+    shared: Shared,
+    count: int,
+    population: int,
+    record: bool,
+    may: Callable[[float], bool],
 ) -> list[list[Proposal]]:
     """Proposals as of `_ask`; where none are left, others', if they die, until all have ended."""
     ended, told = False, time.monotonic()
-    while True:
+    while may(1.0):
         teams = _ask(opened, shared, count, population, record)
         # Others may have given trials back between our asking and our looking: ask once more.
         if teams or ended:
@@ -271,6 +296,7 @@ def _ask_or_wait(
                 _log.warning(f"waiting for {running} trials that are run by {who}")
             # Each look reads the whole study, and a second is little beside a trial.
             time.sleep(0.0 if ended else 1.0)
+    return []
 
 
 def _ask(
@@ -303,16 +329,17 @@ def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
         _log.warning(f"{numbers} failed: {printable(news.reason)}")
         return
     for proposal, score, refined, attrs, fate in news.trials:
+        cost = {EVALUATIONS: attrs[EVALUATIONS]}
         if fate == "diverged":
             error = f"ValueError: the score is {score} after {news.steps} steps"
-            opened.fail(proposal, f"{error}{news.why_not_finite}.")
+            opened.fail(proposal, f"{error}{news.why_not_finite}.", cost)
             _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
             continue
         if "doubt" in attrs:
             _log.warning(f"#{proposal.number}: {attrs['doubt']}{news.why_not_finite}.")
         if fate == "finished" and attrs.get("undone"):
             error = f"ValueError: training was undone: {attrs['doubt']}{news.why_not_finite}."
-            opened.fail(proposal, error)
+            opened.fail(proposal, error, cost)
             continue
         opened.report(proposal, score, news.steps)
         values = None if proposal.recorded else refined

@@ -3,6 +3,7 @@
 No other file reads one (a test sees to it), so that a new release of Optuna is checked here.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,22 @@ def _generators(sampler: BaseSampler, seen: set[int]) -> Iterator[np.random.Rand
             and value.get_state(legacy=False)["bit_generator"] == "MT19937"
         ):
             yield value
+
+
+@contextlib.contextmanager
+def stoppable(study: optuna.Study) -> Iterator[None]:
+    """`study.stop()` is allowed within, as in `study.optimize`, which callbacks are written for."""
+    study._thread_local.in_optimize_loop = True
+    study._stop_flag = False
+    try:
+        yield
+    finally:
+        study._thread_local.in_optimize_loop = False
+
+
+def stop_is_asked(study: optuna.Study) -> bool:
+    """Say whether `study.stop()` was called."""
+    return study._stop_flag
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:

@@ -242,12 +242,12 @@ class OpenStudy:
             self.report(proposal, value, step)
         return self._tell(proposal, TrialState.PRUNED, None, refined, attrs)
 
-    def fail(self, proposal: Proposal, error: str) -> bool:
+    def fail(self, proposal: Proposal, error: str, attrs: Mapping[str, Any] | None = None) -> bool:
         """Record that a trial failed for good: attribute `error`, and its last line, `reason`."""
         error = checks.without_passwords(error, urls_only=True)
         reason = checks.printable(error.strip().splitlines()[-1])
-        attrs = {ERROR: error[-_LONGEST_ERROR:], REASON: reason[:_LONGEST_REASON]}
-        return self._tell(proposal, TrialState.FAIL, None, None, attrs)
+        why = {ERROR: error[-_LONGEST_ERROR:], REASON: reason[:_LONGEST_REASON]}
+        return self._tell(proposal, TrialState.FAIL, None, None, {**(attrs or {}), **why})
 
     def enqueue(self, hyper: Mapping[str, Any], *, again: bool = False) -> bool:
         """Queue a known good point; False where the same one was queued before, in any process.

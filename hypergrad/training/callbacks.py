@@ -9,6 +9,8 @@ called `fit`. An object may also have
   resumes from a checkpoint. What a killed run wrote after that checkpoint will come again.
 - `close()`, called at the end, also after an error.
 
+One that raises `Stop` ends the run there, with what it has: `EarlyStopping` does.
+
 Each class below imports its tracker when it is used, and writes no update twice under resume.
 
 >>> class Best:
@@ -29,6 +31,7 @@ Each class below imports its tracker when it is used, and writes no update twice
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -40,7 +43,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypergrad.checks import folder_name, in_one_sentence, instance, text
+from hypergrad.checks import folder_name, in_one_sentence, instance, integer, positive, text
 from hypergrad.training.history import Record, scalars
 
 # Records that MLflow gets at once, and the most metrics that it takes in one request.
@@ -56,6 +59,56 @@ def check(callbacks: Sequence[Any]) -> None:
             raise TypeError(
                 f"callbacks[{i}]={callback!r} cannot be called with a record: give a function of "
                 "one record, or an object such as hypergrad.callbacks.JSONLines(path)."
+            )
+
+
+class Stop(Exception):
+    """Raised by a callback, it ends the run of `fit`, or the sweep, with what it has.
+
+    Its text says why, for the log. What the device has begun by then is finished: up to four more
+    updates of `fit`; a sweep's running trials are queued again.
+    """
+
+
+class EarlyStopping:
+    """Ends a run of `fit` whose validation loss has not fallen for `patience` updates in a row.
+
+    A fall counts from `least` on. The state that `fit` returns is the last one, not that of the
+    lowest loss; under resume it goes on counting.
+
+    Raises ValueError for a patience below 1 and a negative `least`.
+
+    >>> stopping = EarlyStopping(patience=2)
+    >>> for update, loss in enumerate([0.5, 0.4, 0.45]):
+    ...     stopping(Record(update, loss, 0.0, {}, None))
+    >>> stopping(Record(3, 0.4, 0.0, {}, None))
+    Traceback (most recent call last):
+        ...
+    hypergrad.training.callbacks.Stop: the validation loss has not fallen below 0.4 in 2 updates
+    """
+
+    def __init__(self, patience: int, least: float = 0.0) -> None:
+        self._patience = integer("patience", patience)
+        self._least = positive("least", least, zero=True)
+        self._lowest, self._since = math.inf, 0
+
+    def open(self, history: Sequence[Record], update: int) -> None:
+        """Count what came before."""
+        self._lowest, self._since = math.inf, 0
+        for record in history:
+            self(record)
+
+    def __call__(self, record: Record) -> None:
+        """Count one more; NaN is no fall."""
+        fell = record.loss < self._lowest - self._least or not math.isfinite(self._lowest)
+        if fell and math.isfinite(record.loss):
+            self._lowest, self._since = record.loss, 0
+            return
+        self._since += 1
+        if self._since >= self._patience:
+            raise Stop(
+                f"the validation loss has not fallen below {self._lowest:.4g} in {self._since} "
+                "updates"
             )
 
 

@@ -22,7 +22,8 @@ from hypergrad.data.streams import (
     refuse_missing_axis,
 )
 from hypergrad.optim.schedules import Schedule
-from hypergrad.training.callbacks import check
+from hypergrad.training.arguments import check_types_of_run
+from hypergrad.training.callbacks import Stop, check
 from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
 from hypergrad.training.doubts import Doubts, remarks_of
 from hypergrad.training.history import History, Record, observe
@@ -68,23 +69,6 @@ class FitResult(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def _check_types(tuner: Any, state: State, train: Train) -> None:
-    if not isinstance(tuner, Tuner):
-        raise TypeError(
-            f"tuner is a {type(tuner).__name__}: give what hypergrad.alternating or restarting "
-            "returns."
-        )
-    try:
-        jax.eval_shape(tuner.best, state)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise TypeError(
-            f"state is a {type(state).__name__} that this tuner does not know: give "
-            "tuner.init(hyper, key), or the state of an earlier result."
-        ) from error
-    if callable(train) and not hasattr(train, "__iter__"):
-        raise TypeError(f"train is the function {train!r}: call it, or give what it returns.")
-
-
 def fit(
     tuner: Tuner,
     state: State,
@@ -119,7 +103,8 @@ def fit(
       num_steps: instead, the training steps of the run; a last update that is cut off is left out.
       steps_per_update: K, for an iterable `train`; None for what the length of the run says, where
         `num_steps` gives it (`hypergrad.tuners.alternating.horizon`).
-      callbacks: functions of one `Record`, or objects, see `hypergrad.callbacks`.
+      callbacks: functions of one `Record`, or objects, see `hypergrad.callbacks`; one may end the
+        run (`hypergrad.callbacks.EarlyStopping`).
       checkpoint: a folder, or a `hypergrad.Checkpoint`: every 100 updates, at the end, and on
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
@@ -165,7 +150,7 @@ def fit(
     >>> len(result.history), bool(result.history[-1].hyper["lr"] > 1e-3)
     (8, True)
     """
-    _check_types(tuner, state, train)
+    check_types_of_run(tuner, state, train)
     refuse_missing_axis(train, valid)
     steps, num_updates = lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
@@ -201,7 +186,8 @@ def fit(
         for callback in callbacks:
             # Before `open`, so that one which fails half-way is closed, too.
             stack.callback(getattr(callback, "close", lambda: None))
-            getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
+            with run.until_stopped():
+                getattr(callback, "open", lambda history, update: None)(run.history, resumed.done)
         run.callbacks = callbacks
         run.progress = stack.enter_context(
             FitProgress(resumed.done, asked.stop, steps, enabled=progress)
@@ -228,6 +214,7 @@ class _Run:
     saver: Saver | None = None
     every = 1
     callbacks: Sequence[Callable[[Record], Any]] = ()
+    stopped = False
     progress: FitProgress
 
     def __init__(
@@ -276,7 +263,7 @@ class _Run:
         """All updates, as long as there are data and nobody wants an end."""
         pending: deque[_Pending] = deque()
         try:
-            for fed in self._waited_for(batches):
+            for fed in () if self.stopped else self._waited_for(batches):
                 self.state, info = self.update(self.state, fed.train, fed.valid)
                 loss = getattr(getattr(self.state, "inner", None), "loss", None)
                 self.done, self.positions = self.done + 1, fed.positions
@@ -286,7 +273,7 @@ class _Run:
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
                     self._settle(pending.popleft())
-                if self.signals.wanted is not None:
+                if self.signals.wanted is not None or self.stopped:
                     break
         except RanOut as reason:
             self._ran_out(reason)
@@ -299,6 +286,16 @@ class _Run:
                 self._broken_off()
         if self.saver is not None and self.saved != self.done:
             self._save(self.done, self.state, self.positions)
+
+    @contextlib.contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """A callback within may end the run; the others see it to its end."""
+        try:
+            yield
+        except Stop as reason:
+            if not self.stopped:
+                _log.info(f"the run ends after {self.done} updates: {reason}")
+            self.stopped = True
 
     def _broken_off(self) -> None:
         self.signals.freed()
@@ -345,7 +342,7 @@ class _Run:
         finite = np.isfinite(record.loss) if record.finite is None else record.finite
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         for callback in self.callbacks:
-            with self.signals.within():
+            with self.until_stopped(), self.signals.within():
                 callback(record)
         self.progress.show(record)
         # After the callbacks, which are to show this update, and before a save of what is lost.
