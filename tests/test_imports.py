@@ -29,6 +29,7 @@ ROOMS = {
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
+    "knowledge": "positions priors warm samplers",
     "costs": "lengths programs",
     "results": "programs result",
     "search": "schedulers arguments recipe cohort endings sweep candidates tuned tune",
