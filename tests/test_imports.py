@@ -30,6 +30,7 @@ ROOMS = {
     " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
+    "knowledge": "positions priors warm samplers",
     "costs": "lengths programs",
     "results": "layout saved programs result",
     "search": "schedulers arguments recipe spending cohort endings limits sweep"

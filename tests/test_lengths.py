@@ -144,7 +144,7 @@ def test_a_problem_may_bring_its_own_data() -> None:
     with pytest.raises(ValueError, match=r"trials have failed alike.*batch_size=16 exceeds the 8"):
         small = hg.Splits(*((x[:8], y[:8]) for x, y in DATA))
         sweep(space, make_problem=lambda c: (PROBLEM, small), batch_size=16, num_trials=9)
-    with pytest.raises(ValueError, match=r"failed alike.*data is a int: give hypergrad.Splits"):
+    with pytest.raises(ValueError, match=r"failed alike.*data is a int: give hypergrad\.Splits"):
         sweep(space, make_problem=lambda c: (PROBLEM, 3), num_trials=9)
 
 

@@ -25,6 +25,8 @@ from hypergrad.costs.programs import tell_of_programs
 from hypergrad.data.batches import num_examples
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
+from hypergrad.knowledge.samplers import first_points, sampler_of
+from hypergrad.knowledge.warm import warm_studies
 from hypergrad.results.programs import MakeProblem, ProblemError, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
@@ -78,6 +80,7 @@ def sweep(
     timeout: float | None = None,
     max_evaluations: float | None = None,
     callbacks: Sequence[SweepCallback] = (),
+    warm_from: Iterable[Any] = (),
     seed: int = 0,
     name: str = "hypergrad",
     progress: bool = True,
@@ -103,7 +106,10 @@ def sweep(
         ration examples: trials stand at a rung when they have seen equally many, which are those of
         the rung's steps at the largest batch; one whose own run ends before has its final score.
       refine: a recipe, or None.
-      sampler: "tpe", "random", "grid", or any Optuna sampler.
+      sampler: "tpe", "random", "grid", "gp", "cmaes", "qmc", "nsga2", "auto" (docs/sweeps.md says
+        which for what), or any Optuna sampler. Where hyperparameters have a `prior`, that point is
+        tried first, and a share of the trials, falling as results come in, is drawn around it
+        (`hypergrad.knowledge.priors`).
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
         together, and the best of each rung go on. TPE with Hyperband is BOHB. With
         `PopulationBasedTraining` the members of a population copy each other.
@@ -129,6 +135,9 @@ def sweep(
         (`hypergrad.search.spending`); the trials' attribute `evaluations` says what each has cost.
       callbacks: functions of the study and of a trial that has ended, as Optuna's own are. One ends
         the sweep by `study.stop()`, or by raising `hypergrad.callbacks.Stop`.
+      warm_from: storages or studies of earlier sweeps, on other data or of another space: points
+        that ranked high there, and where the others' trials say so, are tried first, up to a fifth
+        of the trials (`hypergrad.knowledge.warm`).
       seed: of the sampler and of training.
       name: the study's.
       progress: a live view (trials, best score, running population, speed, training steps, time
@@ -155,7 +164,7 @@ def sweep(
     lengths = Lengths(space, batch_size, num_steps, refine)
     if metric is not None:
         text("metric", metric)
-    enqueue = checked_points(enqueue, space)
+    enqueue, earlier = checked_points(enqueue, space), warm_studies(warm_from)
     if refine is not None and not space.continuous:
         raise ValueError(
             f"refine={refine!r} has nothing to refine: the space holds no Float, only "
@@ -191,7 +200,7 @@ def sweep(
     programs = Programs(make_problem, space, data, lengths, refine)
     lengths.refuse_larger_than(num_examples(data.train))
     # A sampler that is made already has its own seed.
-    sampler_seed = seed if isinstance(sampler, str) else None
+    engine, sampler_seed = sampler_of(sampler, space, num_trials, seed)
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
@@ -199,7 +208,7 @@ def sweep(
     with (
         told_in_one_sentence(backend),
         open_study(
-            space, backend, sampler, direction, sampler_seed, name, num_trials=num_trials
+            space, backend, engine, direction, sampler_seed, name, num_trials=num_trials
         ) as opened,
     ):
         recipe = lengths.describe()
@@ -210,7 +219,7 @@ def sweep(
             programs.made = partial(check_losses, opened.study)
         check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
-        for hyper in enqueue:
+        for hyper in first_points(space, engine, enqueue, earlier, opened.study, num_trials):
             opened.enqueue(hyper)
         with (
             SweepProgress(num_trials, progress) as view,

@@ -56,7 +56,8 @@ def tune(
       problem: what is trained and judged.
       space: the ranges; all continuous. What has no gradient is for `hypergrad.sweep`.
       data: the splits; `test` is used by `result.audit` alone.
-      start: values to begin with, or a list of such; None for the middle of the space.
+      start: values to begin with, or a list of such; None for the priors, where there are none the
+        middle of the range.
       num_steps: training steps of a full run.
       batch_size: examples per training step.
       budget: in plain runs of `num_steps`, choosing included: a training step counts 1, its way
@@ -182,7 +183,8 @@ def _checked_starts(space: Any, start: Any) -> list[Hyper]:
         raise ValueError("space holds no Float, so there is nothing to tune: add one.")
     if start is None:
         middle = {name: np.float32(0.5) for name in space.continuous}
-        return [jax.device_get(space.from_unit(middle))]
+        believed = {n: np.float32(p) for n in space.continuous if (p := space[n].prior) is not None}
+        return [jax.device_get(space.from_unit(middle)) | believed]
     starts = [start] if isinstance(start, Mapping) else start
     if not isinstance(starts, list | tuple) or not all(isinstance(s, Mapping) for s in starts):
         raise WrongTypeError(f"start={start!r}: give a dict of values, a list of such, or None.")

@@ -5,11 +5,13 @@ first state is kept once, and then the number of blocks and the place in the blo
 """
 
 import base64
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+import optuna
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from hypergrad.checks import choice
@@ -17,7 +19,16 @@ from hypergrad.study.optuna_private import random_generators
 from hypergrad.study.slots import ASKED
 from hypergrad.study.workers import Worker
 
-_SAMPLERS = ("tpe", "random", "grid")
+# Of Optuna, with its defaults, and the package that one needs beyond Optuna's own; a grid is ours.
+SAMPLERS: dict[str, tuple[str, str | None]] = {
+    "tpe": ("TPESampler", None),
+    "random": ("RandomSampler", None),
+    "grid": ("RandomSampler", None),
+    "gp": ("GPSampler", "torch"),
+    "cmaes": ("CmaEsSampler", "cmaes"),
+    "qmc": ("QMCSampler", "scipy"),
+    "nsga2": ("NSGAIISampler", None),
+}
 
 # System attributes of a study: full states by their index, and the place after the last tell.
 _START = "hypergrad:random:start:"
@@ -37,14 +48,20 @@ def make_sampler(sampler: str | BaseSampler, seed: int | None) -> BaseSampler:
                 f"{type(sampler).__name__}(seed=...) and leave seed=None here."
             )
         return sampler
-    choice("sampler", sampler, _SAMPLERS, "or give a sampler of Optuna")
-    return TPESampler(seed=seed) if sampler == "tpe" else RandomSampler(seed=seed)
+    kind, package = SAMPLERS[choice("sampler", sampler, SAMPLERS, "or give a sampler of Optuna")]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"sampler={sampler!r} needs the package {package!r}: install it.")
+    # What these cannot model is drawn at random, as the documentation says and a log need not.
+    options = {"warn_independent_sampling": False} if package else {}
+    # Otherwise its first point is a corner of the space.
+    options |= {"scramble": True} if sampler == "qmc" else {}
+    return getattr(optuna.samplers, kind)(seed=seed, **options)
 
 
 class Randomness:
     """The state of every `numpy.random.RandomState` inside `sampler`; other kinds are not saved.
 
-    >>> sampler = RandomSampler(seed=0)
+    >>> sampler = optuna.samplers.RandomSampler(seed=0)
     >>> (generator,) = random_generators(sampler)
     >>> randomness = Randomness(sampler)
     >>> start, place = randomness.start(), randomness.place()
