@@ -21,7 +21,9 @@ ROOMS = {
     "space": "ranges dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
+    "program": "",
+    "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
+    " structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",

@@ -47,6 +47,19 @@ def branch(inner: Any) -> Any:
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def where(inner: Any) -> Any:
+    """As loss scaling is often written, the condition anew at each leaf."""
+
+    def update(g: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return jax.tree.map(
+            lambda new, old: jnp.where(jnp.isfinite(g).all(), new, old),
+            inner.update(g, state, params),
+            (jnp.zeros_like(g), state),
+        )
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 9),
     "conditionally_mask": lambda inner: optax.conditionally_mask(inner, by_value, True),
@@ -54,6 +67,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
         optax.conditionally_transform(inner, by_value, True), optax.zero_nans()
     ),
     "lax.cond": branch,
+    "where": where,
 }
 
 
@@ -102,6 +116,37 @@ def test_a_loss_with_a_rule_of_its_own() -> None:
     reverse, forward = jax.jit(lambda: [run(one, e) for e in (hg.Unrolled(), hg.Forward())])()
     assert abs(float(reverse["lr"])) > 0.1
     assert relative_error(reverse, forward) < 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_whole_state_selected_after_a_plain_gradient() -> None:
+    """As flax's page on DynamicScale has it, in a hand-filled step."""
+    begun = hg.bilevel(lambda key: jnp.full(3, 0.1), loss, loss, lambda h: optax.adam(h["lr"]))
+
+    def step(inner: Any, h: Any, b: Any, key: Any) -> Any:
+        value, g = jax.value_and_grad(loss)(inner.params, h, b, key)
+        finite = ~jnp.isnan(jnp.sum(g))
+        updates, opt_state = optax.adam(h["lr"], b1=h["b1"], eps=1e-3).update(g, inner.opt_state)
+        new = optax.apply_updates(inner.params, updates), opt_state
+        pick = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+        params, opt_state = jax.tree.map(pick, new, (inner.params, inner.opt_state))
+        return inner._replace(params=params, opt_state=opt_state, step=inner.step + 1, loss=value)
+
+    problem = begun._replace(step=step)
+    one = jax.tree.map(lambda x: jnp.float64(x[0]), HYPER)
+
+    @jax.jit
+    def run(hyper: Any) -> Any:
+        arguments = None, (X, Y), VALID, KEY
+        return [
+            hg.hypergradient(problem, hyper, *arguments, estimator=e).grad
+            for e in (hg.Unrolled(), hg.Forward(), hg.FiniteDifference(1e-6))
+        ]
+
+    reverse, forward, differences = run(one)
+    assert relative_error(reverse, forward) < 1e-12
+    assert relative_error(reverse, differences) < 1e-6
+    assert abs(float(reverse["lr"])) > 0.1
 
 
 def test_tuning_goes_on_across_a_nan_example() -> None:

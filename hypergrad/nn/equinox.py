@@ -71,6 +71,7 @@ def equinox_problem(
     optimizer: Callable[[Any], optax.GradientTransformation],
     *,
     metrics: Callable[..., Any] | None = None,
+    mixed_mode: bool = True,
     evaluate: Callable[[Any, Any], Any] | None = None,
 ) -> Problem:
     """A `Problem` whose losses call an Equinox model: `jax.vmap(model)(images)`.
@@ -93,6 +94,7 @@ def equinox_problem(
       valid_loss: see above; what it returns beside the scalar is ignored.
       optimizer: `hyper -> optax transformation` over `equinox.filter(model, is_inexact_array)`.
       metrics: optional, `(model, hyper, batch, key) -> {name: scalar}`, in inference mode.
+      mixed_mode: as in `bilevel`.
       evaluate: as in `bilevel`, of `inner.params` and the optimiser's state.
 
     Cost: that of `bilevel`. `to_equinox(inner, model)` gives the trained model.
@@ -158,6 +160,7 @@ def equinox_problem(
         trainable="params",
         absorb=lambda variables, rest: {**variables, "rest": rest},
         metrics=None if metrics is None else partial(judged, metrics),
+        mixed_mode=mixed_mode,
         evaluate=evaluate,
     )
 

@@ -25,6 +25,8 @@ def linen_problem(
     *,
     rngs: Sequence[str] = ("dropout",),
     metrics: Callable[..., Any] | None = None,
+    mixed_mode: bool = True,
+    evaluate: Callable[[Any, Any], Any] | None = None,
 ) -> Problem:
     """A `Problem` whose losses call a linen module as a function: `model(images, train=True)`.
 
@@ -44,6 +46,8 @@ def linen_problem(
       optimizer: `hyper -> optax transformation` over `variables["params"]`, cf. `bilevel`.
       rngs: the names of the random streams that training uses; their keys come from the step's.
       metrics: optional, `(model, hyper, batch, key) -> {name: scalar}`, called as `valid_loss` is.
+      mixed_mode: as in `bilevel`.
+      evaluate: as in `bilevel`, of all variables and the optimiser's state.
 
     Cost: that of `bilevel`.
 
@@ -105,6 +109,8 @@ def linen_problem(
         trainable="params",
         absorb=absorb,
         metrics=None if metrics is None else linen.apply(metrics, module),
+        mixed_mode=mixed_mode,
+        evaluate=evaluate,
     )
 
 

@@ -74,6 +74,8 @@ def nnx_problem(
     *,
     wrt: Filter = nnx.Param,
     metrics: Callable[..., Any] | None = None,
+    mixed_mode: bool = True,
+    evaluate: Callable[[Any, Any], Any] | None = None,
 ) -> Problem:
     """A `Problem` whose losses call an nnx model: `model(images)`.
 
@@ -94,6 +96,8 @@ def nnx_problem(
       optimizer: `hyper -> optax transformation` over the `State` that `wrt` selects.
       wrt: the filter of what is trained, as in `nnx.Optimizer`.
       metrics: optional, `(model, hyper, batch, key) -> {name: scalar}`, in evaluation mode.
+      mixed_mode: as in `bilevel`.
+      evaluate: as in `bilevel`, of `inner.params` and the optimiser's state.
 
     Warns (`UserWarning`) of an `nnx.BatchNorm`: take `NNXBatchNorm`, else a part of the
     hypergradient is missing.
@@ -154,6 +158,8 @@ def nnx_problem(
         trainable="params",
         absorb=lambda variables, rest: {**variables, "rest": rest},
         metrics=None if metrics is None else partial(judged, metrics),
+        mixed_mode=mixed_mode,
+        evaluate=evaluate,
     )
 
 

@@ -115,11 +115,17 @@ def _not_differentiable(loss: Callable[..., Any]) -> Callable[..., Any]:
 def _guarded(loss: Callable[..., Any]) -> Callable[..., Any]:
     """`_plain`, whose transpose maps an exact zero to zero."""
     primal = _plain(loss)
+    run = guarded(lambda floats, rest: primal(*floats, rest))
+    return lambda p, h, rest: run((p, h), rest)
 
-    def call(p: list[Any], h: list[Any], rest: Tree) -> Any:
-        (p, h), probe = _entrance(((p, h), jnp.zeros(())))
-        floats, join = split_inexact(primal(p, h, rest))
-        return join(_exit((floats, probe))[0])
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`(floats, rest) -> tree`, whose transpose in the inexact arrays `floats` maps 0 to 0."""
+
+    def call(floats: Tree, rest: Tree) -> Any:
+        floats, probe = _entrance((floats, jnp.zeros(())))
+        out, join = split_inexact(function(floats, rest))
+        return join(_exit((out, probe))[0])
 
     return call
 

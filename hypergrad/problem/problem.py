@@ -14,6 +14,7 @@ from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.inner_gradient import inner_gradient, with_aux
 from hypergrad.problem.mistakes import explained, refuse_modules
 from hypergrad.problem.optimizer import check_optimizer, first_opt_state, optimizer_update
+from hypergrad.problem.skips import skipping
 from hypergrad.trees import (
     Batch,
     Hyper,
@@ -219,35 +220,6 @@ def judged_params(problem: Problem, inner: InnerState) -> Params:
     return inner.params if problem.evaluate is None else problem.evaluate(inner)
 
 
-def _check_functions(
-    init_params: Any, train_loss: Any, valid_loss: Any, optimizer: Any, absorb: Any, metrics: Any
-) -> None:
-    checks.function("init_params", init_params, "key -> params")
-    loss = "(params, hyper, batch, key) -> scalar"
-    checks.function("train_loss", train_loss, loss)
-    checks.function("valid_loss", valid_loss, loss)
-    build = "a function of hyper, lambda hyper: optax.sgd(hyper['learning_rate'])"
-    checks.function("optimizer", optimizer, build)
-    for name, optional in (("absorb", absorb), ("metrics", metrics)):
-        if optional is not None:
-            checks.function(name, optional, "a function, or None")
-
-
-def _transformation(optimizer: Callable[[Any], Any], hyper: Hyper) -> Any:
-    """What `optimizer` builds from `hyper`, seen to be an optax transformation."""
-    try:
-        transform = optimizer(hyper)
-    except TypeError as error:
-        raise TypeError(
-            f"optimizer={optimizer!r} cannot be called with hyper ({error}): give a function such "
-            "as lambda hyper: optax.sgd(hyper['learning_rate'])."
-        ) from error
-    checks.having(
-        "what optimizer(hyper) returns", transform, ("init", "update"), "an optax transformation"
-    )
-    return transform
-
-
 def require_inner(inner: InnerState) -> None:
     """Raises TypeError for anything but the training state of a `bilevel` problem."""
     if not isinstance(inner, Inner):
@@ -318,7 +290,7 @@ def training_steps(
         step = t + offset
         if isinstance(train, Minibatches):
             batch = train.batch(step, shuffle)
-        return problem.step(inner, hyper, batch, jax.random.fold_in(key, step))
+        return skipping(problem.step)(inner, hyper, batch, jax.random.fold_in(key, step))
 
     return run
 

@@ -15,6 +15,7 @@ import optax
 from hypergrad.checks import integer_field, positive
 from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
 from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.problem.skips import skipping
 from hypergrad.space.space import Space
 from hypergrad.trees import (
     Batch,
@@ -218,8 +219,7 @@ def _quarterings(steps: int) -> int:
 def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) -> Problem:
     """`problem` with training standing still after a quarter, a sixteenth, ... of `steps` steps.
 
-    Works where the training state counts its steps (`inner.step`, as `bilevel`'s does); without a
-    count the horizon stays whole.
+    A training state that counts no steps (`inner.step`, as `bilevel`'s does) keeps the whole.
     """
     start = steps_done(inner)
     last = start + jnp.maximum(steps >> (2 * state.shortened), 1)
@@ -230,7 +230,7 @@ def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) 
         # Not a shorter scan: its length is static, and every one would be a program of its own.
         return jax.lax.cond(
             inner.step < last,
-            lambda inner: problem.step(inner, hyper, batch, key),
+            lambda inner: skipping(problem.step)(inner, hyper, batch, key),
             lambda inner: inner,
             inner,
         )

@@ -1,0 +1,117 @@
+"""Steps that are skipped by `jnp.where`: what is not taken sends nothing back.
+
+`jax.tree.map(partial(jnp.where, finite), new, old)`, as loss scaling is often written, takes `old`
+where a gradient is not finite, and reverse mode multiplies the NaN of `new` by a cotangent of zero;
+`lax.cond` keeps it out. So the step's traced program is read, and where it selects by one truth
+that comes from `isfinite` or `isnan`, it runs as that `lax.cond`. All others stay what they are.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad.problem.inner_gradient import guarded
+from hypergrad.program import Equation, Flat, Held, Known, Value, evaluate, needed
+from hypergrad.trees import InnerState, Tree, is_inexact
+
+# Each doubles what is compiled, and a step may have one for every leaf.
+_MOST_CONDITIONS = 3
+# Steps that were seen to have none, for arguments of such shapes: they are not traced once more.
+_plain: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+
+class _Side(NamedTuple):
+    equations: Sequence[Equation]
+    outputs: Sequence[Value]
+
+
+def skipping(step: Callable[..., InnerState]) -> Callable[..., Any]:
+    """`step(inner, hyper, *rest)`, which sends nothing back from what a `jnp.where` does not take.
+
+    The same values, at the cost of tracing it once more. Where there is such a condition, what only
+    one side needs runs on that side alone, and what the condition comes from (gradients) sends
+    nothing back unless something of it was taken.
+    """
+
+    def run(inner: InnerState, hyper: Tree, *rest: Any) -> Any:
+        args = (inner, hyper, *rest)
+        leaves, treedef = jax.tree.flatten(args)
+        kind = treedef, *map(jax.typeof, leaves)
+        if kind in _plain.get(step, ()):
+            return step(*args)
+        try:
+            closed, like = jax.make_jaxpr(step, return_shape=True)(*args)
+        except Exception:  # which the call itself raises, in words of its own
+            return step(*args)
+        flat = Flat()
+        numbers = flat.numbers(len(leaves))
+        # What carries a derivative: a batch does not, and may not seem to.
+        flat.moving.update(numbers[: len(jax.tree.leaves((inner, hyper)))])
+        whole = _Side(flat.equations, flat.read(closed.jaxpr, closed.consts, numbers))
+        if not flat.conditions:
+            _plain.setdefault(step, set()).add(kind)
+            return step(*args)
+        known = dict(zip(numbers, leaves, strict=True))
+        out = _branched(flat.moving, whole, known, flat.conditions[:_MOST_CONDITIONS])
+        return jax.tree.unflatten(jax.tree.structure(like), out)
+
+    return run
+
+
+def _branched(
+    moving: set[Value], side: _Side, known: Known, conditions: Sequence[Value]
+) -> list[Any]:
+    """The outputs, from the values that are known, branching by one condition after another."""
+    if not conditions:
+        return evaluate(needed(*side), side.outputs, known)
+    condition, *others = conditions
+    before = needed(side.equations, [condition])
+    known = known | _guarded(moving, before, known)
+    done = set(map(id, before))
+    after = _Side([e for e in side.equations if id(e) not in done], side.outputs)
+    sides = [_where(after, condition, truth) for truth in (True, False)]
+    read = {x for s in sides for e in needed(*s) for x in e.inputs}
+    read.update(x for s in sides for x in s.outputs)
+
+    def branch(side: _Side) -> Callable[[Known], list[Any]]:
+        return lambda known: _branched(moving, side, known, others)
+
+    operands = {n: known[n] for n in read & set(known)}
+    return jax.lax.cond(known[condition], *map(branch, sides), operands)
+
+
+def _guarded(moving: set[Value], equations: Sequence[Equation], known: Known) -> Known:
+    """The results of the equations; of cotangents that are all zero, zero comes out."""
+    read = {x for e in equations for x in e.inputs} & set(known)
+    floats = {n: known[n] for n in read & moving if is_inexact(known[n])}
+    results = [n for e in equations for n in e.outputs]
+
+    def run(floats: Known, known: Known) -> Known:
+        found = evaluate(equations, results, known | floats)
+        return dict(zip(results, found, strict=True))
+
+    def moved(floats: Known, known: Known) -> Known:
+        return {n: value for n, value in run(floats, known).items() if n in moving}
+
+    return run({}, known) | guarded(moved)(floats, known)
+
+
+def _where(side: _Side, condition: Value, truth: bool) -> _Side:
+    """What is left of the program where a condition holds, or does not."""
+    left: list[Equation] = []
+    now: dict[Value, Value] = {}
+    truths: dict[Value, bool] = {condition: truth}
+    for eqn, given, outputs in side.equations:
+        inputs = [now.get(x, x) for x in given]
+        if eqn.primitive.name == "select_n" and inputs[0] in truths:
+            now[outputs[0]] = inputs[1 + truths[inputs[0]]]
+        elif eqn.primitive.name == "not" and inputs[0] in truths:
+            truths[outputs[0]] = not truths[inputs[0]]
+        else:
+            left.append(Equation(eqn, inputs, outputs))
+    constants = {x: Held(np.bool_(value)) for x, value in truths.items()}
+    settled = lambda xs: [constants.get(y, y) for y in (now.get(x, x) for x in xs)]  # noqa: E731
+    return _Side([Equation(e, settled(xs), ys) for e, xs, ys in left], settled(side.outputs))
