@@ -21,7 +21,8 @@ ROOMS = {
     "space": "dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
+    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure"
+    " smoothness",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
@@ -33,6 +34,7 @@ ROOMS = {
     " candidates tuned tune",
     "nn": "dropout linen nnx equinox",
     "testing": "contract causes check",
+    "analysis": "attribution",
     "cli": "",
     "__main__": "",
 }
