@@ -1,4 +1,4 @@
-"""The trainings that benchmarks.attribution takes apart: one weight per training example in each."""
+"""The trainings of benchmarks.attribution: one weight per training example in each."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,12 @@ import hypergrad as hg
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import mnist_schedule
 
-ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "gelu": jax.nn.gelu, "softplus": jax.nn.softplus}
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "softplus": jax.nn.softplus,
+}
 
 
 class Task(NamedTuple):
@@ -75,9 +80,7 @@ class Recipe(NamedTuple):
         return optax.adam(rate, eps_root=self.eps_root)
 
 
-def _task(
-    name: str, init: Any, loss: Any, examples: Any, tests: Any, recipe: Recipe
-) -> Task:
+def _task(name: str, init: Any, loss: Any, examples: Any, tests: Any, recipe: Recipe) -> Task:
     size = len(jax.tree.leaves(examples)[0])
 
     def train_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
@@ -147,7 +150,7 @@ def convolutional(
 
     def layer(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         """A 3 x 3 convolution as one product with all patches, and pooling by 2."""
-        h, w, c = x.shape
+        h, w, _ = x.shape
         padded = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
         parts = [padded[i : i + h, j : j + w] for i in range(3) for j in range(3)]
         x = jnp.concatenate(parts, -1) @ kernel + bias
@@ -188,9 +191,11 @@ def transformer(
     characters, text = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     cut = len(text) * 9 // 10
     rng = np.random.default_rng(seed)
-    windows = lambda part, n: np.stack(  # noqa: E731
-        [part[i : i + CONTEXT + 1] for i in rng.integers(0, len(part) - CONTEXT - 1, n)]
-    ).astype(np.int32)
+
+    def windows(part: np.ndarray, count: int) -> np.ndarray:
+        every = np.lib.stride_tricks.sliding_window_view(part, CONTEXT + 1)
+        return every[rng.integers(0, len(every), count)].astype(np.int32)
+
     examples, tests = windows(text[:cut], size), windows(text[cut:], num_tests)
     act, vocabulary = ACTIVATIONS[recipe.activation], len(characters)
     past = jnp.tril(jnp.ones((CONTEXT, CONTEXT), bool))

@@ -1,4 +1,4 @@
-"""Derivatives of many test losses in the hyperparameters of one run: what it owes to which example."""
+"""Derivatives of many test losses in the hyperparameters of one training run."""
 
 import functools
 import itertools
@@ -43,8 +43,8 @@ def attribution(
       hyper: the point, raw values; one weight per example, or anything else.
       train: K batches, leaves `[K, batch, ...]`, or a `Minibatches`, whose arrays then hold
         the index of each example for the loss to look up its weight.
-      tests: batches for `valid_loss`, one per test loss: a list, or any iterable that makes them one
-        after another, so that a test set need not fit memory.
+      tests: batches for `valid_loss`, one per test loss: a list, or any iterable that makes them
+        one after another, so that a test set need not fit memory.
       key: randomness of the run; the start is `problem.init(hyper, key)`.
       estimator: how; the default is exact. `Unrolled(checkpoint="sqrt")` for long runs.
       chunk: test losses at once, which share the run's way forward. More are faster where the

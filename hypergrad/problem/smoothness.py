@@ -1,6 +1,7 @@
 """Is training smooth in its hyperparameters? Three runs tell, before any is differentiated."""
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from hypergrad.problem.structure import naming_missing
 from hypergrad.trees import (
     Hyper,
     Key,
+    Leaf,
     Params,
     Scalar,
     Train,
@@ -74,7 +76,8 @@ class Metasmoothness(NamedTuple):
         )
         lines = [f"metasmoothness {self.value:.3f}, {self.verdict}: {says}", *self.remedies]
         if self.noise > 0:
-            lines.append(f"two equal runs differ, by {self.noise:.1%} of what the direction changes")
+            share = f"{self.noise:.1%} of what the direction changes"
+            lines.append(f"two equal runs differ, by {share}")
         return "\n  - ".join(lines)
 
 
@@ -122,7 +125,8 @@ def metasmoothness(
     random_key("key", key)
     _refuse_streams(train)
     hyper = checked_floats("hyper", hyper)
-    direction = _directed(hyper, key) if direction is None else _like(direction, hyper)
+    given = direction is not None
+    direction = _like(direction, hyper) if given else random_direction(hyper, tenth, key)
     low, high = (jax.tree.map(lambda h, d, s=s: h + s * d, hyper, direction) for s in (-1, 1))
     with naming_missing(hyper):
         _require_one_program(problem, hyper, train, key)
@@ -168,6 +172,30 @@ def sign_agreement(low: Params, here: Params, high: Params) -> Scalar:
     return agreeing / moved
 
 
+def smoothness_around(
+    trained: Callable[[Hyper], Params],
+    at: Hyper,
+    direction: Hyper,
+    project: Callable[[Hyper], Hyper] = lambda at: at,
+) -> float:
+    """The value at `at`, moved into the box that `project` keeps to, so far that both ends fit."""
+    low, high = (project(jax.tree.map(lambda x, d, s=s: x + s * d, at, direction)) for s in (-1, 1))
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, low, high)
+    return float(sign_agreement(trained(low), trained(middle), trained(high)))
+
+
+def random_direction(like: Hyper, sizes: Callable[[jax.Array], Leaf], key: Key) -> Hyper:
+    """Random signs times the size that `sizes` gives each leaf."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(jax.random.fold_in(key, DIRECTION), len(leaves))
+    return treedef.unflatten(
+        [
+            sizes(x) * jax.random.rademacher(k, x.shape, x.dtype)
+            for x, k in zip(leaves, keys, strict=True)
+        ]
+    )
+
+
 def checked_floats(name: str, tree: Hyper) -> Hyper:
     """`tree` as strong arrays of floats, at least one."""
     leaves = jax.tree.leaves(tree)
@@ -186,16 +214,10 @@ def _trained(problem: Problem, hyper: Hyper, train: Train, key: Key) -> Params:
     return judged_params(problem, inner)
 
 
-def _directed(hyper: Hyper, key: Key) -> Hyper:
-    leaves, treedef = jax.tree.flatten(hyper)
-    keys = jax.random.split(jax.random.fold_in(key, DIRECTION), len(leaves))
-
-    def signs(leaf: jax.Array, key: Key) -> jax.Array:
-        size = jnp.sqrt(jnp.mean(leaf**2))
-        step = jnp.where(size > 0, 0.1 * size, 0.01)
-        return step * jax.random.rademacher(key, leaf.shape, leaf.dtype)
-
-    return treedef.unflatten([signs(x, k) for x, k in zip(leaves, keys, strict=True)])
+def tenth(leaf: jax.Array) -> jax.Array:
+    """A tenth of a leaf's root mean square, .01 where that is 0."""
+    size = jnp.sqrt(jnp.mean(leaf**2))
+    return jnp.where(size > 0, 0.1 * size, 0.01)
 
 
 def _like(direction: Hyper, hyper: Hyper) -> Hyper:
