@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.checks import WrongTypeError, flag, integer, random_key
+from hypergrad.data.contents import refuse_text
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
 from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
-from hypergrad.problem.smoothness import checked_floats, metasmoothness
+from hypergrad.problem.smoothness import checked_floats, metasmoothness, refuse_streams
 from hypergrad.testing.causes import cause_of_nan
 from hypergrad.trees import Batch, Hyper, Key, Train, leaf_names
 
@@ -83,6 +84,7 @@ def attribution(
     estimator = as_estimator(estimator)
     chunk = integer("chunk", chunk)
     flag("check", check)
+    refuse_streams(train)
     hyper = checked_floats("hyper", hyper)
     chunks = _chunks(tests, chunk)
     if check:
@@ -123,14 +125,15 @@ def _chunks(tests: Iterable[Batch], size: int) -> Iterator[tuple[int, Batch]]:
 
 
 def _stacked(tests: Iterable[Batch], size: int) -> Iterator[tuple[int, Batch]]:
-    alike = itertools.groupby(enumerate(tests), lambda numbered: _shapes(numbered[1]))
+    alike = itertools.groupby(enumerate(tests), lambda numbered: _shapes(*numbered))
     for _, group in alike:
         while pairs := list(itertools.islice(group, size)):
             batches = [test for _, test in pairs]
             yield pairs[0][0], jax.tree.map(lambda *x: jnp.stack(x), *batches)
 
 
-def _shapes(tree: Batch) -> str:
+def _shapes(i: int, tree: Batch) -> str:
+    refuse_text(f"tests[{i}]", tree)
     return str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree))
 
 

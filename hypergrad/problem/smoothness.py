@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.checks import WrongTypeError, numbers, random_key
-from hypergrad.data.batches import Minibatches
 from hypergrad.data.keys import DIRECTION
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
@@ -123,7 +122,7 @@ def metasmoothness(
     """
     refuse_no_problem(problem)
     random_key("key", key)
-    _refuse_streams(train)
+    refuse_streams(train)
     hyper = checked_floats("hyper", hyper)
     given = direction is not None
     direction = _like(direction, hyper) if given else random_direction(hyper, tenth, key)
@@ -196,6 +195,18 @@ def random_direction(like: Hyper, sizes: Callable[[jax.Array], Leaf], key: Key) 
     )
 
 
+def refuse_streams(train: Train) -> None:
+    """What hands out batches may do so in another order at the next run."""
+    # A loader first: JAX warns of iterators in trees.
+    leaves = [train] if hasattr(train, "__next__") else jax.tree.leaves(train)
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") and hasattr(leaf, "__iter__"):
+            raise WrongTypeError(
+                f"train is or holds a {type(leaf).__name__}, which may hand out other data at each "
+                "run: give arrays with a leading axis of steps, or hypergrad.Minibatches."
+            )
+
+
 def checked_floats(name: str, tree: Hyper) -> Hyper:
     """`tree` as strong arrays of floats, at least one."""
     leaves = jax.tree.leaves(tree)
@@ -246,18 +257,6 @@ def _noise(here: Params, again: Params, ends: list[Params]) -> float:
 
 def _floats(params: Params) -> list[jax.Array]:
     return [widen(x) for x in split_inexact(params)[0]]
-
-
-def _refuse_streams(train: Train) -> None:
-    """What hands out batches may do so in another order at the next run."""
-    if isinstance(train, Minibatches):
-        return
-    for leaf in jax.tree.leaves(train):
-        if not hasattr(leaf, "dtype") and hasattr(leaf, "__iter__"):
-            raise WrongTypeError(
-                f"train is or holds a {type(leaf).__name__}, which may hand out other data at each "
-                "run: give arrays with a leading axis of steps, or hypergrad.Minibatches."
-            )
 
 
 def _require_one_program(problem: Problem, hyper: Hyper, train: Train, key: Key) -> None:
