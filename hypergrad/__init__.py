@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from hypergrad.analysis.attribution import attribution
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimate, Estimator, Window
@@ -40,6 +41,7 @@ from hypergrad.optim.transforms import (
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
+from hypergrad.problem.smoothness import metasmoothness
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
 from hypergrad.testing.check import check_hypergradient
@@ -79,6 +81,7 @@ __all__ = [
     "Unrolled",
     "Window",
     "alternating",
+    "attribution",
     "bilevel",
     "check_hypergradient",
     "choose_estimator",
@@ -89,6 +92,7 @@ __all__ = [
     "hypergradient_descent",
     "inner_gradient",
     "learned_schedule",
+    "metasmoothness",
     "nonzero_gradient",
     "norm_adam",
     "piecewise_constant",

@@ -23,7 +23,7 @@ ROOMS = {
     "optim": "transforms proximal schedules",
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
-    " structure",
+    " structure smoothness",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
@@ -39,6 +39,7 @@ ROOMS = {
     " ahead candidates tuned tune",
     "nn": "dropout linen nnx equinox",
     "testing": "contract causes check",
+    "analysis": "attribution",
     "cli": "",
     "__main__": "",
 }

@@ -237,6 +237,37 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "validate_at": ("first", 3, 0.0, 1.5),
         },
     ),
+    "metasmoothness": (
+        given(hg.metasmoothness, problem=PROBLEM, hyper=HYPER, train=TRAIN, key=KEY),
+        {
+            "problem": NOT_A_PROBLEM,
+            "hyper": (None, {}, {"rate": 1}, {"rate": "a"}),
+            "train": (None, 3.0, (), [3.0], iter([X])),
+            "key": NOT_KEYS,
+            "direction": (3.0, {"rate": "a"}, {"rate": 0.0}, {"rate": NAN}, {"speed": 0.1}),
+        },
+    ),
+    "attribution": (
+        given(
+            hg.attribution,
+            problem=PROBLEM,
+            hyper=HYPER,
+            train=TRAIN,
+            tests=[VALID],
+            key=KEY,
+            check=False,
+        ),
+        {
+            "problem": NOT_A_PROBLEM,
+            "hyper": (None, {}, {"rate": 1}, {"rate": "a"}),
+            "train": (None, 3.0, (), [3.0], iter([X])),
+            "tests": (None, 3, "all", {"x": X}, [], ["a"]),
+            "key": NOT_KEYS,
+            "estimator": (*NOT_ESTIMATORS, NoState()),
+            "chunk": NOT_INTEGERS,
+            "check": NOT_FLAGS,
+        },
+    ),
     "Unrolled": (
         hg.Unrolled,
         {

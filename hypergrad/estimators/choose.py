@@ -1,6 +1,7 @@
 """Which estimator when: the field's rules of thumb as code, checked on the problem at hand."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from hypergrad.estimators.base import Estimator, ValidateAt, Window, compiled_es
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.mistakes import refuse_no_problem
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.problem import Problem, judged_params
+from hypergrad.problem.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.problem.structure import require_use
 from hypergrad.space.space import Space
 from hypergrad.trees import (
@@ -26,6 +28,7 @@ from hypergrad.trees import (
     Hyper,
     InnerState,
     Key,
+    Params,
     Scalar,
     Train,
     Unit,
@@ -54,7 +57,8 @@ def choose_estimator(
        hyperparameter's path has no derivative (a hard mask, a sign), `Evolution`.
     2. A probe runs it, and two runs half a percent of the range to either side along its own
        gradient. A hypergradient that is not finite, or whose adjoint grows along the unroll while
-       it mispredicts that difference by more than half, is chaos: `Evolution`.
+       it mispredicts that difference by more than half, is chaos: `Evolution`. Three more runs,
+       3% of the range apart, give the `metasmoothness` that is printed beside the reason.
     3. Where all hyperparameters act through the training loss, and the run is so long that
        `Implicit` is cheaper, it is tried on the same point, and taken if the system was solved and
        its gradient agrees to 5%, or, where nothing exact fits, if the point is stationary.
@@ -70,7 +74,7 @@ def choose_estimator(
       memory_limit: bytes beside arguments and results; None for half of the device's memory.
       validate_at: as in `Unrolled`.
 
-    Cost: one to four compilations, one hypergradient of each kind tried and two runs. Not jit-able.
+    Cost: one to four compilations, one hypergradient of each kind tried, five runs. Not jit-able.
 
     Raises:
       ValueError: a hyperparameter never reaches the loss, or nothing fits.
@@ -116,8 +120,9 @@ def _examined(
     judged = window.judging(validate_at)
 
     @jax.jit
-    def loss(unit: Unit) -> Scalar:
-        return judged.objective(space.from_unit(unit))[0]
+    def run(unit: Unit) -> tuple[Scalar, Params]:
+        loss, end = judged.objective(space.from_unit(unit))
+        return loss, judged_params(window.problem, end.inner)
 
     def moved(step: float) -> Unit:
         return space.project(jax.tree.map(lambda u, g: u + step * g / size, unit, grad))
@@ -125,7 +130,7 @@ def _examined(
     # Wide enough for float32 differences, narrow enough for a line: see benchmarks/choice.py.
     up, down = moved(0.005), moved(-0.005)
     promised = inner_product(grad, jax.tree.map(jnp.subtract, up, down))
-    ratio = float((loss(up) - loss(down)) / promised)
+    ratio = float((run(up)[0] - run(down)[0]) / promised)
     growth = float(estimate.info.get("growth", jnp.nan))
     # without a growth, differences alone must tell, and they may be coarse
     calm = 0.5 <= ratio <= 1.5 or (0.1 <= ratio <= 10 if math.isnan(growth) else growth <= 2)
@@ -141,7 +146,14 @@ def _examined(
         if implicit is not None:
             return implicit
     why = f"{exact.reason}; differences are {ratio:.2f} of what it promises"
-    return exact._replace(reason=why)
+    return exact._replace(reason=why + _smoothness(lambda u: run(u)[1], unit, space, window.key))
+
+
+def _smoothness(trained: Callable[[Unit], Params], unit: Unit, space: Space, key: Key) -> str:
+    """How far the prediction can be trusted beyond the point, over an outer step or so."""
+    direction = random_direction(unit, lambda leaf: 0.03, key)
+    value = smoothness_around(trained, unit, direction, space.project)
+    return "" if math.isnan(value) else f"; {judged_smoothness(value)}"
 
 
 def _without_derivative(window: Window, hyper: Hyper, validate_at: ValidateAt) -> Choice | None:

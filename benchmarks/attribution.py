@@ -1,0 +1,270 @@
+"""Does one hypergradient predict what leaving examples out does? Beside three rivals.
+
+The derivative of each test loss in one weight per training example, through the whole run, sums to
+a prediction of what leaving a subset out does to it; the subsets are then left out and the network
+is retrained, all else (start, data order) equal. LDS is Spearman's rank correlation of prediction
+and truth over the subsets, for each test example; mean / worst over test examples. Rivals see the
+same run:
+
+- influence: the inverse Hessian at the trained weights by conjugate gradients, damped;
+- TracIn: gradient products, summed over ten checkpoints;
+- TRAK-like: gradients of the margin, projected to 256 random directions, one model.
+
+Influence and TRAK get the best of three dampings, chosen on the truth itself, which favours them.
+"smooth" is `hypergrad.metasmoothness` before anything is differentiated; "cost" is what a test loss
+costs in plain runs, timed.
+
+  python -m benchmarks.attribution [--quick] [--data FOLDER] [--out FILE] [--tasks NAME ...]
+
+Without --data only scikit-learn's digits; FOLDER holds MNIST's t10k idx files and
+tinyshakespeare.txt. One seed; a run of the three tasks takes a quarter of an hour on two cores.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy.stats import spearmanr
+
+import hypergrad as hg
+from benchmarks.attribution_tasks import Recipe, Task, convolutional, digits, transformer
+
+KEY = jax.random.key(0)
+CHECKPOINTS, PROJECTED, CHUNK = 10, 256, 8
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+# What training is told to be, smooth and rough; see docs/attribution.md.
+RELU = Recipe(activation="relu", pool="max")
+TASKS: dict[str, tuple[bool, Callable[..., Task]]] = {
+    "digits": (False, lambda quick: digits(Recipe(), *_size(quick, 300))),
+    "digits, relu": (False, lambda quick: digits(RELU, *_size(quick, 300))),
+    "conv": (True, lambda quick, folder: convolutional(folder, Recipe(), *_size(quick, 500))),
+    "conv, relu and max": (
+        True,
+        lambda quick, folder: convolutional(folder, RELU, *_size(quick, 500)),
+    ),
+    "transformer": (
+        True,
+        lambda quick, folder: transformer(folder, Recipe(batch=30), *_size(quick, 300)),
+    ),
+    "transformer, relu": (
+        True,
+        lambda quick, folder: transformer(folder, RELU._replace(batch=30), *_size(quick, 300)),
+    ),
+}
+Row = dict[str, Any]
+
+
+def _size(quick: bool, full: int) -> tuple[int, int]:
+    return (100, 4) if quick else (full, 16)
+
+
+class Truth(NamedTuple):
+    """What retraining does.
+
+    `kept` [subsets, examples] of 0 and 1; `change` [subsets, tests] of the losses; `seconds` of one
+    run.
+    """
+
+    kept: np.ndarray
+    change: np.ndarray
+    loss: float
+    seconds: float
+
+
+def ones(task: Task) -> Any:
+    """The weights at which all is differentiated."""
+    return {"weight": jnp.ones(task.size)}
+
+
+def retrain(task: Task, fractions: tuple[float, ...], subsets: int, seed: int = 1) -> dict:
+    """By fraction: subsets are left out at random, and the tests' losses change."""
+
+    def run(kept: jax.Array) -> jax.Array:
+        hyper = {"weight": kept}
+        inner = task.problem.init(hyper, KEY)
+        params = hg.rollout(task.problem, hyper, inner, task.train, KEY).params
+        return jax.vmap(task.loss, (None, 0))(params, task.tests)
+
+    rng = np.random.default_rng(seed)
+    masks = np.ones((1 + subsets * len(fractions), task.size), np.float32)
+    for i, mask in enumerate(masks[1:]):
+        count = max(round(fractions[i // subsets] * task.size), 1)
+        mask[rng.choice(task.size, count, replace=False)] = 0
+    runs = jax.jit(lambda masks: jax.lax.map(run, masks, batch_size=8)).lower(masks).compile()
+    begin = time.perf_counter()
+    losses = np.asarray(runs(masks))
+    seconds = (time.perf_counter() - begin) / len(masks)
+    truth = {}
+    for i, fraction in enumerate(fractions):
+        part = slice(1 + i * subsets, 1 + (i + 1) * subsets)
+        change = losses[part] - losses[0]
+        truth[fraction] = Truth(masks[part], change, float(losses[0].mean()), seconds)
+    return truth
+
+
+def listed(tests: Any) -> list[Any]:
+    """One batch for each test example."""
+    count = len(jax.tree.leaves(tests)[0])
+    return [jax.tree.map(lambda x, i=i: x[i], tests) for i in range(count)]
+
+
+def by_hypergradient(task: Task) -> tuple[np.ndarray, float]:
+    """(scores [tests, examples], seconds for each test, without compiling)."""
+    tests = listed(task.tests)
+    call = lambda tests: hg.attribution(  # noqa: E731
+        task.problem, ones(task), task.train, tests, KEY, chunk=CHUNK, check=False
+    )
+    call(tests[:CHUNK])
+    begin = time.perf_counter()
+    return call(tests)["weight"], (time.perf_counter() - begin) / len(tests)
+
+
+def checkpoints(task: Task) -> list[Any]:
+    """Parameters along the run; the last are the trained ones."""
+    hyper, steps = ones(task), task.train.num_steps // CHECKPOINTS
+    part = hg.Minibatches(task.train.arrays, task.train.batch_size, steps)
+    inner, found = task.problem.init(hyper, KEY), []
+    for _ in range(CHECKPOINTS):
+        inner = hg.rollout(task.problem, hyper, inner, part, KEY)
+        found.append(inner.params)
+    return found
+
+
+def gradients(function: Callable[..., jax.Array], params: Any, examples: Any) -> np.ndarray:
+    """[examples, parameters]."""
+    one = lambda example: ravel_pytree(jax.grad(function)(params, example))[0]  # noqa: E731
+    return np.asarray(jax.jit(lambda examples: jax.lax.map(one, examples, batch_size=50))(examples))
+
+
+def by_tracin(task: Task, along: list[Any]) -> np.ndarray:
+    """Minus the learning rate times gradient products, over checkpoints."""
+    pairs = ((gradients(task.loss, p, x) for x in (task.tests, task.examples)) for p in along)
+    return -task.rate * sum(test @ train.T for test, train in pairs)
+
+
+def by_influence(task: Task, params: Any, damping: float) -> np.ndarray:
+    """Minus g_test (H + damping)^-1 g_train, of the mean training loss, by conjugate gradients."""
+    flat, unravel = ravel_pytree(params)
+    every = (task.examples, jnp.arange(task.size))
+
+    def total(flat: jax.Array) -> jax.Array:
+        return task.problem.train_loss(unravel(flat), ones(task), every, KEY)
+
+    def product(v: jax.Array) -> jax.Array:
+        return jax.jvp(jax.grad(total), (flat,), (v,))[1] + damping * v
+
+    @jax.jit
+    def solved(g: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda g: jax.scipy.sparse.linalg.cg(product, g, maxiter=30)[0], g)
+
+    test, train = (gradients(task.loss, params, x) for x in (task.tests, task.examples))
+    return -np.asarray(solved(test)) @ train.T / task.size
+
+
+def by_trak(task: Task, params: Any, damping: float) -> np.ndarray:
+    """Minus phi_test (Phi^T Phi + damping)^-1 phi_train (1 - p_train), phi projected gradients."""
+
+    def margin(params: Any, example: Any) -> jax.Array:
+        loss = task.loss(params, example)
+        return -loss - jnp.log(-jnp.expm1(-loss) + 1e-6)
+
+    test, train = (gradients(margin, params, x) for x in (task.tests, task.examples))
+    rng = np.random.default_rng(0)
+    random = rng.normal(size=(train.shape[1], PROJECTED)).astype(np.float32)
+    test, train = test @ random, train @ random
+    losses = np.asarray(jax.vmap(task.loss, (None, 0))(params, task.examples))
+    kernel = train.T @ train
+    kernel += damping * np.trace(kernel) / len(kernel) * np.eye(len(kernel), dtype=np.float32)
+    return -test @ np.linalg.solve(kernel, train.T) * (1 - np.exp(-losses))
+
+
+def lds(scores: np.ndarray, truth: Truth) -> np.ndarray:
+    """[tests], NaN taken as no correlation."""
+    predicted = (truth.kept - 1) @ scores.T
+    pairs = zip(predicted.T, truth.change.T, strict=True)
+    return np.nan_to_num([spearmanr(p, t).statistic for p, t in pairs])
+
+
+def measure(task: Task, fractions: tuple[float, ...], subsets: int, rivals: bool = True) -> Row:
+    """One task: metasmoothness, cost, and the LDS of every method by fraction."""
+    smooth = hg.metasmoothness(task.problem, ones(task), task.train, KEY)
+    scores, seconds = by_hypergradient(task)
+    methods = {"hypergradient": [scores]}
+    if rivals:
+        along = checkpoints(task)
+        methods["influence"] = [by_influence(task, along[-1], d) for d in DAMPINGS]
+        methods["TracIn"] = [by_tracin(task, along)]
+        methods["TRAK-like"] = [by_trak(task, along[-1], d) for d in DAMPINGS]
+    truth = retrain(task, fractions, subsets)
+    first = truth[fractions[0]]
+    row = {
+        "task": task.name,
+        "metasmoothness": smooth.value,
+        "verdict": smooth.verdict,
+        "test_loss": first.loss,
+        "run_seconds": first.seconds,
+        "cost_in_runs": seconds / first.seconds,
+        "lds": {},
+    }
+    for fraction, true in truth.items():
+        for name, options in methods.items():
+            found = max((lds(s, true) for s in options), key=np.mean)
+            cell = {"mean": float(found.mean()), "worst": float(found.min())}
+            row["lds"].setdefault(name, {})[str(fraction)] = cell
+    return row
+
+
+def show(rows: list[Row], fractions: tuple[float, ...], subsets: int) -> None:
+    """The table."""
+    print(f"\nLDS over {subsets} subsets, mean / worst of the test examples")
+    head = "".join(f"{f'{f:.0%} left out':>18}" for f in fractions)
+    print(f"{'task':20}{'smooth':>7}{'cost':>6}  {'method':15}{head}")
+    for row in rows:
+        start = f"{row['task']:20}{row['metasmoothness']:7.3f}{row['cost_in_runs']:6.1f}"
+        for name, cells in row["lds"].items():
+            texts = (f"{c['mean']:.3f} / {c['worst']:6.3f}" for c in cells.values())
+            print(f"{start:33}  {name:15}" + "".join(f"{t:>18}" for t in texts), flush=True)
+            start = ""
+
+
+def main(quick: bool = False, argv: list[str] | None = None) -> list[Row]:
+    """Measures, prints the table and writes `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--data", type=Path, help="MNIST's idx files and tinyshakespeare.txt")
+    parser.add_argument("--out", help="JSON with every row")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
+    args = parser.parse_args([] if argv is None else argv)
+    args.quick |= quick
+    fractions = (0.05,) if args.quick else (0.01, 0.05, 0.1)
+    subsets = 16 if args.quick else 64
+    free = [name for name, (needs, _) in TASKS.items() if not needs]
+    names = args.tasks or (list(TASKS) if args.data else free)
+    if missing := [name for name in names if TASKS[name][0] and not args.data]:
+        raise SystemExit(
+            f"--tasks {missing[0]}: give --data FOLDER with MNIST's t10k idx files and "
+            "tinyshakespeare.txt."
+        )
+    rows = []
+    for name in names:
+        needs, make = TASKS[name]
+        task = make(args.quick, *([args.data] if needs else []))
+        row = {**measure(task, fractions, subsets), "task": name, "examples": task.size}
+        show([row], fractions, subsets)
+        rows.append(row)
+        if args.out:
+            Path(args.out).write_text(json.dumps({"rows": rows, "subsets": subsets}, indent=1))
+        jax.clear_caches()
+    return rows
+
+
+if __name__ == "__main__":
+    main(argv=sys.argv[1:])
