@@ -10,14 +10,14 @@ from jax.extend.core import Literal
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: arrays have no hash
-class Held:
+class Fixed:
     """A value that the program holds."""
 
     value: Any
 
 
 # Of a program: a constant, or a value by its number.
-Value = int | Held
+Value = int | Fixed
 Known = dict[Any, Any]  # values that were computed, by their numbers
 
 
@@ -53,11 +53,11 @@ class Flat:
 
     def read(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         """Append the equations of a jaxpr, those of its calls in their place; its outputs."""
-        values: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Held, consts), strict=True))
+        values: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Fixed, consts), strict=True))
         values |= zip(jaxpr.invars, inputs, strict=True)
 
         def value(x: Any) -> Value:
-            return Held(x.val) if isinstance(x, Literal) else values[x]
+            return Fixed(x.val) if isinstance(x, Literal) else values[x]
 
         for eqn in jaxpr.eqns:
             given, called = list(map(value, eqn.invars)), eqn.params.get("jaxpr")
@@ -72,7 +72,7 @@ class Flat:
         floats = any(jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.outvars)
         of_finite = not floats and (_tells(eqn, given) or not self._of_finite.isdisjoint(given))
         # A condition may be written down anew at each leaf that is selected by it.
-        read = [str(x.value) if isinstance(x, Held) and not np.ndim(x.value) else x for x in given]
+        read = [str(x.value) if isinstance(x, Fixed) and not np.ndim(x.value) else x for x in given]
         key = (eqn.primitive.name, str(eqn.params), *read) if of_finite else None
         if key in self._same:
             return self._same[key]
@@ -110,7 +110,7 @@ def evaluate(equations: Sequence[Equation], outputs: Iterable[Value], known: Kno
     known = dict(known)
 
     def value(x: Value) -> Any:
-        return x.value if isinstance(x, Held) else known[x]
+        return x.value if isinstance(x, Fixed) else known[x]
 
     for eqn, inputs, results in equations:
         with eqn.ctx.manager:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hypergrad.problem.inner_gradient import guarded
-from hypergrad.program import Equation, Flat, Held, Known, Value, evaluate, needed
+from hypergrad.program import Equation, Flat, Fixed, Known, Value, evaluate, needed
 from hypergrad.trees import InnerState, Tree, is_inexact
 
 # Each doubles what is compiled, and a step may have one for every leaf.
@@ -112,6 +112,6 @@ def _where(side: _Side, condition: Value, truth: bool) -> _Side:
             truths[outputs[0]] = not truths[inputs[0]]
         else:
             left.append(Equation(eqn, inputs, outputs))
-    constants = {x: Held(np.bool_(value)) for x, value in truths.items()}
+    constants = {x: Fixed(np.bool_(value)) for x, value in truths.items()}
     settled = lambda xs: [constants.get(y, y) for y in (now.get(x, x) for x in xs)]  # noqa: E731
     return _Side([Equation(e, settled(xs), ys) for e, xs, ys in left], settled(side.outputs))
