@@ -53,6 +53,11 @@ def traced(problem: Any, hyper: Any = HYPER, train: Any = TRAIN, valid: Any = VA
     return jax.eval_shape(lambda hyper: gradient(problem, hyper, train, valid), hyper)
 
 
+def fitted(train: Any, valid: Any) -> Any:
+    tuner = hg.alternating(linear(), SPACE)
+    return hg.fit(tuner, tuner.init(HYPER, KEY), train, valid, 1)
+
+
 class Net(nnx.Module):
     def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
         self.dense = nnx.Linear(4, width, rngs=rngs)
@@ -226,6 +231,9 @@ ANSWERED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: linear(functools.partial(optax.adam, b1=0.5)),
         "optimizer=optax.adam would be called with hyper",
     ),
+    "a batch as a list": (lambda: fitted(TRAIN, [X, Y]), r"as a tuple, valid=\(inputs, targets\)"),
+    "a list of one shape": (lambda: fitted(TRAIN, [X, X]), "valid is a list of 2 arrays"),
+    "K batches as a list": (lambda: fitted([X[None], Y[None]], VALID), "train is a list of 2 arr"),
     "strings, stacked": (
         lambda: gradient(linear(), train=(X[None], np.array([["a"]])), valid=VALID),
         "train holds the leaf '1' of dtype <U1",

@@ -300,12 +300,33 @@ def refuse_missing_axis(train: Train, valid: Batch) -> None:
         )
 
 
+def refuse_split_batch(**data: Train | Batch) -> None:
+    """Refuses a list of the arrays of one batch, which would be read as one batch after another.
+
+    Told by arrays that no batches of one kind have, or that are as many as the other data's.
+    """
+    for name, value in data.items():
+        if not isinstance(value, list) or not value or not all(map(_is_array, value)):
+            continue
+        others = [x.arrays if isinstance(x, Minibatches) else x for x in data.values()]
+        pairs = any(isinstance(x, tuple) and len(x) == len(value) for x in others)
+        if pairs or len({(len(x.shape), *x.shape[1:], str(x.dtype)) for x in value}) > 1:
+            raise ValueError(
+                f"{name} is a list of {len(value)} arrays, and a list is read as one batch after "
+                f"another: give one batch of several arrays as a tuple, {name}=(inputs, targets)."
+            )
+
+
+def _is_array(value: Tree) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
 def _is_arrays(data: Tree) -> bool:
     """Whether this is one pytree of arrays. A list is always one of batches."""
     if isinstance(data, list):
         return False
     leaves = jax.tree.leaves(data)
-    return bool(leaves) and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves)
+    return bool(leaves) and all(map(_is_array, leaves))
 
 
 def _protocol(source: object) -> Literal["loader", "iterator"] | None:

@@ -20,6 +20,7 @@ from hypergrad.data.streams import (
     fixed,
     open_source,
     refuse_missing_axis,
+    refuse_split_batch,
 )
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.arguments import check_types_of_run
@@ -152,6 +153,7 @@ def fit(
     """
     check_types_of_run(tuner, state, train)
     refuse_missing_axis(train, valid)
+    refuse_split_batch(train=train, valid=valid)
     steps, num_updates = lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
