@@ -1,4 +1,4 @@
-"""Does one hypergradient predict what leaving examples out does? Beside three rivals.
+"""One hypergradient against what leaving examples out does, beside three rivals.
 
 The derivative of each test loss in one weight per training example, through the whole run, sums to
 a prediction of what leaving a subset out does to it; the subsets are then left out and the network
