@@ -1,4 +1,4 @@
-"""Does one hypergradient predict what leaving examples out does? Beside three rivals.
+"""One hypergradient against what leaving examples out does, beside three rivals.
 
 The derivative of each test loss in one weight per training example, through the whole run, sums to
 a prediction of what leaving a subset out does to it; the subsets are then left out and the network
@@ -150,23 +150,23 @@ def by_tracin(task: Task, along: list[Any]) -> np.ndarray:
     return -task.rate * sum(test @ train.T for test, train in pairs)
 
 
-def by_influence(task: Task, params: Any, damping: float) -> np.ndarray:
-    """Minus g_test (H + damping)^-1 g_train, of the mean training loss, by conjugate gradients."""
+def by_influence(task: Task, params: Any) -> list[np.ndarray]:
+    """Minus g_test (H + damping)^-1 g_train of the mean training loss, for each damping."""
     flat, unravel = ravel_pytree(params)
-    every = (task.examples, jnp.arange(task.size))
-
-    def total(flat: jax.Array) -> jax.Array:
-        return task.problem.train_loss(unravel(flat), ones(task), every, KEY)
-
-    def product(v: jax.Array) -> jax.Array:
-        return jax.jvp(jax.grad(total), (flat,), (v,))[1] + damping * v
 
     @jax.jit
-    def solved(g: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda g: jax.scipy.sparse.linalg.cg(product, g, maxiter=30)[0], g)
+    def solved(right: jax.Array, every: Any, damping: jax.Array) -> jax.Array:
+        def total(flat: jax.Array) -> jax.Array:
+            return task.problem.train_loss(unravel(flat), ones(task), every, KEY)
+
+        def product(v: jax.Array) -> jax.Array:
+            return jax.jvp(jax.grad(total), (flat,), (v,))[1] + damping * v
+
+        return jax.lax.map(lambda g: jax.scipy.sparse.linalg.cg(product, g, maxiter=30)[0], right)
 
     test, train = (gradients(task.loss, params, x) for x in (task.tests, task.examples))
-    return -np.asarray(solved(test)) @ train.T / task.size
+    inverse = (np.asarray(solved(test, task.train.arrays, jnp.float32(d))) for d in DAMPINGS)
+    return [-x @ train.T / task.size for x in inverse]
 
 
 def by_trak(task: Task, params: Any, damping: float) -> np.ndarray:
@@ -200,7 +200,7 @@ def measure(task: Task, fractions: tuple[float, ...], subsets: int, rivals: bool
     methods = {"hypergradient": [scores]}
     if rivals:
         along = checkpoints(task)
-        methods["influence"] = [by_influence(task, along[-1], d) for d in DAMPINGS]
+        methods["influence"] = by_influence(task, along[-1])
         methods["TracIn"] = [by_tracin(task, along)]
         methods["TRAK-like"] = [by_trak(task, along[-1], d) for d in DAMPINGS]
     truth = retrain(task, fractions, subsets)

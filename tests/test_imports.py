@@ -31,7 +31,7 @@ ROOMS = {
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
-    "plotting": "panels runs colors parallel sweeps tuned report",
+    "plotting": "panels attributed runs colors parallel sweeps tuned report",
     "knowledge": "positions priors warm samplers",
     "costs": "lengths programs",
     "results": "layout saved programs result",

@@ -1,5 +1,6 @@
 """Pictures: of a run here, of a sweep in `hypergrad.plotting.sweeps`, which loads Optuna."""
 
+from hypergrad.plotting.attributed import plot_attribution
 from hypergrad.plotting.runs import (
     plot_losses,
     plot_norms,

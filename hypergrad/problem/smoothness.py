@@ -33,7 +33,7 @@ from hypergrad.trees import (
 
 # Of 1 for a straight line and about 0 for chance: below, hypergradients predicted little of what
 # retraining did (docs/metasmoothness.md has the settings that it was chosen on and checked on).
-SMOOTH_ABOVE = 0.6
+SMOOTH_ABOVE = 0.8
 # Of what the direction changes: two equal runs that lie further apart are no experiment.
 _MOST_NOISE = 0.1
 
