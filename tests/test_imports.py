@@ -37,7 +37,7 @@ ROOMS = {
     "results": "layout saved programs result",
     "search": "schedulers arguments recipe spending cohort endings limits sweep"
     " ahead candidates tuned tune",
-    "nn": "dropout linen nnx equinox",
+    "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",
     "cli": "",
