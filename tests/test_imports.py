@@ -34,8 +34,8 @@ ROOMS = {
     "plotting": "panels runs colors parallel sweeps tuned report",
     "knowledge": "positions priors warm samplers",
     "costs": "lengths programs",
-    "results": "layout saved programs result",
-    "search": "schedulers arguments recipe spending cohort endings limits sweep"
+    "results": "layout saved goals programs result",
+    "search": "schedulers arguments recipe spending standings cohort telling endings limits sweep"
     " ahead candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",

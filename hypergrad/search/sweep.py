@@ -27,10 +27,11 @@ from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
 from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
-from hypergrad.results.programs import MakeProblem, ProblemError, Programs
+from hypergrad.results.goals import goals_of
+from hypergrad.results.programs import MakeProblem, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
-from hypergrad.search.cohort import EVALUATIONS, Cohort, Failure, Standings, Told
+from hypergrad.search.cohort import Cohort, Told
 from hypergrad.search.endings import AllAlike, UntilInterrupted
 from hypergrad.search.limits import Limits, SweepCallback
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
@@ -41,13 +42,13 @@ from hypergrad.search.schedulers import (
     brackets,
     in_whole_updates,
 )
+from hypergrad.search.telling import tell
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.storage import open_storage, told_in_one_sentence
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
-from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
@@ -74,6 +75,8 @@ def sweep(
     population: int = 1,
     metric: str | None = None,
     direction: Literal["minimize", "maximize"] = "minimize",
+    objectives: Mapping[str, str] | None = None,
+    constraints: Mapping[str, float] | None = None,
     told: Told = "last",
     polish: int = 0,
     enqueue: Iterable[Mapping[str, Any]] = (),
@@ -120,6 +123,11 @@ def sweep(
         alone. On a CPU more gain nothing; on an accelerator raise it, beside `num_trials`.
       metric: the name of one of `problem.metrics`; None for the validation loss.
       direction: of the score; "maximize" needs a metric.
+      objectives: several metrics with their directions, `{"loss": "minimize", "latency":
+        "minimize"}`, where "loss" is the validation loss unless a metric has this name. The study
+        keeps their front. With `refine` each trial follows a weighted sum of its own.
+      constraints: metrics with the bounds that they must stay below, `{"latency": 5.0}`: a trial
+        that breaks one ranks behind all that keep to them.
       told: which of a refined trial's values the study learns: "start", "last" (better than "best"
         on digits: a short run is still on its way), "best" (the mean of the trusted iterates, later
         ones counting more) or "mean" (of the second half).
@@ -162,8 +170,7 @@ def sweep(
     seed, name = checked_seed(seed), text("name", name)
     flag("progress", progress)
     lengths = Lengths(space, batch_size, num_steps, refine)
-    if metric is not None:
-        text("metric", metric)
+    goals = goals_of(metric, direction, objectives, constraints)
     enqueue, earlier = checked_points(enqueue, space), warm_studies(warm_from)
     if refine is not None and not space.continuous:
         raise ValueError(
@@ -173,10 +180,10 @@ def sweep(
     num_trials = integer("num_trials", num_trials)
     population, polish = integer("population", population), integer("polish", polish, 0)
     choice("told", told, get_args(Told))
-    if direction == "maximize" and metric is None:
+    if goals.several and scheduler is not None:
         raise ValueError(
-            "direction='maximize' with metric=None would maximise the validation loss: name one of "
-            "the problem's metrics."
+            f"objectives={goals.names} with scheduler={scheduler!r}: no rung could rank several. "
+            "Give scheduler=None, or bounds for all but one by constraints=."
         )
     tell_of_programs(space, num_trials)
     exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
@@ -197,7 +204,7 @@ def sweep(
     refuse_text("data", {"train": data.train, "valid": data.valid, "test": data.test})
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
-    programs = Programs(make_problem, space, data, lengths, refine)
+    programs = Programs(make_problem, space, data, lengths, refine, goals)
     lengths.refuse_larger_than(num_examples(data.train))
     # A sampler that is made already has its own seed.
     engine, sampler_seed = sampler_of(sampler, space, num_trials, seed)
@@ -208,11 +215,13 @@ def sweep(
     with (
         told_in_one_sentence(backend),
         open_study(
-            space, backend, engine, direction, sampler_seed, name, num_trials=num_trials
+            space, backend, engine, goals.directions, sampler_seed, name, num_trials=num_trials
         ) as opened,
     ):
         recipe = lengths.describe()
-        recipe |= {"metric": metric, "refine": describe_refine(refine)}
+        recipe |= {"metric": metric, "constraints": dict(goals.constraints) or None}
+        recipe |= {"objectives": dict(objectives) if objectives else None}
+        recipe |= {"refine": describe_refine(refine)}
         recipe |= {"told": told if moves else None}
         if storage is not None:  # in memory nobody else's trials can be
             recipe |= {"data": describe_data(data)}
@@ -228,7 +237,6 @@ def sweep(
         ):
             cohort = Cohort(
                 programs,
-                _score_by(metric),
                 sign_of(opened.study),
                 # What copies made of a trial is its end.
                 told if refine is not None else "last",
@@ -247,13 +255,13 @@ def sweep(
                 if not teams:
                     break
                 for news in cohort.run(teams, ladder, population):
-                    _tell(opened, news)
+                    tell(opened, news)
                     alike.see(news)
                     limits.see(opened.study, news)
                     _look_back(view, opened, cohort)
     spent = cohort.spent
     return SweepResult(
-        opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
+        opened.study, spent, opened, programs, goals.score, num_steps, seed, interrupted.once
     )
 
 
@@ -329,38 +337,6 @@ def _ask(
     return teams
 
 
-def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
-    """Tells the study what became of its trials, and the log in a line."""
-    if isinstance(news, Failure):
-        for proposal in news.proposals:
-            opened.fail(proposal, news.error)
-        numbers = ", ".join(f"#{proposal.number}" for proposal in news.proposals)
-        _log.warning(f"{numbers} failed: {printable(news.reason)}")
-        return
-    for proposal, score, refined, attrs, fate in news.trials:
-        cost = {EVALUATIONS: attrs[EVALUATIONS]}
-        if fate == "diverged":
-            error = f"ValueError: the score is {score} after {news.steps} steps"
-            opened.fail(proposal, f"{error}{news.why_not_finite}.", cost)
-            _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
-            continue
-        if "doubt" in attrs:
-            _log.warning(f"#{proposal.number}: {attrs['doubt']}{news.why_not_finite}.")
-        if fate == "finished" and attrs.get("undone"):
-            error = f"ValueError: training was undone: {attrs['doubt']}{news.why_not_finite}."
-            opened.fail(proposal, error, cost)
-            continue
-        opened.report(proposal, score, news.steps)
-        values = None if proposal.recorded else refined
-        if fate == "finished":
-            opened.finish(proposal, score, values, attrs)
-        elif fate == "stopped":
-            opened.prune(proposal, score, news.steps, values, attrs)
-    best = "none finite" if news.best is None else f"best {news.best:.4g}"
-    going = sum(standing.fate == "goes on" for standing in news.trials)
-    _log.info(f"{len(news.trials)} trials at {news.steps} steps: {best}, {going} go on")
-
-
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
     """Shows where the study stands, others' trials included."""
     if view.is_watched:
@@ -369,16 +345,3 @@ def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
         view.best = ranks[0].score if ranks else None
         view.last = max(ranks, key=lambda one: one.number).score if ranks else None
         view.show(*cohort.training, now=True)
-
-
-def _score_by(metric: str | None) -> Callable[[PopulationReport], jax.Array]:
-    def score(report: PopulationReport) -> jax.Array:
-        if metric is None:
-            return report.score
-        if metric not in report.metrics:
-            raise ProblemError(
-                f"metric={metric!r} is none of the problem's metrics: {sorted(report.metrics)}."
-            )
-        return report.metrics[metric]
-
-    return score
