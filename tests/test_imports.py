@@ -32,11 +32,12 @@ ROOMS = {
     " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
-    "knowledge": "positions priors warm samplers",
+    "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs",
     "results": "layout saved goals programs result",
-    "search": "schedulers arguments recipe spending standings cohort telling endings limits sweep"
-    " ahead candidates tuned tune",
+    "scheduling": "curves",
+    "search": "schedulers arguments recipe spending standings stopping cohort telling endings"
+    " limits sweep ahead candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",

@@ -10,7 +10,7 @@ import pytest
 from flax import linen
 
 import hypergrad as hg
-from hypergrad.nn import MaskedDense, masked_dense, unit_mask
+from hypergrad.nn import MaskedDense, masked_dense, masked_kernel, unit_mask
 
 MOST, INPUTS = 8, 3
 X = jax.random.normal(jax.random.key(1), (16, INPUTS))
@@ -69,10 +69,12 @@ def masked_problem() -> hg.Problem:
 
         def loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
             shape = hyper["width"], hyper["depth"]
-            squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
-            return mse(Masked().apply({"params": params}, batch[0], *shape), batch[1]) + (
-                hyper["decay"] * squares
-            )
+            squares = jnp.sum(params["MaskedDense_3"]["bias"] ** 2)
+            for i, ends in enumerate([(shape[0], None), *[(shape[0],) * 2] * 2, (None, shape[0])]):
+                kernel = masked_kernel(params[f"MaskedDense_{i}"], *ends)
+                squares += jnp.where((i < shape[1]) | (i == 3), jnp.sum(kernel**2), 0.0)
+            outputs = Masked().apply({"params": params}, batch[0], *shape)
+            return mse(outputs, batch[1]) + hyper["decay"] * squares
 
         start = lambda key: Masked().init(key, X, *shape)["params"]  # noqa: E731
         return hg.bilevel(start, loss, loss, optimizer)
@@ -95,12 +97,10 @@ def test_a_masked_network_is_the_narrow_one(x64: None, width: int, depth: int) -
         valid_loss=lambda p, hyper, batch, key: wide.valid_loss(p, hyper | shape, batch, key),
     )
     begun = jax.tree.map(lambda a: a.astype(float), given.init(hyper, key).params)
-    # Layers beyond the depth have no part in the narrow network's norms.
-    for i in range(depth, 3):
-        begun[f"MaskedDense_{i}"] = jax.tree.map(jnp.zeros_like, begun[f"MaskedDense_{i}"])
 
     def narrow_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
-        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        squares = sum(jnp.sum(layer["kernel"] ** 2) for layer in params.values())
+        squares += jnp.sum(params[f"Dense_{depth}"]["bias"] ** 2)
         outputs = Small(width, depth).apply({"params": params}, batch[0])
         return mse(outputs, batch[1]) + hyper["decay"] * squares
 

@@ -516,6 +516,18 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         given(hg.SuccessiveHalving, min_steps=1),
         {"min_steps": NOT_INTEGERS, "eta": (1, *NOT_INTEGERS)},
     ),
+    "ASHA": (
+        given(hg.ASHA, min_steps=1),
+        {"min_steps": NOT_INTEGERS, "eta": (1, *NOT_INTEGERS)},
+    ),
+    "LearningCurves": (
+        given(hg.LearningCurves, min_steps=1),
+        {
+            "min_steps": NOT_INTEGERS,
+            "points": (1, *NOT_INTEGERS),
+            "probability": (0, -0.1, 0.6, NAN, "a", None),
+        },
+    ),
     "PopulationBasedTraining": (
         given(hg.PopulationBasedTraining, every=1),
         {

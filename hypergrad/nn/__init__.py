@@ -5,7 +5,7 @@ from typing import Any
 
 from hypergrad.nn.dropout import LinenDropout, NNXDropout
 from hypergrad.nn.linen import from_train_state, linen_problem, to_train_state
-from hypergrad.nn.masked import MaskedDense, masked_dense, unit_mask
+from hypergrad.nn.masked import MaskedDense, masked_dense, masked_kernel, unit_mask
 from hypergrad.nn.nnx import NNXBatchNorm, from_nnx, nnx_problem, to_nnx
 
 # Loaded on use: Equinox is an extra.
@@ -23,6 +23,7 @@ __all__ = [
     "from_train_state",
     "linen_problem",
     "masked_dense",
+    "masked_kernel",
     "nnx_problem",
     "to_equinox",
     "to_nnx",

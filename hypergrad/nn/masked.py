@@ -1,7 +1,9 @@
 """One program for all widths: layers of the largest width, of which a traced number of units is on.
 
-A network of masked layers computes what the narrow one computes, and so does its training: what is
-off gets no gradient, starts at zero, and the rest starts at the narrow one's scale.
+A network of masked layers computes what the narrow one computes, and so does its training: what
+is off gets no gradient, starts at zero, and the rest starts at the narrow one's scale. A penalty in
+the loss must leave it out, too, as `masked_kernel` does: Adam's steps are full ones however small a
+gradient is.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,6 +54,21 @@ def masked_dense(
     if units is None:
         return outputs
     return outputs * unit_mask(units, outputs.shape[-1], outputs.dtype)
+
+
+def masked_kernel(
+    params: Mapping[str, Any],
+    units: ArrayLike | None = None,
+    input_units: ArrayLike | None = None,
+) -> jax.Array:
+    """The kernel of a masked layer with what is off at zero, for a penalty on what is on.
+
+    >>> kernel = masked_kernel({"kernel": jnp.ones((3, 4))}, 2, 1)
+    >>> float(jnp.sum(kernel**2))
+    2.0
+    """
+    kernel = params["kernel"]
+    return kernel * _on(kernel.shape, units, input_units, kernel.dtype)
 
 
 class MaskedDense(linen.Module):
@@ -111,5 +128,15 @@ def _rescaled(
     outputs = jnp.asarray(shape[1] if units is None else units, dtype)
     most = {"in": shape[0], "out": shape[1], "avg": shape[0] + shape[1]}[fan]
     here = {"in": inputs, "out": outputs, "avg": inputs + outputs}[fan]
-    on = unit_mask(inputs, shape[0], dtype)[:, None] * unit_mask(outputs, shape[1], dtype)
-    return jnp.sqrt(most / here) * on
+    return jnp.sqrt(most / here) * _on(shape, units, input_units, dtype)
+
+
+def _on(
+    shape: tuple[int, ...],
+    units: ArrayLike | None,
+    input_units: ArrayLike | None,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """1 where both ends of a weight are on, `shape`."""
+    inputs = unit_mask(shape[0] if input_units is None else input_units, shape[0], dtype)
+    return inputs[:, None] * unit_mask(shape[1] if units is None else units, shape[1], dtype)

@@ -7,6 +7,7 @@ style for good, leave out stopped trials and know no scale of one minus the valu
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,7 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
             f"compares the best tenth with the others: run at least {_FEWEST}."
         )
     names = {parameter: name for name, parameter in Coordinates(stored_space(study)).names.items()}
-    several = len(study.directions) > 1
-    first = (lambda trial: trial.values[0]) if several else None
-    shares = optuna.importance.get_param_importances(study, target=first)
+    shares = _importances(study)
     # The largest on top.
     found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
     axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
@@ -171,6 +170,16 @@ def plot_refinement(
         colors.bar(used)
         _explain_paths(used[0], colors, stopped=not all(s.complete for s in refined))
     return np.array(used)
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    if len(study.directions) == 1:
+        return optuna.importance.get_param_importances(study)
+    sign = sign_of(study)
+    with warnings.catch_warnings():
+        # That low values of a target of one's own are taken for good, as they are here.
+        warnings.simplefilter("ignore", UserWarning)
+        return optuna.importance.get_param_importances(study, target=lambda t: sign * t.values[0])
 
 
 def plot_front(study: optuna.Study, *, axes: Axes | None = None) -> Axes:

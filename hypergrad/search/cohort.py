@@ -17,6 +17,7 @@ from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.search.spending import evaluations_per_step
 from hypergrad.search.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
+from hypergrad.search.stopping import Judge
 from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.population.held import WEIGHTS
@@ -56,6 +57,7 @@ class Cohort:
       seed: of the members' training.
       watch: gets `training` several times a rung, where anybody looks.
       may: says whether so many gradient evaluations more may begin; what may not is left as it is.
+      judge: says which of the trials at a rung go on, where a bracket's are not ranked together.
     """
 
     programs: Programs
@@ -65,6 +67,7 @@ class Cohort:
     seed: int
     watch: Callable[[int, float, int], None] | None = None
     may: Callable[[float], bool] = lambda more: True
+    judge: Judge | None = None
     spent: int = 0
     examples: int = 0
     evaluations: float = 0.0
@@ -278,6 +281,8 @@ class Cohort:
         # Where some have not come as far as this, nobody has lost.
         places = len(best) if self._cut else after.members if after else 0
         going = {s.proposal.number for s in best[:places]} if after else set()
+        if self.judge is not None and after and not self._cut:
+            going = self.judge(steps, best)
         trials = []
         for standing in standings:
             if not np.isfinite(standing.score):

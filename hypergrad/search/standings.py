@@ -38,6 +38,11 @@ class Standing(NamedTuple):
         """The first objective."""
         return self.scores[0]
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a constraint is."""
+        return any(excess > 0 for excess in self.excess.values())
+
 
 class Standings(NamedTuple):
     """The trials that have trained for so many steps, and the best finite score among them.

@@ -25,6 +25,7 @@ from hypergrad.costs.programs import tell_of_programs
 from hypergrad.data.batches import num_examples
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
+from hypergrad.knowledge.local import neighbour
 from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
 from hypergrad.results.goals import goals_of
@@ -41,7 +42,9 @@ from hypergrad.search.schedulers import (
     Scheduler,
     brackets,
     in_whole_updates,
+    is_synchronous,
 )
+from hypergrad.search.stopping import judge_of
 from hypergrad.search.telling import tell
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
@@ -114,7 +117,8 @@ def sweep(
         tried first, and a share of the trials, falling as results come in, is drawn around it
         (`hypergrad.knowledge.priors`).
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
-        together, and the best of each rung go on. TPE with Hyperband is BOHB. With
+        together, and the best of each rung go on. TPE with Hyperband is BOHB. `ASHA` and
+        `LearningCurves` judge each trial by itself, and no process waits for another. With
         `PopulationBasedTraining` the members of a population copy each other.
       storage: None for memory, "path.journal", a database's URL, or an Optuna storage. The same
         call goes on where an earlier one stopped or was killed, and several processes share it.
@@ -132,8 +136,9 @@ def sweep(
         on digits: a short run is still on its way), "best" (the mean of the trusted iterates, later
         ones counting more) or "mean" (of the second half).
       polish: so many of the last trials are not proposed: full runs that start, under new seeds,
-        where the best trials so far ended (their choices, the values told). Needs `refine`. Worth
-        a fifth of the trials, after a scheduler has picked among many short runs.
+        where the best trials so far ended (their choices, the values told). Worth a fifth of the
+        trials, after a scheduler has picked among many short runs. Without `refine` they are a
+        local search: the best point with one coordinate moved, in turn.
       enqueue: known good points, tried first; what a point leaves out is proposed.
       timeout: seconds of this call, after which nothing more begins. The rung that trains is
         finished; trials that would go on are handed back and queued again.
@@ -191,10 +196,10 @@ def sweep(
         raise ValueError(
             f"population={population} leaves {scheduler!r} nobody to copy from: give at least 4."
         )
-    if polish and not (0 < polish < num_trials and refine is not None):
+    if polish and not 0 < polish < num_trials:
         raise ValueError(
-            f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
-            "and fewer than all trials, as there must be something to polish."
+            f"polish={polish} with num_trials={num_trials}: give fewer than all trials, as there "
+            "must be something to polish."
         )
     num_steps = lengths.num_steps
     ladders = [
@@ -211,6 +216,8 @@ def sweep(
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
+    if not is_synchronous(scheduler):  # as many at a time as fit
+        ladders = [tuple(rung._replace(members=population) for rung in ladders[0])]
     backend = open_storage(storage)
     with (
         told_in_one_sentence(backend),
@@ -244,14 +251,15 @@ def sweep(
                 seed,
                 view.show if progress else None,
             )
+            cohort.judge = judge_of(scheduler, opened.study, cohort.sign, num_steps)
             cohort.may = lambda more: limits.allow(opened.study, cohort.evaluations, more)
             alike = AllAlike(space)
             _look_back(view, opened, cohort)
             for ladder in _from_where_it_stopped(ladders, full, polish, opened):
-                _queue_best(opened, ladder[0].members, polish, num_trials)
+                members = ladder[0].members
+                _queue_best(opened, members, polish, num_trials, refine is not None)
                 shared = dict if exploit is not None else programs.shared
-                count = ladder[0].members
-                teams = _ask_or_wait(opened, shared, count, population, not moves, cohort.may)
+                teams = _ask_or_wait(opened, shared, members, population, not moves, cohort.may)
                 if not teams:
                     break
                 for news in cohort.run(teams, ladder, population):
@@ -269,8 +277,8 @@ def _from_where_it_stopped(
     ladders: Sequence[tuple[Rung, ...]], full: tuple[Rung, ...], polish: int, opened: OpenStudy
 ) -> Iterator[tuple[Rung, ...]]:
     """The brackets still to run; where all runs are full ones, as many at a time as fit."""
-    if len(ladders[0]) == 1:
-        return itertools.repeat(full)
+    if len(ladders) == 1 and ladders[0][0].members == full[0].members:
+        return itertools.repeat(ladders[0])
     # A bracket that was cut short begins again, with what it left in the queue.
     finished, sizes = opened.progress().finished, (ladder[0].members for ladder in ladders)
     skipped = sum(begun <= finished for begun in itertools.accumulate(sizes))
@@ -279,14 +287,23 @@ def _from_where_it_stopped(
     return itertools.chain(ladders[skipped:], beyond)
 
 
-def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> None:
-    """Queues where the best trials ended, up to `count` of them, once the rest is proposed."""
+def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int, refined: bool) -> None:
+    """Queues where the best trials ended, up to `count` of them, once the rest is proposed.
+
+    Without refinement the best point so far with one coordinate moved, one at a time.
+    """
     progress = opened.progress()
     left = num_trials - progress.finished - progress.running - progress.waiting
     wanted = min(left, count - progress.waiting)
-    if left <= polish and wanted > 0:
-        for best in ranked(opened.study)[:wanted]:
-            opened.enqueue(best.hyper, again=True)
+    if left > polish or wanted <= 0:
+        return
+    if not refined:
+        point = neighbour(opened.study, opened.space, polish - left)
+        if point is not None:
+            opened.enqueue(point, again=True)
+        return
+    for best in ranked(opened.study)[:wanted]:
+        opened.enqueue(best.hyper, again=True)
 
 
 def _ask_or_wait(
