@@ -70,7 +70,7 @@ def _hopeful(
         if len(known) < FEWEST_POINTS:
             going.add(standing.proposal.number)
             continue
-        later = extrapolated(*zip(*known, strict=True), last=num_steps)
+        later = extrapolated([at for at, _ in known], [y for _, y in known], num_steps)
         if later.probability_below(best) >= least:
             going.add(standing.proposal.number)
     return going

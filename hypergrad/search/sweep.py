@@ -216,7 +216,8 @@ def sweep(
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
-    if not is_synchronous(scheduler):  # as many at a time as fit
+    together = is_synchronous(scheduler) and len(ladders[0]) > 1
+    if not together:  # as many at a time as fit
         ladders = [tuple(rung._replace(members=population) for rung in ladders[0])]
     backend = open_storage(storage)
     with (
@@ -255,7 +256,7 @@ def sweep(
             cohort.may = lambda more: limits.allow(opened.study, cohort.evaluations, more)
             alike = AllAlike(space)
             _look_back(view, opened, cohort)
-            for ladder in _from_where_it_stopped(ladders, full, polish, opened):
+            for ladder in _from_where_it_stopped(ladders, together, full, polish, opened):
                 members = ladder[0].members
                 _queue_best(opened, members, polish, num_trials, refine is not None)
                 shared = dict if exploit is not None else programs.shared
@@ -274,10 +275,14 @@ def sweep(
 
 
 def _from_where_it_stopped(
-    ladders: Sequence[tuple[Rung, ...]], full: tuple[Rung, ...], polish: int, opened: OpenStudy
+    ladders: Sequence[tuple[Rung, ...]],
+    together: bool,
+    full: tuple[Rung, ...],
+    polish: int,
+    opened: OpenStudy,
 ) -> Iterator[tuple[Rung, ...]]:
-    """The brackets still to run; where all runs are full ones, as many at a time as fit."""
-    if len(ladders) == 1 and ladders[0][0].members == full[0].members:
+    """The brackets still to run; where trials are not ranked together, one over and over."""
+    if not together:
         return itertools.repeat(ladders[0])
     # A bracket that was cut short begins again, with what it left in the queue.
     finished, sizes = opened.progress().finished, (ladder[0].members for ladder in ladders)
