@@ -111,8 +111,10 @@ __all__ = [
 
 # Loaded on use: flax, matplotlib and Optuna take a while, and many programs use none of them.
 _LATER = {
+    "ASHA": "search.schedulers",
     "Checkpoint": "training.checkpoints",
     "Hyperband": "search.schedulers",
+    "LearningCurves": "search.schedulers",
     "PopulationBasedTraining": "search.schedulers",
     "SuccessiveHalving": "search.schedulers",
     "fit": "training.fit",

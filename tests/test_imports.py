@@ -32,12 +32,13 @@ ROOMS = {
     " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels attributed runs colors parallel sweeps tuned report",
-    "knowledge": "positions priors warm samplers",
+    "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs",
-    "results": "layout saved programs result",
-    "search": "schedulers arguments recipe spending cohort endings limits sweep"
-    " ahead candidates tuned tune",
-    "nn": "dropout linen nnx equinox",
+    "results": "layout saved goals programs result",
+    "scheduling": "curves",
+    "search": "schedulers arguments recipe spending standings stopping cohort telling endings"
+    " limits sweep ahead candidates tuned tune",
+    "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",
     "cli": "",

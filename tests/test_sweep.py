@@ -428,8 +428,6 @@ def test_the_last_trials_polish_the_best() -> None:
     assert sorted(reached[:4]) == [5, 5, 10, 20] and reached[4:] == [20, 20]
     with pytest.raises(ValueError, match="polish=6 with num_trials=6"):
         run(refine=refine, polish=6)
-    with pytest.raises(ValueError, match="refine=None"):
-        run(polish=1)
 
 
 def test_choices_without_an_active_float_are_trained_plainly() -> None:

@@ -119,15 +119,22 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "high": (NAN, "a", 0.05, True),
             "scale": ("logarithmic", 3, None),
             "when": (3, "sgd", ["sgd"]),
+            "prior": (NAN, INF, "a", 2.0, 0.05, [0.5], True),
         },
     ),
     "Int": (
         given(hg.Int, low=1, high=9),
-        {"low": (1.5, "a", None, 10), "high": (2.5, "a", None, 0), "scale": ("square", 3)},
+        {
+            "low": (1.5, "a", None, 10),
+            "high": (2.5, "a", None, 0),
+            "scale": ("square", 3),
+            "prior": (0, 10, 2.5, "a", [3], True),
+            "traced": (3, "yes", None),
+        },
     ),
     "Categorical": (
         given(hg.Categorical, choices=["a", "b"]),
-        {"choices": ([], 3, "ab", None, ["a", "a"]), "when": (3, "sgd")},
+        {"choices": ([], 3, "ab", None, ["a", "a"]), "when": (3, "sgd"), "prior": (3, "c", ["a"])},
     ),
     "Space": (
         given(hg.Space, dimensions={"rate": hg.Float(0.0, 1.0)}),
@@ -475,8 +482,8 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "space": (None, 3, {"rate": 0.1}, PROBLEM),
             "data": (None, 3, (X, X, X), hg.Splits(X, None), hg.Splits(None, X), hg.Splits(3.0, X)),
             "num_trials": NOT_INTEGERS,
-            "num_steps": NOT_INTEGERS,
-            "batch_size": (*NOT_INTEGERS, 9),
+            "num_steps": (*NOT_INTEGERS, "rate", lambda c: 0, lambda c: c["no"], lambda: 4),
+            "batch_size": (*NOT_INTEGERS, 9, "rate", lambda c: 9, lambda c: "4"),
             "refine": (3, True, hg.Unrolled(), hg.Refine),
             "sampler": ("best", 3, None),
             "scheduler": (3, "hyperband", hg.Hyperband),
@@ -484,6 +491,16 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "population": NOT_INTEGERS,
             "metric": ("accuracy", 3),
             "direction": ("up", 3, None, "maximize"),
+            "objectives": (
+                3,
+                ["loss"],
+                {},
+                {"loss": "down"},
+                {"other": "minimize"},
+                {3: "minimize"},
+            ),
+            "constraints": (3, ["loss"], {"loss": "a"}, {"loss": NAN}, {"other": 1.0}, {3: 1.0}),
+            "warm_from": (3, "a.journal", None, [3], [None], ["missing/a.journal"], {"a": 1}),
             "told": ("first", 3, None),
             "polish": (-1, 1.5, "3", None, 1),
             "enqueue": (3, [3], [{"other": 1}], [{"rate": 7.0}], None, {"rate": 0.1}),
@@ -515,6 +532,18 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "SuccessiveHalving": (
         given(hg.SuccessiveHalving, min_steps=1),
         {"min_steps": NOT_INTEGERS, "eta": (1, *NOT_INTEGERS)},
+    ),
+    "ASHA": (
+        given(hg.ASHA, min_steps=1),
+        {"min_steps": NOT_INTEGERS, "eta": (1, *NOT_INTEGERS)},
+    ),
+    "LearningCurves": (
+        given(hg.LearningCurves, min_steps=1),
+        {
+            "min_steps": NOT_INTEGERS,
+            "points": (1, *NOT_INTEGERS),
+            "probability": (0, -0.1, 0.6, NAN, "a", None),
+        },
     ),
     "PopulationBasedTraining": (
         given(hg.PopulationBasedTraining, every=1),

@@ -1,10 +1,11 @@
-"""Models: dropouts whose rate has a gradient, adapters from linen, nnx and Equinox to problems."""
+"""Models: dropouts and widths that may be traced, adapters from linen, nnx and Equinox."""
 
 import importlib
 from typing import Any
 
 from hypergrad.nn.dropout import LinenDropout, NNXDropout
 from hypergrad.nn.linen import from_train_state, linen_problem, to_train_state
+from hypergrad.nn.masked import MaskedDense, masked_dense, masked_kernel, unit_mask
 from hypergrad.nn.nnx import NNXBatchNorm, from_nnx, nnx_problem, to_nnx
 
 # Loaded on use: Equinox is an extra.
@@ -13,6 +14,7 @@ _EQUINOX = ("EquinoxDropout", "equinox_problem", "from_equinox", "to_equinox")
 __all__ = [
     "EquinoxDropout",
     "LinenDropout",
+    "MaskedDense",
     "NNXBatchNorm",
     "NNXDropout",
     "equinox_problem",
@@ -20,10 +22,13 @@ __all__ = [
     "from_nnx",
     "from_train_state",
     "linen_problem",
+    "masked_dense",
+    "masked_kernel",
     "nnx_problem",
     "to_equinox",
     "to_nnx",
     "to_train_state",
+    "unit_mask",
 ]
 
 

@@ -12,13 +12,14 @@ import optuna
 from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import failed_trials, ranked, reason_of, short, states
+from hypergrad.study.ranking import failed_trials, objective_names, ranked, reason_of, short, states
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR
 
 _CAPTIONS = {
     "scores": "Every trial's score, and the best so far.",
     "parallel": "Every trial as a line through its hyperparameters; dark is good.",
+    "front": "The objectives of every trial, and the front: what no other trial beats in both.",
     "importance": "What sets the best tenth of the trials apart, by hyperparameter (PED-ANOVA).",
     "refinement": "Where hypergradients led each trial while it trained, from its start (hollow).",
 }
@@ -39,9 +40,11 @@ pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .8re
 def page(study: optuna.Study) -> str:
     """The HTML for a study that a sweep has opened, pictures included: half a megabyte or so."""
     name = html.escape(study.study_name)
-    direction = study.direction.name.lower() + "d"
+    ways = zip(objective_names(study), study.directions, strict=True)
+    goals = ", ".join(f"{html.escape(n)} is {d.name.lower()}d" for n, d in ways)
+    goals = goals.replace("score is", "the validation score is", 1)
     sections = [
-        f"<h1>{name}</h1><p>{states(study)}; the validation score is {direction}.</p>",
+        f"<h1>{name}</h1><p>{states(study)}; {goals}.</p>",
         _best(study),
         *_pictures(study),
         _space(study),

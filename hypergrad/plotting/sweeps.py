@@ -7,6 +7,7 @@ style for good, leave out stopped trials and know no scale of one minus the valu
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,16 @@ from hypergrad.plotting.panels import (
 from hypergrad.plotting.parallel import plot_parallel
 from hypergrad.space.dimensions import Float
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.ranking import Scored, failed_trials, refined_trials, scored_trials, sign_of
+from hypergrad.study.ranking import (
+    Scored,
+    failed_trials,
+    front,
+    objective_names,
+    ranked,
+    refined_trials,
+    scored_trials,
+    sign_of,
+)
 from hypergrad.study.signature import stored_space
 
 # Trials that trained in full, of which a tenth is one.
@@ -97,7 +107,7 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
             f"compares the best tenth with the others: run at least {_FEWEST}."
         )
     names = {parameter: name for name, parameter in Coordinates(stored_space(study)).names.items()}
-    shares = optuna.importance.get_param_importances(study)
+    shares = _importances(study)
     # The largest on top.
     found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
     axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
@@ -162,6 +172,48 @@ def plot_refinement(
     return np.array(used)
 
 
+def _importances(study: optuna.Study) -> dict[str, float]:
+    if len(study.directions) == 1:
+        return optuna.importance.get_param_importances(study)
+    sign = sign_of(study)
+    with warnings.catch_warnings():
+        # That low values of a target of one's own are taken for good, as they are here.
+        warnings.simplefilter("ignore", UserWarning)
+        return optuna.importance.get_param_importances(study, target=lambda t: sign * t.values[0])
+
+
+def plot_front(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
+    """Draws the first two objectives of every full trial, those on the front in vermilion.
+
+    Trials that break a constraint are crosses.
+
+    Raises:
+      ValueError: a study with one objective, or no trial that trained in full.
+    """
+    trials, names = ranked(study), objective_names(study)
+    if len(names) < 2 or not trials:
+        raise ValueError(
+            f"The study {study.study_name!r} has {len(names)} objectives and {len(trials)} trials "
+            "that trained in full: a front needs two objectives and a trial."
+        )
+    axis = new_panels(1, (5, 4))[0] if axes is None else axes
+    best = {one.number for one in front(study)}
+    kinds = {
+        "trained in full": ([t for t in trials if not t.excess], "o", PALETTE[0]),
+        "breaks a constraint": ([t for t in trials if t.excess], "x", OTHER_COLOR),
+        "front": ([t for t in trials if t.number in best], "o", BEST_COLOR),
+    }
+    for label, (found, marker, color) in kinds.items():
+        if found:
+            x, y, *_ = zip(*(t.values for t in found), strict=True)
+            axis.plot(x, y, marker, color=color, ms=5, label=label)
+    axis.set_xlabel(literal(names[0]))
+    axis.set_ylabel(literal(names[1]))
+    axis.grid(alpha=0.25)
+    legend_above(axis, *axis.get_legend_handles_labels())
+    return axis
+
+
 def _path(one: Scored) -> dict[str, list[float]]:
     return one.trial.user_attrs["trajectory"]
 
@@ -183,9 +235,9 @@ def _explain_paths(axis: Axes, colors: Colors, stopped: bool) -> None:
 def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[Path]:
     """Writes the pictures that the study has data for into `folder`; returns their paths.
 
-    `scores.png`, `parallel.png`, `importance.png` (from ten trials that trained in full on) and
-    `refinement.png` (for a sweep that refined), to be shown up to 900 pixels wide. The folder is
-    made.
+    `scores.png`, `parallel.png`, `front.png` (of several objectives), `importance.png` (from ten
+    trials that trained in full on) and `refinement.png` (for a sweep that refined), to be shown up
+    to 900 pixels wide. The folder is made.
 
     Raises:
       ValueError: no trial has a score, or no sweep has opened the study.
@@ -194,6 +246,8 @@ def save_pictures(study: optuna.Study, folder: str | os.PathLike[str]) -> list[P
     pictures: dict[str, Callable[..., Any]] = {"scores": plot_scores, "parallel": plot_parallel}
     if sum(s.complete for s in scored) >= _FEWEST:
         pictures["importance"] = plot_importance
+    if len(study.directions) > 1 and ranked(study):
+        pictures["front"] = plot_front
     if refined_trials(scored):
         pictures["refinement"] = plot_refinement
     Path(folder).mkdir(parents=True, exist_ok=True)

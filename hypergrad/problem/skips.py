@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hypergrad.problem.inner_gradient import guarded
-from hypergrad.program import Equation, Flat, Fixed, Known, Value, evaluate, needed
+from hypergrad.program import Equation, Fixed, Flat, Known, Value, evaluate, needed
 from hypergrad.trees import InnerState, Tree, is_inexact
 
 # Each doubles what is compiled, and a step may have one for every leaf.

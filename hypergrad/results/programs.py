@@ -17,9 +17,10 @@ from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
+from hypergrad.results.goals import Goals
 from hypergrad.space.space import Space
 from hypergrad.trees import Hyper
-from hypergrad.tuners.population.held import given
+from hypergrad.tuners.population.held import WEIGHTS, given
 from hypergrad.tuners.population.population import Population
 from hypergrad.tuners.population.refine import Refine
 
@@ -33,8 +34,8 @@ class ProblemError(ValueError):
 class Program(NamedTuple):
     """A problem of fixed choices, the space of its active Floats, and what trains its members.
 
-    `data` are the splits it is trained on, `held` the active traced Ints, and `batch_size` examples
-    per step.
+    `data` are the splits it is trained on, `held` the active traced Ints, `batch_size` examples per
+    step; `weighted` where members follow a weighted sum of several objectives.
     """
 
     problem: Problem
@@ -43,11 +44,13 @@ class Program(NamedTuple):
     data: Splits
     held: tuple[str, ...]
     batch_size: int
+    weighted: bool = False
 
     def starts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, jax.Array]:
-        """What members start from, leaves `[points]`: the Floats and the traced Ints of each."""
+        """What members start from, leaves `[points]`: Floats, traced Ints, objectives' weights."""
         kinds = {**dict.fromkeys(self.space.continuous, jnp.float32)}
         kinds |= dict.fromkeys(self.held, jnp.int32)
+        kinds |= {WEIGHTS: jnp.float32} if self.weighted else {}
         return {n: jnp.asarray([p[n] for p in points], kind) for n, kind in kinds.items()}
 
 
@@ -65,6 +68,7 @@ class Programs:
     data: Splits
     lengths: Lengths
     refine: Refine | None
+    goals: Goals = Goals()  # noqa: RUF009  frozen
     made: Callable[[dict[str, Any], Program, Hyper], None] | None = None
     _made: dict[Any, Program] = dataclasses.field(default_factory=dict)
     _plain: dict[Any, Program] = dataclasses.field(default_factory=dict)
@@ -105,7 +109,7 @@ class Programs:
         key = self._key(choices)
         if key not in self._plain:
             members = self._population(program, self.lengths.of(choices), None)
-            self._plain[key] = program._replace(members=members)
+            self._plain[key] = program._replace(members=members, weighted=False)
         return self._plain[key]
 
     def _make(self, choices: dict[str, Any]) -> Program:
@@ -118,7 +122,9 @@ class Programs:
         self._check(program, length, choices)
         # Choices under which no Float is active leave nothing to refine.
         refine = self.refine if space.continuous else None
-        return program._replace(members=self._population(program, length, refine))
+        members = self._population(program, length, refine)
+        weighted = self.goals.several and refine is not None
+        return program._replace(members=members, weighted=weighted)
 
     def _with_data(self, made: Any, choices: dict[str, Any]) -> tuple[Problem, Splits]:
         """What `make_problem` returned, as a problem and the splits that it is trained on."""
@@ -147,6 +153,7 @@ class Programs:
             steps_per_update=length.steps_per_update if own is None else None,
             test=test,
             held=program.held,
+            followed=self.goals.scalarised if self.goals.several and refine else None,
         )
 
     def _check(self, program: Program, length: Length, choices: dict[str, Any]) -> None:
@@ -164,5 +171,7 @@ class Programs:
             require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
+        if unknown := self.goals.unknown(problem, program.data, {**middle, **values}):
+            raise ProblemError(unknown)
         if self.made is not None:
             self.made(choices, program, {**middle, **values})

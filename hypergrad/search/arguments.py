@@ -38,7 +38,7 @@ def check_types(make_problem: Any, space: Any, data: Any, refine: Any, scheduler
                 f"make_problem cannot be called with the choices alone ({error}): give a function "
                 "choices -> Problem."
             ) from None
-    schedulers = "SuccessiveHalving, Hyperband, PopulationBasedTraining"
+    schedulers = "SuccessiveHalving, Hyperband, ASHA, LearningCurves, PopulationBasedTraining"
     for name, value, kinds, remedy in (
         ("space", space, Space, "a hypergrad.Space"),
         ("refine", refine, Refine | None, "a hypergrad.Refine, or None"),

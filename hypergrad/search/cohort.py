@@ -4,7 +4,6 @@ Nothing here knows of a study: proposals come in, standings go out, and `sweep` 
 """
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,18 +16,18 @@ from hypergrad.data.batches import num_examples
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.search.spending import evaluations_per_step
+from hypergrad.search.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
+from hypergrad.search.stopping import Judge
 from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal
+from hypergrad.tuners.population.held import WEIGHTS
 from hypergrad.tuners.population.member import PopulationReport, PopulationState
 from hypergrad.tuners.population.population import width_for
 from hypergrad.tuners.trust import NOT_FINITE, REASONS
 
-Fate = Literal["goes on", "stopped", "finished", "diverged"]
 Told = Literal["start", "last", "best", "mean"]
 # Where a report holds what is told.
 _TOLD_FIELDS = {"start": "start", "last": "hyper", "best": "best", "mean": "mean"}
-# The user attribute of a trial that says what it has cost, in gradient evaluations.
-EVALUATIONS = "evaluations"
 # How often a rung says how far it is.
 _PARTS = 10
 
@@ -46,94 +45,34 @@ class Group(NamedTuple):
     length: Length = Length(1, 1, 1)
 
 
-class Standing(NamedTuple):
-    """Where one trial stands at a rung.
-
-    Attributes:
-      proposal: the trial.
-      score: in the study's units; not finite where training diverged.
-      refined: the values that the study is told.
-      attrs: what is kept beside them.
-      fate: whether it trains on, is stopped here, has trained in full, or has no score.
-    """
-
-    proposal: Proposal
-    score: float
-    refined: dict[str, float]
-    attrs: dict[str, Any]
-    fate: Fate = "goes on"
-
-
-class Standings(NamedTuple):
-    """The trials that have trained for so many steps, and the best finite score among them.
-
-    `why_not_finite` says whether the data are the reason where a trial's score is not finite.
-    """
-
-    steps: int
-    trials: list[Standing]
-    best: float | None
-    why_not_finite: str = ""
-
-
-class Failure(NamedTuple):
-    """Trials whose program raised.
-
-    Attributes:
-      proposals: the trials.
-      error: the traceback; its last line is the reason.
-      reason: type and text of the exception, in a line.
-      before_training: whether it was raised while a program was made or traced, as every trial of
-        the program would meet it, and not by the device.
-    """
-
-    proposals: Sequence[Proposal]
-    error: str
-    reason: str
-    before_training: bool
-
-
-def failure(proposals: Sequence[Proposal], error: Exception) -> Failure:
-    """What there is to say about trials whose program raised `error`."""
-    told = traceback.TracebackException.from_exception(error)
-    # JAX's note about frames that it left out would stand where the reason does.
-    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK" not in str(note)]
-    told.__notes__ = notes or None
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    of_device = isinstance(error, jax.errors.JaxRuntimeError | FloatingPointError)
-    lines = "".join(told.format()).splitlines()
-    # A text of several lines, or a note, is behind it otherwise.
-    lines += [reason] if lines[-1] != reason else []
-    return Failure(proposals, "\n".join(lines), reason, not of_device)
-
-
 @dataclasses.dataclass(eq=False)
 class Cohort:
     """Runs brackets: trains, ranks, stops the losers.
 
     Args:
       programs: what is trained.
-      score: `(report) -> [slots]`, in the study's units.
       sign: 1 where a small score is good, -1 where a large one is.
       told: which of a trial's values the study learns.
       exploit: population based training between the members of a group, or None.
       seed: of the members' training.
       watch: gets `training` several times a rung, where anybody looks.
       may: says whether so many gradient evaluations more may begin; what may not is left as it is.
+      judge: says which of the trials at a rung go on, where a bracket's are not ranked together.
     """
 
     programs: Programs
-    score: Callable[[PopulationReport], jax.Array]
     sign: int
     told: Told
     exploit: PopulationBasedTraining | None
     seed: int
     watch: Callable[[int, float, int], None] | None = None
     may: Callable[[float], bool] = lambda more: True
+    judge: Judge | None = None
     spent: int = 0
     examples: int = 0
     evaluations: float = 0.0
     _cut: bool = False
+    _told: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     _running: int = 0
     # In full runs: what those that train here have behind them.
     _partial: float = 0.0
@@ -187,13 +126,20 @@ class Cohort:
 
     def _group(self, team: Sequence[Proposal], width: int) -> Group:
         program = self.programs.of(team[0].choices)
-        hypers = program.starts([{**p.choices, **p.start} for p in team])
+        hypers = program.starts([{**p.choices, **p.start, **self._weights(p)} for p in team])
         length = self.programs.lengths.of(team[0].choices)
         # By their numbers, so that a trial trains alike in whatever team it is.
         numbers = jnp.asarray([p.number for p in team])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
         state = program.members.init(hypers, keys, width)
         return Group(program, state, tuple(team), length=length)
+
+    def _weights(self, proposal: Proposal) -> dict[str, np.ndarray]:
+        """What a trial's objectives are weighted by, where there are several."""
+        goals = self.programs.goals
+        if not goals.several:
+            return {}
+        return {WEIGHTS: goals.weights(self.seed, proposal.number, self._told)}
 
     def _train(
         self, groups: list[Group], done: int, until: int
@@ -266,7 +212,7 @@ class Cohort:
         """The group after one round of population based training."""
         recipe, members = self.exploit, group.program.members
         assert recipe is not None
-        scores = self.score(members.report(group.state))
+        scores = self.programs.goals.score(members.report(group.state))
         # Of the group and of the time, so that no two rounds draw alike.
         key = jax.random.fold_in(jax.random.key(self.seed), group.proposals[0].number)
         state, parents = members.exploit(
@@ -286,7 +232,8 @@ class Cohort:
     def _standings(self, group: Group) -> list[Standing]:
         report = jax.device_get(group.program.members.report(group.state))
         # A metric may come out finite where the parameters are not, as an accuracy does.
-        scores = np.where(report.finite, self.score(report), np.nan)
+        objectives = self.programs.goals.values(report)
+        finite = report.finite & np.isfinite(objectives).all(1)
         values = getattr(report, _TOLD_FIELDS[self.told])
         result = []
         for i, proposal in enumerate(group.proposals):
@@ -319,16 +266,23 @@ class Cohort:
                 attrs["copied"] = [(step, parent) for _, step, parent in mine]
             ended = int(report.steps[i]) >= group.length.num_steps
             fate: Fate = "finished" if ended else "goes on"
-            result.append(Standing(proposal, float(scores[i]), refined, attrs, fate))
+            scores = tuple(objectives[i].tolist()) if finite[i] else (np.nan,) * objectives.shape[1]
+            excess = self.programs.goals.excess(report, i)
+            if ended and finite[i]:
+                self._told.append(scores)
+            result.append(Standing(proposal, scores, refined, attrs, fate, excess))
         return result
 
     def _placed(self, standings: list[Standing], steps: int, after: Rung | None) -> Standings:
         """The same, in their order, with each one's fate: the best go on to the rung `after`."""
         finite = [s for s in standings if np.isfinite(s.score)]
-        best = sorted(finite, key=lambda s: self.sign * s.score)
+        broken = lambda s: sum(max(x, 0.0) for x in s.excess.values())  # noqa: E731
+        best = sorted(finite, key=lambda s: (broken(s), self.sign * s.score))
         # Where some have not come as far as this, nobody has lost.
         places = len(best) if self._cut else after.members if after else 0
         going = {s.proposal.number for s in best[:places]} if after else set()
+        if self.judge is not None and after and not self._cut:
+            going = self.judge(steps, best)
         trials = []
         for standing in standings:
             if not np.isfinite(standing.score):

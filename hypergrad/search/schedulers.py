@@ -58,6 +58,43 @@ class SuccessiveHalving(_Halving):
     """
 
 
+class ASHA(_Halving):
+    """Successive halving that waits for nobody, for many processes (Li 2020, stopping at rungs).
+
+    Rungs are those of `SuccessiveHalving`. A trial that comes to one goes on if it is among the
+    best 1/`eta` of all that have been there so far, in whatever process, else it stops: nobody
+    stands idle until a bracket is full, and the first ones at a rung go on for want of rivals.
+    Raises as `Hyperband` does.
+
+    >>> brackets(ASHA(100), num_steps=900, num_trials=50)
+    [(Rung(members=50, steps=100), Rung(members=50, steps=300), Rung(members=50, steps=900))]
+    """
+
+
+@dataclass(frozen=True)
+class LearningCurves:
+    """Stops a trial whose extrapolated curve is unlikely to end below the best full run.
+
+    At each of `points` rungs, evenly spaced from `min_steps` on, the trial's scores so far are
+    extrapolated to its end by an ensemble of curves (`hypergrad.scheduling.curves`); it goes on if
+    that beats the best full run with at least this `probability`, so that the spread of the
+    prediction decides (Domhan 2015). Before four scores, and before any full run, all go on. It
+    waits for nobody, as `ASHA`. Raises ValueError for values out of range.
+
+    >>> [rung.steps for rung in brackets(LearningCurves(200, points=5), 500, 8)[0]]
+    [200, 300, 400, 500]
+    """
+
+    min_steps: int
+    points: int = 10
+    probability: float = 0.05
+
+    def __post_init__(self) -> None:
+        integer_field(self, "min_steps")
+        integer_field(self, "points", 2)
+        positive("probability", within("probability", self.probability, 0, 0.5))
+
+
 @dataclass(frozen=True)
 class PopulationBasedTraining:
     """All trials train in full; every so often the worst of a population go on from the best.
@@ -84,7 +121,7 @@ class PopulationBasedTraining:
         within("resample", self.resample, 0, 1)
 
 
-Scheduler = Hyperband | SuccessiveHalving | PopulationBasedTraining
+Scheduler = Hyperband | SuccessiveHalving | ASHA | LearningCurves | PopulationBasedTraining
 
 
 def brackets(
@@ -95,6 +132,7 @@ def brackets(
     A full run has `num_steps` inner steps, and the last rung of every bracket is a full run. The
     last bracket is trimmed to the configurations that are left. Without a scheduler, and under
     population based training, there is one bracket with one rung: all `num_trials` train in full.
+    Under schedulers that wait for nobody there is one whose rungs all `num_trials` may come to.
 
     With `s_max` the largest s such that `min_steps * eta**s <= num_steps`, bracket s starts
     `n = ceil((s_max + 1) * eta**s / (s + 1))` configurations; rung i has `floor(n / eta**i)`
@@ -109,16 +147,23 @@ def brackets(
     num_steps, num_trials = integer("num_steps", num_steps), integer("num_trials", num_trials)
     if scheduler is None or isinstance(scheduler, PopulationBasedTraining):
         return [(Rung(num_trials, num_steps),)]
-    instance("scheduler", scheduler, _Halving, "Hyperband, SuccessiveHalving, or None")
+    kinds = _Halving | LearningCurves
+    instance("scheduler", scheduler, kinds, "Hyperband, SuccessiveHalving, ASHA, or None")
     if scheduler.min_steps > num_steps:
         raise ValueError(
             f"scheduler={scheduler!r} gives every run at least {scheduler.min_steps} steps, but "
             f"num_steps={num_steps}: lower min_steps, or raise num_steps."
         )
+    if isinstance(scheduler, LearningCurves):
+        parts = (num_steps * i // scheduler.points for i in range(1, scheduler.points + 1))
+        stops = dict.fromkeys(max(part, scheduler.min_steps) for part in parts)
+        return [tuple(Rung(num_trials, stop) for stop in stops)]
     eta, top = scheduler.eta, 0
     # In integers: floor(log(243) / log(3)) is 4 in floating point.
     while scheduler.min_steps * eta ** (top + 1) <= num_steps:
         top += 1
+    if isinstance(scheduler, ASHA):
+        return [tuple(Rung(num_trials, num_steps // eta ** (top - i)) for i in range(top + 1))]
     halvings = itertools.cycle(range(top, -1, -1) if isinstance(scheduler, Hyperband) else [top])
     result: list[tuple[Rung, ...]] = []
     left = num_trials
@@ -141,12 +186,18 @@ def in_whole_updates(
     >>> in_whole_updates((Rung(9, 100), Rung(3, 300), Rung(1, 900)), SuccessiveHalving(100), 300)
     (Rung(members=9, steps=300), Rung(members=3, steps=900))
     """
-    least, eta = (scheduler.min_steps, scheduler.eta) if isinstance(scheduler, _Halving) else (1, 1)
+    least = getattr(scheduler, "min_steps", 1)
+    eta = scheduler.eta if isinstance(scheduler, _Halving) and is_synchronous(scheduler) else 1
     stops = [max(rung.steps // steps, -(-least // steps)) * steps for rung in bracket]
     members = bracket[0].members
     return tuple(
         Rung(max(1, members // eta**i), stop) for i, stop in enumerate(dict.fromkeys(stops))
     )
+
+
+def is_synchronous(scheduler: Scheduler | None) -> bool:
+    """Whether the trials of a bracket are ranked together, and wait for each other."""
+    return isinstance(scheduler, _Halving) and not isinstance(scheduler, ASHA)
 
 
 def bracket_steps(bracket: tuple[Rung, ...]) -> int:

@@ -25,12 +25,14 @@ from hypergrad.costs.programs import tell_of_programs
 from hypergrad.data.batches import num_examples
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
+from hypergrad.knowledge.local import neighbour
 from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
-from hypergrad.results.programs import MakeProblem, ProblemError, Programs
+from hypergrad.results.goals import goals_of
+from hypergrad.results.programs import MakeProblem, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
-from hypergrad.search.cohort import EVALUATIONS, Cohort, Failure, Standings, Told
+from hypergrad.search.cohort import Cohort, Told
 from hypergrad.search.endings import AllAlike, UntilInterrupted
 from hypergrad.search.limits import Limits, SweepCallback
 from hypergrad.search.recipe import check_losses, describe_data, describe_refine
@@ -40,14 +42,16 @@ from hypergrad.search.schedulers import (
     Scheduler,
     brackets,
     in_whole_updates,
+    is_synchronous,
 )
+from hypergrad.search.stopping import judge_of
+from hypergrad.search.telling import tell
 from hypergrad.space.space import Space
 from hypergrad.study.ranking import ranked, sign_of
 from hypergrad.study.signature import check_recipe
 from hypergrad.study.storage import open_storage, told_in_one_sentence
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
-from hypergrad.tuners.population.member import PopulationReport
 from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
@@ -74,6 +78,8 @@ def sweep(
     population: int = 1,
     metric: str | None = None,
     direction: Literal["minimize", "maximize"] = "minimize",
+    objectives: Mapping[str, str] | None = None,
+    constraints: Mapping[str, float] | None = None,
     told: Told = "last",
     polish: int = 0,
     enqueue: Iterable[Mapping[str, Any]] = (),
@@ -111,7 +117,8 @@ def sweep(
         tried first, and a share of the trials, falling as results come in, is drawn around it
         (`hypergrad.knowledge.priors`).
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
-        together, and the best of each rung go on. TPE with Hyperband is BOHB. With
+        together, and the best of each rung go on. TPE with Hyperband is BOHB. `ASHA` and
+        `LearningCurves` judge each trial by itself, and no process waits for another. With
         `PopulationBasedTraining` the members of a population copy each other.
       storage: None for memory, "path.journal", a database's URL, or an Optuna storage. The same
         call goes on where an earlier one stopped or was killed, and several processes share it.
@@ -120,12 +127,18 @@ def sweep(
         alone. On a CPU more gain nothing; on an accelerator raise it, beside `num_trials`.
       metric: the name of one of `problem.metrics`; None for the validation loss.
       direction: of the score; "maximize" needs a metric.
+      objectives: several metrics with their directions, `{"loss": "minimize", "latency":
+        "minimize"}`, where "loss" is the validation loss unless a metric has this name. The study
+        keeps their front. With `refine` each trial follows a weighted sum of its own.
+      constraints: metrics with the bounds that they must stay below, `{"latency": 5.0}`: a trial
+        that breaks one ranks behind all that keep to them.
       told: which of a refined trial's values the study learns: "start", "last" (better than "best"
         on digits: a short run is still on its way), "best" (the mean of the trusted iterates, later
         ones counting more) or "mean" (of the second half).
       polish: so many of the last trials are not proposed: full runs that start, under new seeds,
-        where the best trials so far ended (their choices, the values told). Needs `refine`. Worth
-        a fifth of the trials, after a scheduler has picked among many short runs.
+        where the best trials so far ended (their choices, the values told). Worth a fifth of the
+        trials, after a scheduler has picked among many short runs. Without `refine` they are a
+        local search: the best point with one coordinate moved, in turn.
       enqueue: known good points, tried first; what a point leaves out is proposed.
       timeout: seconds of this call, after which nothing more begins. The rung that trains is
         finished; trials that would go on are handed back and queued again.
@@ -162,8 +175,7 @@ def sweep(
     seed, name = checked_seed(seed), text("name", name)
     flag("progress", progress)
     lengths = Lengths(space, batch_size, num_steps, refine)
-    if metric is not None:
-        text("metric", metric)
+    goals = goals_of(metric, direction, objectives, constraints)
     enqueue, earlier = checked_points(enqueue, space), warm_studies(warm_from)
     if refine is not None and not space.continuous:
         raise ValueError(
@@ -173,10 +185,10 @@ def sweep(
     num_trials = integer("num_trials", num_trials)
     population, polish = integer("population", population), integer("polish", polish, 0)
     choice("told", told, get_args(Told))
-    if direction == "maximize" and metric is None:
+    if goals.several and scheduler is not None:
         raise ValueError(
-            "direction='maximize' with metric=None would maximise the validation loss: name one of "
-            "the problem's metrics."
+            f"objectives={goals.names} with scheduler={scheduler!r}: no rung could rank several. "
+            "Give scheduler=None, or bounds for all but one by constraints=."
         )
     tell_of_programs(space, num_trials)
     exploit = scheduler if isinstance(scheduler, PopulationBasedTraining) else None
@@ -184,10 +196,10 @@ def sweep(
         raise ValueError(
             f"population={population} leaves {scheduler!r} nobody to copy from: give at least 4."
         )
-    if polish and not (0 < polish < num_trials and refine is not None):
+    if polish and not 0 < polish < num_trials:
         raise ValueError(
-            f"polish={polish} with num_trials={num_trials} and refine={refine!r}: give refine=, "
-            "and fewer than all trials, as there must be something to polish."
+            f"polish={polish} with num_trials={num_trials}: give fewer than all trials, as there "
+            "must be something to polish."
         )
     num_steps = lengths.num_steps
     ladders = [
@@ -197,22 +209,27 @@ def sweep(
     refuse_text("data", {"train": data.train, "valid": data.valid, "test": data.test})
     # Once: every program has a population of its own, and all share these arrays.
     data = Splits(*(jax.tree.map(jnp.asarray, split) for split in data))
-    programs = Programs(make_problem, space, data, lengths, refine)
+    programs = Programs(make_problem, space, data, lengths, refine, goals)
     lengths.refuse_larger_than(num_examples(data.train))
     # A sampler that is made already has its own seed.
     engine, sampler_seed = sampler_of(sampler, space, num_trials, seed)
     # What moves while it trains is recorded when it has ended, as a record cannot be changed.
     moves = refine is not None or exploit is not None
     full = (Rung(population, num_steps),)
+    together = is_synchronous(scheduler) and len(ladders[0]) > 1
+    if not together:  # as many at a time as fit
+        ladders = [tuple(rung._replace(members=population) for rung in ladders[0])]
     backend = open_storage(storage)
     with (
         told_in_one_sentence(backend),
         open_study(
-            space, backend, engine, direction, sampler_seed, name, num_trials=num_trials
+            space, backend, engine, goals.directions, sampler_seed, name, num_trials=num_trials
         ) as opened,
     ):
         recipe = lengths.describe()
-        recipe |= {"metric": metric, "refine": describe_refine(refine)}
+        recipe |= {"metric": metric, "constraints": dict(goals.constraints) or None}
+        recipe |= {"objectives": dict(objectives) if objectives else None}
+        recipe |= {"refine": describe_refine(refine)}
         recipe |= {"told": told if moves else None}
         if storage is not None:  # in memory nobody else's trials can be
             recipe |= {"data": describe_data(data)}
@@ -228,7 +245,6 @@ def sweep(
         ):
             cohort = Cohort(
                 programs,
-                _score_by(metric),
                 sign_of(opened.study),
                 # What copies made of a trial is its end.
                 told if refine is not None else "last",
@@ -236,33 +252,38 @@ def sweep(
                 seed,
                 view.show if progress else None,
             )
+            cohort.judge = judge_of(scheduler, opened.study, cohort.sign, num_steps)
             cohort.may = lambda more: limits.allow(opened.study, cohort.evaluations, more)
             alike = AllAlike(space)
             _look_back(view, opened, cohort)
-            for ladder in _from_where_it_stopped(ladders, full, polish, opened):
-                _queue_best(opened, ladder[0].members, polish, num_trials)
+            for ladder in _from_where_it_stopped(ladders, together, full, polish, opened):
+                members = ladder[0].members
+                _queue_best(opened, members, polish, num_trials, refine is not None)
                 shared = dict if exploit is not None else programs.shared
-                count = ladder[0].members
-                teams = _ask_or_wait(opened, shared, count, population, not moves, cohort.may)
+                teams = _ask_or_wait(opened, shared, members, population, not moves, cohort.may)
                 if not teams:
                     break
                 for news in cohort.run(teams, ladder, population):
-                    _tell(opened, news)
+                    tell(opened, news)
                     alike.see(news)
                     limits.see(opened.study, news)
                     _look_back(view, opened, cohort)
     spent = cohort.spent
     return SweepResult(
-        opened.study, spent, opened, programs, _score_by(metric), num_steps, seed, interrupted.once
+        opened.study, spent, opened, programs, goals.score, num_steps, seed, interrupted.once
     )
 
 
 def _from_where_it_stopped(
-    ladders: Sequence[tuple[Rung, ...]], full: tuple[Rung, ...], polish: int, opened: OpenStudy
+    ladders: Sequence[tuple[Rung, ...]],
+    together: bool,
+    full: tuple[Rung, ...],
+    polish: int,
+    opened: OpenStudy,
 ) -> Iterator[tuple[Rung, ...]]:
-    """The brackets still to run; where all runs are full ones, as many at a time as fit."""
-    if len(ladders[0]) == 1:
-        return itertools.repeat(full)
+    """The brackets still to run; where trials are not ranked together, one over and over."""
+    if not together:
+        return itertools.repeat(ladders[0])
     # A bracket that was cut short begins again, with what it left in the queue.
     finished, sizes = opened.progress().finished, (ladder[0].members for ladder in ladders)
     skipped = sum(begun <= finished for begun in itertools.accumulate(sizes))
@@ -271,14 +292,23 @@ def _from_where_it_stopped(
     return itertools.chain(ladders[skipped:], beyond)
 
 
-def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int) -> None:
-    """Queues where the best trials ended, up to `count` of them, once the rest is proposed."""
+def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int, refined: bool) -> None:
+    """Queues where the best trials ended, up to `count` of them, once the rest is proposed.
+
+    Without refinement the best point so far with one coordinate moved, one at a time.
+    """
     progress = opened.progress()
     left = num_trials - progress.finished - progress.running - progress.waiting
     wanted = min(left, count - progress.waiting)
-    if left <= polish and wanted > 0:
-        for best in ranked(opened.study)[:wanted]:
-            opened.enqueue(best.hyper, again=True)
+    if left > polish or wanted <= 0:
+        return
+    if not refined:
+        point = neighbour(opened.study, opened.space, polish - left)
+        if point is not None:
+            opened.enqueue(point, again=True)
+        return
+    for best in ranked(opened.study)[:wanted]:
+        opened.enqueue(best.hyper, again=True)
 
 
 def _ask_or_wait(
@@ -329,38 +359,6 @@ def _ask(
     return teams
 
 
-def _tell(opened: OpenStudy, news: Standings | Failure) -> None:
-    """Tells the study what became of its trials, and the log in a line."""
-    if isinstance(news, Failure):
-        for proposal in news.proposals:
-            opened.fail(proposal, news.error)
-        numbers = ", ".join(f"#{proposal.number}" for proposal in news.proposals)
-        _log.warning(f"{numbers} failed: {printable(news.reason)}")
-        return
-    for proposal, score, refined, attrs, fate in news.trials:
-        cost = {EVALUATIONS: attrs[EVALUATIONS]}
-        if fate == "diverged":
-            error = f"ValueError: the score is {score} after {news.steps} steps"
-            opened.fail(proposal, f"{error}{news.why_not_finite}.", cost)
-            _log.warning(f"#{proposal.number} failed: {error}{news.why_not_finite}.")
-            continue
-        if "doubt" in attrs:
-            _log.warning(f"#{proposal.number}: {attrs['doubt']}{news.why_not_finite}.")
-        if fate == "finished" and attrs.get("undone"):
-            error = f"ValueError: training was undone: {attrs['doubt']}{news.why_not_finite}."
-            opened.fail(proposal, error, cost)
-            continue
-        opened.report(proposal, score, news.steps)
-        values = None if proposal.recorded else refined
-        if fate == "finished":
-            opened.finish(proposal, score, values, attrs)
-        elif fate == "stopped":
-            opened.prune(proposal, score, news.steps, values, attrs)
-    best = "none finite" if news.best is None else f"best {news.best:.4g}"
-    going = sum(standing.fate == "goes on" for standing in news.trials)
-    _log.info(f"{len(news.trials)} trials at {news.steps} steps: {best}, {going} go on")
-
-
 def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
     """Shows where the study stands, others' trials included."""
     if view.is_watched:
@@ -369,16 +367,3 @@ def _look_back(view: SweepProgress, opened: OpenStudy, cohort: Cohort) -> None:
         view.best = ranks[0].score if ranks else None
         view.last = max(ranks, key=lambda one: one.number).score if ranks else None
         view.show(*cohort.training, now=True)
-
-
-def _score_by(metric: str | None) -> Callable[[PopulationReport], jax.Array]:
-    def score(report: PopulationReport) -> jax.Array:
-        if metric is None:
-            return report.score
-        if metric not in report.metrics:
-            raise ProblemError(
-                f"metric={metric!r} is none of the problem's metrics: {sorted(report.metrics)}."
-            )
-        return report.metrics[metric]
-
-    return score

@@ -12,14 +12,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hypergrad.checks import integer, printable
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.signature import stored_space
+from hypergrad.study.signature import recipe_of, stored_space
 from hypergrad.study.slots import ERROR, REASON, counted
 
 # The study's user attribute that keeps what was confirmed, and of how many trials in full; a
 # trial's that says that its values moved.
 _CONFIRMED, MOVED = "confirmed", "moved"
-# Beside scores of values that moved, and what it says.
-MARK = "*"
+# Beside scores of trials that break constraints; of values that moved, and what that says.
+BROKEN, MARK = "!", "*"
 FOOTNOTE = (
     f"{MARK} of values that moved while they trained; frozen they may score otherwise: "
     "result.confirm(), or hypergrad confirm"
@@ -36,6 +36,8 @@ class Best(NamedTuple):
       number: the trial's number in the study.
       moved: whether the score is of values that moved while they trained, of which `hyper` is
         where they ended.
+      values: all objectives, of which the score is the first.
+      excess: by how much it breaks constraints, in all; 0 where it keeps to them.
     """
 
     hyper: dict[str, Any]
@@ -43,23 +45,45 @@ class Best(NamedTuple):
     held_out: float
     number: int
     moved: bool = False
+    values: tuple[float, ...] = ()
+    excess: float = 0.0
 
 
 def ranked(study: optuna.Study) -> list[Best]:
-    """The trials that trained in full, the best first."""
+    """The trials that trained in full, the best first.
+
+    Those that keep to the constraints come first; of several objectives the front, by the first of
+    them, then the others.
+    """
     values = Coordinates(stored_space(study)).from_study
     complete = [
         Best(
             values(t.params),
-            t.value,
+            t.values[0],
             float(t.user_attrs.get("held_out", "nan")),
             t.number,
             bool(t.user_attrs.get(MOVED, False)),
+            tuple(t.values),
+            sum(max(x, 0.0) for x in t.constraints.values()),
         )
         for t in counted(study)
-        if t.state == TrialState.COMPLETE and t.value is not None
+        if t.state == TrialState.COMPLETE and t.values
     ]
-    return sorted(complete, key=lambda best: sign_of(study) * best.score)
+    several = len(study.directions) > 1
+    front = {trial.number for trial in study.best_trials} if several else set()
+    sign = sign_of(study)
+    return sorted(complete, key=lambda b: (b.excess, b.number not in front, sign * b.score))
+
+
+def front(study: optuna.Study) -> list[Best]:
+    """The trials that no other one beats in every objective, by the first; constraints kept."""
+    numbers = {trial.number for trial in study.best_trials}
+    return [best for best in ranked(study) if best.number in numbers]
+
+
+def objective_names(study: optuna.Study) -> list[str]:
+    """What the objectives are called."""
+    return list(recipe_of(study).get("objectives") or ["score"])
 
 
 def best_of(study: optuna.Study) -> Best:
@@ -98,7 +122,14 @@ def states(study: optuna.Study) -> str:
 def table(study: optuna.Study, count: int = 10) -> str:
     """The best trials as text, one line each, and how many there are of each state."""
     best, count = ranked(study), integer("count", count, 0)
-    lines = [states(study), *map(_row, best[:count])]
+    lines = [states(study)]
+    if len(study.directions) > 1:
+        ways = zip(objective_names(study), study.directions, strict=True)
+        named = ", ".join(f"{printable(n)} ({d.name.lower()})" for n, d in ways)
+        lines.append(f"scores are {named}; the first {len(study.best_trials)} are their front")
+    lines += map(_row, best[:count])
+    if any(one.excess for one in best[:count]):
+        lines.append(f"{BROKEN} breaks the constraints, and ranks by how far")
     if any(one.moved for one in best[:count]):
         lines.append(FOOTNOTE)
     reasons = [reason_of(trial) for trial in failed_trials(study)]
@@ -113,7 +144,8 @@ def table(study: optuna.Study, count: int = 10) -> str:
 
 def _row(best: Best) -> str:
     values = "  ".join(f"{printable(name)}={short(value)}" for name, value in best.hyper.items())
-    score = f"{best.score:.4g}{MARK if best.moved else ''}"
+    scores = ", ".join(f"{value:.4g}" for value in best.values or [best.score])
+    score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
     return f"#{best.number:<5} score {score:<9}  test {best.held_out:<9.4g}  {values}"
 
 
@@ -151,9 +183,9 @@ def scored_trials(study: optuna.Study) -> list[Scored]:
     """
     # Optuna makes the last report of a pruned trial its value; a trial of any other end has none.
     scored = [
-        Scored(trial, trial.value, trial.state == TrialState.COMPLETE)
+        Scored(trial, trial.values[0], trial.state == TrialState.COMPLETE)
         for trial in counted(study)
-        if trial.value is not None and math.isfinite(trial.value)
+        if trial.values and math.isfinite(trial.values[0])
     ]
     if not scored:
         raise ValueError(
@@ -174,5 +206,5 @@ def refined_trials(scored: Sequence[Scored]) -> list[Scored]:
 
 
 def sign_of(study: optuna.Study) -> int:
-    """1 where a small score is good, -1 where a large one is."""
-    return -1 if study.direction.name == "MAXIMIZE" else 1
+    """1 where a small score, the first objective, is good, -1 where a large one is."""
+    return -1 if study.directions[0].name == "MAXIMIZE" else 1

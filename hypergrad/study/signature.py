@@ -1,10 +1,11 @@
 """What a study was made for, written into it, so that another space or direction is refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
 
+from hypergrad.checks import choice
 from hypergrad.space.description import fingerprint, first_difference, space_of
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
@@ -15,17 +16,24 @@ _RECIPE = "hypergrad:recipe"
 _GRID = "hypergrad:grid"
 
 
-def check_same(study: optuna.Study, coordinates: Coordinates, direction: str) -> None:
+def checked_directions(direction: str | Sequence[str]) -> list[Any]:
+    """The directions of a study with one objective or several."""
+    if isinstance(direction, str) or not isinstance(direction, Sequence) or not direction:
+        direction = [direction]  # type: ignore[list-item]
+    return [choice("direction", way, ("minimize", "maximize")) for way in direction]
+
+
+def check_same(study: optuna.Study, coordinates: Coordinates, wanted: Sequence[str]) -> None:
     """Refuse a study that was made for something else; sign one that is new.
 
     Raises ValueError naming the direction, or the name and range that differ.
     """
     directions = [d.name.lower() for d in study.directions]
     other = "open it as it was made, or give another name or storage"
-    if directions != [direction]:
+    if directions != list(wanted):
         raise ValueError(
-            f"direction={direction!r}, but the study {study.study_name!r} in this storage was made "
-            f"to {' and '.join(directions)}: {other}."
+            f"direction={' and '.join(wanted)!r}, but the study {study.study_name!r} in this "
+            f"storage was made to {' and '.join(directions)}: {other}."
         )
     now = fingerprint(coordinates.space)
     stored = study.user_attrs.get(_SPACE)
@@ -66,6 +74,11 @@ def check_recipe(study: optuna.Study, **recipe: Any) -> None:
                 f"have {path}={before!r}, so that their scores are of another kind: go on as it "
                 "began, or give another name or storage."
             )
+
+
+def recipe_of(study: optuna.Study) -> dict[str, Any]:
+    """What a sweep has signed its study with; empty for a study of somebody else's."""
+    return study.user_attrs.get(_RECIPE, {})
 
 
 def _differing(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -7,10 +7,11 @@ ordinary Optuna study: its plots, its dashboard and its storages work.
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+import numpy as np
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
@@ -22,7 +23,7 @@ from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
 from hypergrad.study.sampler import SavedRandomness, make_sampler
-from hypergrad.study.signature import check_same, grid_seed
+from hypergrad.study.signature import check_same, checked_directions, grid_seed
 from hypergrad.study.slots import ASKED, ERROR, REASON, Slots, TrialCounts, trial_counts
 from hypergrad.study.storage import open_storage
 from hypergrad.study.workers import Worker, others_alive
@@ -58,7 +59,7 @@ def open_study(
     space: Space,
     storage: str | os.PathLike[str] | BaseStorage | None = None,
     sampler: str | BaseSampler = "tpe",
-    direction: Literal["minimize", "maximize"] = "minimize",
+    direction: str | Sequence[str] = "minimize",
     seed: int | None = None,
     name: str = "hypergrad",
     *,
@@ -102,7 +103,7 @@ def open_study(
     checks.text("name", name)
     if seed is not None:
         checks.checked_seed(seed)
-    checks.choice("direction", direction, ("minimize", "maximize"))
+    directions = checked_directions(direction)
     if num_trials is not None:
         num_trials = checks.integer("num_trials", num_trials, remedy="or None for no limit")
     if max_retries is not None:
@@ -119,11 +120,10 @@ def open_study(
         # What stops a trial early is the sweep's scheduler; Optuna's median would be asked nothing.
         pruner=optuna.pruners.NopPruner(),
         study_name=name,
-        # Compared below: Optuna would load a study of another direction without a word.
-        direction=direction,
+        directions=directions,  # compared below: Optuna would load one of others without a word
         load_if_exists=True,
     )
-    check_same(study, coordinates, direction)
+    check_same(study, coordinates, directions)
     if points is not None and (first := grid_seed(study, grid_points, seed)) != 0:
         points = coordinates.grid(grid_points, first)
     worker = Worker(backend, backend.get_study_id_from_name(name), beat_every, grace)
@@ -207,7 +207,7 @@ class OpenStudy:
     def finish(
         self,
         proposal: Proposal,
-        value: float,
+        value: float | Sequence[float],
         refined: Mapping[str, float] | None = None,
         attrs: Mapping[str, Any] | None = None,
     ) -> bool:
@@ -218,9 +218,10 @@ class OpenStudy:
         attributes (JSON), beside `start` for a proposal that is not recorded. NaN fails the trial.
         Raises ValueError for `refined` values that are not finite or outside their bounds.
         """
-        if math.isnan(value):
+        values = np.ravel(value).astype(float).tolist()
+        if any(map(math.isnan, values)):
             return self.fail(proposal, "ValueError: the trial's value is NaN.")
-        return self._tell(proposal, TrialState.COMPLETE, float(value), refined, attrs)
+        return self._tell(proposal, TrialState.COMPLETE, values, refined, attrs)
 
     def prune(
         self,
@@ -349,7 +350,7 @@ class OpenStudy:
         self,
         proposal: Proposal,
         state: TrialState,
-        value: float | None,
+        value: Sequence[float] | None,
         refined: Mapping[str, float] | None,
         attrs: Mapping[str, Any] | None,
     ) -> bool:

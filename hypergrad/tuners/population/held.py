@@ -1,8 +1,4 @@
-"""Numbers of a run that the problem sees beside its hyperparameters, and that nothing moves.
-
-They are traced, so that one program serves all their values: traced Ints, and the weights of
-several objectives.
-"""
+"""Traced numbers of a run that nothing moves: one program serves all their values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,6 +11,9 @@ from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Train, Unit
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.population.refine import PlainRuns, RefinedRuns
+
+# What several objectives are weighted by, `[objectives]`: seen by what is followed alone.
+WEIGHTS = "hypergrad:weights"
 
 
 class Held(NamedTuple):
@@ -38,6 +37,11 @@ class Held(NamedTuple):
         return self._replace(run=self.run._replace(key=key))
 
 
+def shown(values: Hyper) -> Hyper:
+    """What of the held values the problem finds in `hyper`."""
+    return {name: value for name, value in values.items() if name != WEIGHTS}
+
+
 def given(problem: Problem, values: Hyper) -> Problem:
     """The problem whose functions find `values` in `hyper`, beside what is tuned."""
 
@@ -55,17 +59,12 @@ def given(problem: Problem, values: Hyper) -> Problem:
 
 @dataclasses.dataclass(frozen=True)
 class HeldRuns:
-    """Runs of `make(problem)` that hold values by name; see `RefinedRuns` for the methods.
+    """Runs of `make(values)`, which a start holds by `names` beside what `space` tunes.
 
-    Attributes:
-      make: what trains a problem whose values are given.
-      problem: what is trained.
-      names: what a start holds beside the hyperparameters of `space`.
-      space: the ranges of what is tuned.
+    See `RefinedRuns` for the methods.
     """
 
-    make: Callable[[Problem], RefinedRuns | PlainRuns]
-    problem: Problem
+    make: Callable[[Hyper], RefinedRuns | PlainRuns]
     names: tuple[str, ...]
     space: Space
 
@@ -79,15 +78,15 @@ class HeldRuns:
         return self._of(run.values).unit(run.run)
 
     def hyper(self, run: Held) -> Hyper:
-        """The same in the user's units, with what is held."""
-        return {**self._of(run.values).hyper(run.run), **run.values}
+        """The same in the user's units, with what the problem finds beside them."""
+        return {**self._of(run.values).hyper(run.run), **shown(run.values)}
 
     def moved(self, run: Held, unit: Unit) -> Held:
         """The run with its hyperparameters at `unit`."""
         return run._replace(run=self._of(run.values).moved(run.run, unit))
 
     def _of(self, values: Hyper) -> RefinedRuns | PlainRuns:
-        return self.make(given(self.problem, values))
+        return self.make(values)
 
     def _init(self, hyper: Hyper, key: Key) -> Held:
         values = {name: hyper[name] for name in self.names}

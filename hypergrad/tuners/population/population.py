@@ -16,7 +16,7 @@ from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Leaf, Tree, path_name, select
 from hypergrad.tuners.population.exploit import exploited
-from hypergrad.tuners.population.held import HeldRuns, Runs
+from hypergrad.tuners.population.held import WEIGHTS, HeldRuns, Runs, given, shown
 from hypergrad.tuners.population.member import Data, Member, PopulationReport, PopulationState
 from hypergrad.tuners.population.placement import Execution, Mode, Placement
 from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, plain
@@ -78,9 +78,9 @@ class Population:
         copies of each member's hyperparameters; lower it where they are many.
       devices: where members live; None for all of this process. A width that they divide is
         sharded over them, any other stays on the first.
-      held: names in `hypers` that the problem finds in `hyper`, too, and that nothing moves: traced
-        numbers of any type, so that one program serves all their values.
-      training: what hypergradients follow where that is not `problem`, as a function of it.
+      held: names in `hypers` that the problem finds in `hyper`, too, and that nothing moves.
+      followed: `(problem, weights) -> problem`, what hypergradients follow instead of the problem
+        itself; `hypers` then holds a member's weights under `held.WEIGHTS`.
 
     Attributes:
       steps_per_update: K.
@@ -123,7 +123,7 @@ class Population:
         trail: int = 32,
         devices: Sequence[jax.Device] | None = None,
         held: Sequence[str] = (),
-        training: Callable[[Problem], Problem] | None = None,
+        followed: Callable[[Problem, jax.Array], Problem] | None = None,
     ) -> None:
         own = None if refine is None else refine.steps_per_update
         if own is not None and steps_per_update is not None:
@@ -135,7 +135,7 @@ class Population:
         trail = integer("trail", trail, least=2)
         if trail % 2:
             raise ValueError(f"trail={trail} must be an even number of blocks, at least 2.")
-        runs = _runs(problem, space, refine, tuple(held), training)
+        runs = _runs(problem, space, refine, tuple(held), followed)
         steps = steps_per_update if own is None else own
         steps = 10 if steps is None else integer("steps_per_update", steps)
         self.steps_per_update = steps
@@ -294,17 +294,19 @@ def _runs(
     space: Space,
     refine: Refine | None,
     held: tuple[str, ...],
-    training: Callable[[Problem], Problem] | None,
+    followed: Callable[[Problem, jax.Array], Problem] | None,
 ) -> Runs:
     """What trains the members."""
 
-    def make(problem: Problem) -> RefinedRuns | PlainRuns:
+    def make(values: Hyper) -> RefinedRuns | PlainRuns:
+        trained = given(problem, shown(values)) if held else problem
         if refine is None:
-            return PlainRuns(plain(problem, space), space)
-        followed = problem if training is None else training(problem)
-        return RefinedRuns(refine.tuner(followed, space), space)
+            return PlainRuns(plain(trained, space), space)
+        guided = trained if followed is None else followed(trained, values[WEIGHTS])
+        return RefinedRuns(refine.tuner(guided, space), space)
 
-    return HeldRuns(make, problem, held, space) if held else make(problem)
+    names = held if followed is None else (*held, WEIGHTS)
+    return HeldRuns(make, names, space) if names else make({})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which runs are worth going on with: curves that are extrapolated."""
