@@ -24,7 +24,7 @@ ROOMS = {
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
     "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
-    "tuners": "base trust refusals alternating restarting learned",
+    "tuners": "base estimates trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",

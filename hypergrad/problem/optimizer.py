@@ -67,7 +67,11 @@ def optimizer_update(
     # Built anew in every step: its rates are traced values, and building costs nothing. Where the
     # user wants strict promotion, optax does not keep to it.
     with explained("optimizer"), jax.numpy_dtype_promotion("standard"):
-        return _update(_built(optimizer, hyper), grads, state, params, extra)
+
+        def update(hyper, grads, state, params):
+            return _update(_built(optimizer, hyper), grads, state, params, extra)
+
+        return jax.checkpoint(update, prevent_cse=False)(hyper, grads, state, params)
 
 
 def _update(
