@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
+from hypergrad.problem.inner_gradient import while_true
 from hypergrad.problem.problem import Problem, steps_done
 from hypergrad.space.space import Space
-from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Unit
+from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Unit, select
 from hypergrad.tuners.base import TrustState
 
 
@@ -26,13 +27,11 @@ def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) 
     def step(inner: InnerState, hyper: Hyper, batch: Batch, key: Key) -> InnerState:
         if not hasattr(inner, "step"):
             return problem.step(inner, hyper, batch, key)
-        # Not a shorter scan: its length is static, and every one would be a program of its own.
-        return jax.lax.cond(
-            inner.step < last,
-            lambda inner: problem.step(inner, hyper, batch, key),
-            lambda inner: inner,
-            inner,
-        )
+        goes = inner.step < last
+        # Not a shorter scan: its length is static, and every one would be a program of its own. Not
+        # a branch: it would hold the state twice, and a GPU would wait for it in every step.
+        moved = problem.step(*while_true(goes, (inner, hyper)), batch, key)
+        return select(goes, moved, inner)
 
     return problem._replace(step=step)
 
