@@ -22,7 +22,7 @@ ROOMS = {
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
-    "estimators": "memory linear base unrolled forward implicit evolution difference"
+    "estimators": "memory linear base recompute unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",

@@ -180,22 +180,20 @@ _exit = _linear_identity(lambda c, probe: (c, _any_nonzero(c).astype(probe.dtype
 _entrance = _linear_identity(lambda c, probe: (_zero_unless(probe != 0, c), probe))
 
 
-@jax.custom_jvp
-def hypergrad_kept_if(condition: jax.Array, floats: list[Any]) -> list[Any]:
-    return floats
-
-
-@hypergrad_kept_if.defjvp
-def _kept_if_rule(primals: Tree, tangents: Tree) -> Any:
-    condition, floats = primals
-    return floats, _zero_unless(condition, tangents[1])
-
-
 def while_true(condition: jax.Array, tree: Tree) -> Tree:
     """`tree`, to which no derivative comes unless `condition` holds: not even 0 NaN.
 
     For the arguments of a step that is taken and not used.
     """
+
+    @jax.custom_jvp
+    def hypergrad_kept_if(condition: jax.Array, floats: list[Any]) -> list[Any]:
+        return floats
+
+    def rule(primals: Tree, tangents: Tree) -> Any:
+        return primals[1], _zero_unless(primals[0], tangents[1])
+
+    hypergrad_kept_if.defjvp(rule)
     floats, join = split_inexact(tree)
     return join(hypergrad_kept_if(condition, floats))
 
