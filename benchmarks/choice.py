@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 import hypergrad as hg
 from benchmarks import momentum_task as task
 from hypergrad.estimators.memory import compiled_for, temporary_bytes
-from hypergrad.tuners.trust import unit_estimate, unit_state
+from hypergrad.tuners.estimates import unit_estimate, unit_state
 
 FIXED: tuple[hg.Estimator, ...] = (
     hg.Unrolled(),

@@ -16,6 +16,7 @@ class Fixed:
     value: Any
 
 
+_CALLS = ("jit", "remat2", "remat", "checkpoint")
 # Of a program: a constant, or a value by its number.
 Value = int | Fixed
 Known = dict[Any, Any]  # values that were computed, by their numbers
@@ -61,8 +62,9 @@ class Flat:
 
         for eqn in jaxpr.eqns:
             given, called = list(map(value, eqn.invars)), eqn.params.get("jaxpr")
-            if eqn.primitive.name == "jit":
-                outputs = self.read(called.jaxpr, called.consts, given)
+            if eqn.primitive.name in _CALLS:
+                inside = getattr(called, "jaxpr", called)  # that of a checkpoint is not closed
+                outputs = self.read(inside, getattr(called, "consts", ()), given)
             else:
                 outputs = list(self._append(eqn, given))
             values |= zip(eqn.outvars, outputs, strict=True)

@@ -59,8 +59,9 @@ def select(condition: Any, if_true: Tree, if_false: Tree) -> Tree:
 def inner_product(a: Tree, b: Tree) -> jax.Array:
     """The sum over leaves of the products, in float32 or wider, so that bf16 sums keep digits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    # Not jnp.vdot, which ravels: a leaf that is sharded would be gathered whole.
     return sum(
-        (jnp.vdot(widen(x), widen(y)) for x, y in pairs),
+        (jnp.sum(jnp.conj(widen(x)) * widen(y)) for x, y in pairs),
         start=jnp.zeros((), jnp.float32),
     )
 

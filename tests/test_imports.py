@@ -24,9 +24,9 @@ ROOMS = {
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
     " structure smoothness",
-    "estimators": "memory linear base unrolled forward implicit evolution difference"
+    "estimators": "memory linear base recompute unrolled forward implicit evolution difference"
     " auto hypergradient choose",
-    "tuners": "base trust refusals alternating restarting learned",
+    "tuners": "base estimates trust refusals alternating restarting learned",
     "tuners.population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " fit",

@@ -13,6 +13,7 @@ from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.recompute import repetitions
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
 from hypergrad.problem.structure import NoForwardModeError
 from hypergrad.trees import Hyper, State, strong
@@ -20,7 +21,7 @@ from hypergrad.trees import Hyper, State, strong
 _log = logging.getLogger("hypergrad")
 
 # Gradient evaluations per training step, as timed by `python -m benchmarks.choice`.
-_UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0}
+_UNROLLED: dict[Checkpoint, float] = {"none": 3.3, "step": 4.3, "sqrt": 5.0, "log": 4.3}
 _FORWARD, _TANGENT = 2.8, 1.2
 # Beyond, forward mode costs more than anything else, and its basis alone would fill memory.
 _MAX_TANGENTS = 100
@@ -98,7 +99,8 @@ def evaluations_of(estimator: Estimator, window: Window, hyper: Hyper) -> float:
     """Gradient evaluations of one estimate, by what was measured on digits."""
     steps = window.num_steps
     if isinstance(estimator, Unrolled):
-        return _UNROLLED[estimator.checkpoint] * steps
+        again = repetitions(steps) if estimator.checkpoint == "log" else 0
+        return (_UNROLLED[estimator.checkpoint] + again) * steps
     if isinstance(estimator, Implicit):
         return steps + (2 * _PRODUCTS + 10) * num_batches(window.train)
     return (_FORWARD + _TANGENT * count_of(hyper)) * steps

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.problem.rules import declared_rules
+from hypergrad.problem.rules import rules_within
 from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
@@ -72,9 +72,15 @@ def inner_gradient(
             return with_aux(loss)(params, hyper, *rest)
 
         rest = (param_constants, hyper_constants, rest)
-        arguments = (param_floats, hyper_floats, rest)
-        differentiated = _differentiation(mixed_mode, on_floats, *arguments)
-        grads, value_aux = differentiated(on_floats)(*arguments)
+        try:
+            traced = _Traced(on_floats, param_floats, hyper_floats, rest)
+        except jax.errors.ConcretizationTypeError:
+            # an eager call that branches on values
+            grads, value_aux = _plain(on_floats)(param_floats, hyper_floats, rest)
+        else:
+            rule = _differentiation(mixed_mode, rules_within(traced.program.jaxpr))
+            used, rest = traced.split(hyper_floats, rest)
+            grads, value_aux = rule(traced)(param_floats, used, rest)
         # Integer leaves have no gradient; zeros keep the structure that optimisers expect.
         zeros = jax.tree.map(jnp.zeros_like, params)
         return split_inexact(zeros)[1](grads), value_aux
@@ -82,12 +88,38 @@ def inner_gradient(
     return gradient
 
 
-def _differentiation(mixed_mode: bool, loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Which of those below the gradient of `loss` takes, by what its program calls."""
-    try:
-        rules = declared_rules(loss, *args)
-    except jax.errors.ConcretizationTypeError:
-        return _plain  # an eager call that branches on values: unknown
+class _Traced:
+    """A loss as its program: the user's Python runs once, however often it is differentiated.
+
+    Called with what the loss reads of h alone. What it does not read (a learning rate) would cost
+    the transpose a pass over all parameters, for a zero.
+    """
+
+    def __init__(self, loss: Callable[..., Any], p: list[Any], h: list[Any], rest: Tree) -> None:
+        self.program, shapes = jax.make_jaxpr(loss, return_shape=True)(p, h, rest)
+        self._out = jax.tree.structure(shapes)
+        inputs = self.program.jaxpr.invars[len(p) : len(p) + len(h)]
+        read = {id(v) for eqn in self.program.jaxpr.eqns for v in eqn.invars}
+        read |= {id(v) for v in self.program.jaxpr.outvars}
+        self._read = [id(v) in read for v in inputs]
+
+    def split(self, h: list[Any], rest: Tree) -> tuple[list[Any], Tree]:
+        """The part of h that is read; and `rest` with the other, for calls."""
+        pairs = list(zip(h, self._read, strict=True))
+        others = [jax.lax.stop_gradient(x) for x, read in pairs if not read]
+        return [x for x, read in pairs if read], (others, rest)
+
+    def __call__(self, p: list[Any], h: list[Any], rest: Tree) -> tuple[jax.Array, Tree]:
+        others, rest = rest
+        supply, more = iter(h), iter(others)
+        h = [next(supply) if read else next(more) for read in self._read]
+        arrays = jax.tree.leaves((p, h, rest))
+        out = jax.core.eval_jaxpr(self.program.jaxpr, self.program.consts, *arrays)
+        return jax.tree.unflatten(self._out, out)
+
+
+def _differentiation(mixed_mode: bool, rules: list[str]) -> Callable[..., Any]:
+    """Which of those below the gradient of a loss takes that calls functions of these rules."""
     if NAME in rules:
         return _not_differentiable
     if not mixed_mode:
@@ -152,6 +184,24 @@ def _linear_identity(transpose: Callable[[Tree, jax.Array], Tree]) -> Callable[[
 # On the way back the exit's probe tells the entrance whether any cotangent was not zero.
 _exit = _linear_identity(lambda c, probe: (c, _any_nonzero(c).astype(probe.dtype)))
 _entrance = _linear_identity(lambda c, probe: (_zero_unless(probe != 0, c), probe))
+
+
+def while_true(condition: jax.Array, tree: Tree) -> Tree:
+    """`tree`, to which no derivative comes unless `condition` holds: not even 0 NaN.
+
+    For the arguments of a step that is taken and not used.
+    """
+
+    @jax.custom_jvp
+    def hypergrad_kept_if(condition: jax.Array, floats: list[Any]) -> list[Any]:
+        return floats
+
+    def rule(primals: Tree, tangents: Tree) -> Any:
+        return primals[1], _zero_unless(primals[0], tangents[1])
+
+    hypergrad_kept_if.defjvp(rule)
+    floats, join = split_inexact(tree)
+    return join(hypergrad_kept_if(condition, floats))
 
 
 def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,7 +284,7 @@ def _all_linear(tangents: Tree, primals: Tree) -> Tree:
     """`tangents`, in which None and symbolic zeros are zeros that depend on the others."""
     is_zero = lambda t: t is None or type(t) is _Zero  # noqa: E731
     leaves, treedef = jax.tree.flatten(tangents, is_leaf=is_zero)
-    nothing = sum(jnp.sum(t.ravel()[:0]) for t in leaves if not is_zero(t))
+    nothing = sum(jnp.sum(t[None][:0]) for t in leaves if not is_zero(t))
     filled = [
         jnp.zeros_like(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
         for t, x in zip(leaves, jax.tree.leaves(primals), strict=True)

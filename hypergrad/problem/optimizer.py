@@ -64,10 +64,15 @@ def optimizer_update(
     extra: dict[str, Any],
 ) -> tuple[Params, State]:
     """One update, given what of the keywords `extra` the optimiser takes."""
-    # Built anew in every step: its rates are traced values, and building costs nothing. Where the
-    # user wants strict promotion, optax does not keep to it.
-    with explained("optimizer"), jax.numpy_dtype_promotion("standard"):
+
+    def update(hyper: Hyper, grads: Params, state: State, params: Params) -> tuple[Params, State]:
         return _update(_built(optimizer, hyper), grads, state, params, extra)
+
+    # Built anew in every step: its rates are traced values, and building costs nothing. What
+    # Adam's derivative needs is cheaper to compute again than to keep: 3 copies of the parameters
+    # in each step of an unroll. Where the user wants strict promotion, optax does not keep to it.
+    with explained("optimizer"), jax.numpy_dtype_promotion("standard"):
+        return jax.checkpoint(update, prevent_cse=False)(hyper, grads, state, params)
 
 
 def _update(

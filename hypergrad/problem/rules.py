@@ -29,8 +29,12 @@ def declared_rules(function: Callable[..., Any], *args: Any, backward: bool = Fa
     >>> declared_rules(lambda x: jax.checkpoint(reverse)(jax.nn.relu(x)), 1.0)
     ['<lambda>']
     """
-    found = _rules(jax.make_jaxpr(function)(*args).jaxpr, backward)
-    return list(dict.fromkeys(found))
+    return rules_within(jax.make_jaxpr(function)(*args).jaxpr, backward)
+
+
+def rules_within(program: Any, backward: bool = False) -> list[str]:
+    """The same of a program that is traced already."""
+    return list(dict.fromkeys(_rules(program, backward)))
 
 
 def function_name(jaxpr: Any) -> str:

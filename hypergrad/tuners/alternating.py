@@ -31,6 +31,7 @@ from hypergrad.trees import (
     select,
 )
 from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
+from hypergrad.tuners.estimates import shorten, unit_estimate, unit_state
 from hypergrad.tuners.refusals import warning
 from hypergrad.tuners.trust import (
     Trust,
@@ -39,9 +40,6 @@ from hypergrad.tuners.trust import (
     judge,
     next_state,
     outer_update,
-    shorten,
-    unit_estimate,
-    unit_state,
 )
 
 
@@ -168,7 +166,7 @@ def alternating(
         (hyperparameters, outer optimiser, parameters, estimator state), see `Trust`.
 
     Cost per update with the default: 3 K gradient evaluations and one validation gradient. Memory:
-    the training state is held twice, for going back.
+    the training state is held twice, for going back; once with `Trust(rewinds="hyper")`.
 
     Raises:
       TypeError: an `inner` of another type than `problem.init`'s.
@@ -199,7 +197,7 @@ def alternating(
         else:
             inner = _checked(inner, jax.eval_shape(problem.init, hyper, key))
         estimator_state = unit_state(estimator, problem, space, unit, inner, key)
-        return first_state(Position(unit, optimizer.init(unit), inner, estimator_state), key)
+        return first_state(trust, Position(unit, optimizer.init(unit), inner, estimator_state), key)
 
     def update(state: TunerState, train: Train, valid: Batch) -> tuple[TunerState, Info]:
         now, steps = state.now, num_steps(train)
@@ -218,22 +216,26 @@ def alternating(
             optimizer, space, max_move, state, estimate.grad, refused, steps, retries=True
         )
         ahead = Position(outer.unit, outer.outer_state, estimate.inner, estimator_state)
-        # The steps were spent all the same: a restored state must not replay their noise.
-        here, back = (
-            position._replace(inner=_with_step_of(position.inner, estimate.inner))
-            for position in (now, state.trusted)
-        )
+        here, back = (_returned(trust, position, ahead) for position in (now, state.trusted))
         # What was not trusted, or was cut short, may show where to move, but is no training.
         again = back._replace(unit=outer.unit, outer_state=outer.outer_state)
         back = select(outer.moves_on, again, back)
         # Late iterates count most: a far start is forgotten, and training anneals on its way.
-        new = next_state(state, outer, ahead, here, back, power=3)
+        new = next_state(trust, state, outer, ahead, here, back, power=3)
         return new, info_of(estimate.loss, hyper, estimate.grad, refused, outer, estimate.info)
 
     def best(state: TunerState) -> Hyper:
         return space.from_unit(space.project(state.average.unit))
 
     return Tuner(init, compiled_outside_jit(update), warning(compiled_outside_jit(best)), space)
+
+
+def _returned(trust: Trust, position: Position, ahead: Position) -> Position:
+    """`position` to go on from, after the steps that led `ahead`."""
+    if trust.rewinds == "hyper":
+        return position._replace(inner=ahead.inner, estimator_state=ahead.estimator_state)
+    # The steps were spent all the same: a restored state must not replay their noise.
+    return position._replace(inner=_with_step_of(position.inner, ahead.inner))
 
 
 def _with_step_of(inner: InnerState, other: InnerState) -> InnerState:

@@ -18,6 +18,7 @@ from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Train, Unit, norm, select, widen
 from hypergrad.tuners.base import Info, Position, Tuner, TunerState, refuse_wrong
+from hypergrad.tuners.estimates import shorten, unit_estimate, unit_state
 from hypergrad.tuners.refusals import warning
 from hypergrad.tuners.trust import (
     NOT_LEARNED,
@@ -28,9 +29,6 @@ from hypergrad.tuners.trust import (
     judge,
     next_state,
     outer_update,
-    shorten,
-    unit_estimate,
-    unit_state,
 )
 
 
@@ -96,7 +94,7 @@ def restarting(
         unit = space.to_unit(hyper)
         state_of = lambda key: unit_state(estimator, problem, space, unit, None, key)  # noqa: E731
         memory = jax.vmap(state_of)(_seeds(key, num_seeds))
-        return first_state(Position(unit, optimizer.init(unit), (), memory), key)
+        return first_state(trust, Position(unit, optimizer.init(unit), (), memory), key)
 
     def update(state: TunerState, train: Train, valid: Batch) -> tuple[TunerState, Info]:
         now, steps = state.now, num_steps(train)
@@ -129,7 +127,7 @@ def restarting(
         outer = outer_update(optimizer, space, max_move, state, grad, refused, steps, retries=False)
         ahead = Position(outer.unit, outer.outer_state, (), memory)
         back = select(outer.moves_on, ahead, state.trusted)
-        new = next_state(state, outer, ahead, now, back)
+        new = next_state(trust, state, outer, ahead, now, back)
         about |= {"agreement": agreement, "shortened": state.trust.shortened}
         return new, info_of(loss, hyper, grad, refused, outer, about)
 

@@ -1,26 +1,20 @@
-"""One outer step: a hypergradient in unit coordinates, whether it is trusted, where it leads.
+"""One outer step: whether a hypergradient is trusted, and where it leads.
 
 Unrolled gradients explode without the loss showing it. What shows it is the hypergradient: its
 norm against its own running median, and the growth of the adjoint along the unroll.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hypergrad.checks import integer_field, positive
-from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
-from hypergrad.problem.problem import Problem, steps_done
-from hypergrad.problem.skips import skipping
+from hypergrad.checks import choice, integer_field, positive
 from hypergrad.space.space import Space
 from hypergrad.trees import (
-    Batch,
     Hyper,
-    InnerState,
     Key,
     Scalar,
     State,
@@ -78,6 +72,10 @@ class Trust:
         penalty: see `hypergrad.prox`). This and `max_residual` rewind nothing: training goes on.
         Raise it, up to infinity, for smooth losses where the validation loss goes towards 0.
       warm_up: estimates before the running median is believed.
+      rewinds: "all": the training state goes back too, of which a second copy is held for that
+        (three times the parameters under Adam). "hyper": only the hyperparameters go back, and
+        training goes on from where the refused ones led; what they made infinite stays so (`fit`
+        raises then): for models that fill the memory, whose runs keep checkpoints.
       max_loss: `restarting` refuses a run whose validation loss does not end below this share of
         the untrained one (a diverged network can look calm: it is dead). Raise it, up to
         `float("inf")`, where the best that training can gain is little.
@@ -92,8 +90,10 @@ class Trust:
     max_loss: float = 0.8
     max_residual: float = 10.0
     max_unconverged: float = 0.5
+    rewinds: Literal["all", "hyper"] = "all"
 
     def __post_init__(self) -> None:
+        choice("rewinds", self.rewinds, ("all", "hyper"))
         integer_field(self, "warm_up", 0)
         for name in ("max_spike", "max_growth", "max_loss", "max_residual", "max_unconverged"):
             positive(name, getattr(self, name), "infinity never refuses", infinite=True)
@@ -106,13 +106,20 @@ def initial_trust(dtype: jnp.dtype) -> TrustState:
     return TrustState(jnp.zeros((), dtype), one, none, one, none, none, no_bits)
 
 
-def first_state(now: Position, key: Key) -> TunerState:
+def first_state(trust: Trust, now: Position, key: Key) -> TunerState:
     """The state of a tuner that begins at `now`."""
-    trust = initial_trust(jnp.result_type(*jax.tree.leaves(now.unit)))
+    history = initial_trust(jnp.result_type(*jax.tree.leaves(now.unit)))
     none = jnp.zeros((), jnp.int32)
-    state = TunerState(now, now, trust, Average(now.unit, none), key, none)
+    state = TunerState(now, held(trust, now), history, Average(now.unit, none), key, none)
     # Each leaf in a buffer of its own, none of them the caller's: the state may be donated.
     return jax.tree.map(jnp.copy, state)
+
+
+def held(trust: Trust, position: Position) -> Position:
+    """What of a trusted position is held, to go back to."""
+    if trust.rewinds == "all":
+        return position
+    return position._replace(inner=(), estimator_state=())
 
 
 def judge(trust: Trust, state: TrustState, norm: Scalar, info: dict[str, jax.Array]) -> jax.Array:
@@ -216,73 +223,6 @@ def _quarterings(steps: int) -> int:
     return max(steps.bit_length() - 1, 0) // 2
 
 
-def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) -> Problem:
-    """`problem` with training standing still after a quarter, a sixteenth, ... of `steps` steps.
-
-    A training state that counts no steps (`inner.step`, as `bilevel`'s does) keeps the whole.
-    """
-    start = steps_done(inner)
-    last = start + jnp.maximum(steps >> (2 * state.shortened), 1)
-
-    def step(inner: InnerState, hyper: Hyper, batch: Batch, key: Key) -> InnerState:
-        if not hasattr(inner, "step"):
-            return problem.step(inner, hyper, batch, key)
-        # Not a shorter scan: its length is static, and every one would be a program of its own.
-        return jax.lax.cond(
-            inner.step < last,
-            lambda inner: skipping(problem.step)(inner, hyper, batch, key),
-            lambda inner: inner,
-            inner,
-        )
-
-    return problem._replace(step=step)
-
-
-def unit_state(
-    estimator: Estimator, problem: Problem, space: Space, unit: Unit, inner: InnerState, key: Key
-) -> State:
-    """The estimator's first state."""
-    window = Window(problem, inner, None, None, key)
-    if estimator.perturbs:
-        return estimator.init(in_unit_coordinates(window, space), unit)
-    return estimator.init(window, space.from_unit(unit))
-
-
-def unit_estimate(
-    estimator: Estimator, window: Window, space: Space, unit: Unit, state: State
-) -> tuple[Estimate, State]:
-    """The estimate with its gradient in unit coordinates.
-
-    By the chain rule from the one in the user's units; an estimator that perturbs is handed unit
-    coordinates to begin with, where one step size suits all hyperparameters.
-    """
-    if estimator.perturbs:
-        return checked_estimate(estimator, in_unit_coordinates(window, space), unit, state)
-    hyper, pull_back = jax.vjp(space.from_unit, unit)
-    estimate, state = checked_estimate(estimator, window, hyper, state)
-    return estimate._replace(grad=pull_back(estimate.grad)[0]), state
-
-
-def in_unit_coordinates(window: Window, space: Space) -> Window:
-    """`window` with a problem of unit coordinates, constant beyond the box."""
-    problem = window.problem
-
-    def hyper_of(unit: Unit) -> Hyper:
-        return space.from_unit(space.project(unit))
-
-    def judged(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, unit, batch, key: function(params, hyper_of(unit), batch, key)
-
-    moved = problem._replace(
-        init=lambda unit, key: problem.init(hyper_of(unit), key),
-        step=judged(problem.step),
-        train_loss=judged(problem.train_loss),
-        valid_loss=judged(problem.valid_loss),
-        metrics=None if problem.metrics is None else judged(problem.metrics),
-    )
-    return dataclasses.replace(window, problem=moved)
-
-
 class Outer(NamedTuple):
     """What one hypergradient leads to.
 
@@ -349,7 +289,13 @@ def outer_update(
 
 
 def next_state(
-    state: TunerState, outer: Outer, ahead: Position, here: Position, back: Position, power: int = 0
+    trust: Trust,
+    state: TunerState,
+    outer: Outer,
+    ahead: Position,
+    here: Position,
+    back: Position,
+    power: int = 0,
 ) -> TunerState:
     """On from `ahead` where the hypergradient was trusted, else from `here` again or from `back`.
 
@@ -357,7 +303,11 @@ def next_state(
     """
     return TunerState(
         now=select(outer.accepted, ahead, select(outer.stands, here, back)),
-        trusted=select(outer.accepted, state.now, select(outer.stands, state.trusted, back)),
+        trusted=select(
+            outer.accepted,
+            held(trust, state.now),
+            select(outer.stands, state.trusted, held(trust, back)),
+        ),
         trust=outer.trust,
         average=include(state.average, state.now.unit, outer.accepted, power),
         key=state.key,

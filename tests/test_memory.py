@@ -1,0 +1,208 @@
+"""What tuning holds, in copies of the parameters, by XLA's analysis of the compiled programs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad.estimators.recompute import repetitions, snapshots
+from hypergrad.testing.contract import relative_error
+from hypergrad.tuners.trust import NORM_SPIKE, NOT_FINITE
+
+SIDE, KEY = 192, jax.random.key(0)
+SPACE = hg.Space({"lr": hg.Float(1e-4, 1.0, scale="log")})
+VALID = np.ones((2, SIDE), np.float32)
+
+
+def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return jnp.mean(jnp.tanh(batch @ w) ** 2)
+
+
+PROBLEM = hg.bilevel(
+    lambda key: jax.random.normal(key, (SIDE, SIDE)), loss, loss, lambda h: optax.adam(h["lr"])
+)
+
+
+def batches(steps: int) -> Any:
+    return jax.ShapeDtypeStruct((steps, 2, SIDE), jnp.float32)
+
+
+def sizes(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[float, float]:
+    """(peak, temporaries) in copies of the one matrix."""
+    analysis = jax.jit(function, **options).lower(*args).compile().memory_analysis()
+    names = ("argument", "output", "temp", "alias")
+    argument, output, temp, alias = (getattr(analysis, f"{n}_size_in_bytes") for n in names)
+    # The batches are the user's, and more than the weights in a long run.
+    data = sum(4 * np.prod(a.shape) for a in args if isinstance(a, jax.ShapeDtypeStruct))
+    return (argument + output + temp - alias - data) / (4 * SIDE**2), temp / (4 * SIDE**2)
+
+
+def updated(estimator: hg.Estimator, **options: Any) -> float:
+    tuner = hg.alternating(PROBLEM, SPACE, estimator, **options)
+    state = tuner.init({"lr": 1e-2}, KEY)
+    return sizes(tuner.update, state, batches(5), VALID, donate_argnums=0)[0]
+
+
+def test_the_online_tuner_holds_few_copies() -> None:
+    """It held 18 where donated training holds 4: a second state, branches, Adam's residuals."""
+    inner = PROBLEM.init({"lr": 1e-2}, KEY)
+    run = lambda inner, train: hg.rollout(PROBLEM, {"lr": 1e-2}, inner, train, KEY)  # noqa: E731
+    plain = sizes(run, inner, batches(5), donate_argnums=0)[0]
+    assert plain == pytest.approx(4, abs=0.2)
+    lean = hg.Trust(rewinds="hyper")
+    assert updated(hg.Unrolled(window=1), trust=lean) <= 7.3
+    assert updated(hg.Unrolled(window=1)) <= 14.3
+
+
+def copies_per_step(checkpoint: Any) -> float:
+    def run(hyper: Any, inner: Any, train: Any) -> Any:
+        estimator = hg.Unrolled(checkpoint=checkpoint)
+        estimate = hg.hypergradient(PROBLEM, hyper, inner, train, VALID, KEY, estimator)
+        return estimate.grad, estimate.inner
+
+    hyper = {"lr": jnp.float32(1e-2)}
+    inner = PROBLEM.init(hyper, KEY)
+    few, many = (sizes(run, hyper, inner, batches(k))[1] for k in (64, 128))
+    return (many - few) / 64
+
+
+def test_an_unroll_stores_few_copies_per_step() -> None:
+    """Adam's derivative alone stored three of the seven that a step took."""
+    assert copies_per_step("none") == pytest.approx(4, abs=0.1)
+    assert copies_per_step("step") == pytest.approx(3, abs=0.1)
+    assert copies_per_step("log") <= 0.1
+
+
+def test_a_hundred_thousand_steps_in_the_memory_of_twenty_states() -> None:
+    steps = 100_000
+
+    def run(hyper: Any, inner: Any, train: Any) -> Any:
+        estimator = hg.Unrolled(checkpoint="log")
+        return hg.hypergradient(PROBLEM, hyper, inner, train, VALID, KEY, estimator).grad
+
+    hyper = {"lr": jnp.float32(1e-2)}
+    inner = PROBLEM.init(hyper, KEY)
+    temporaries = sizes(run, hyper, inner, batches(steps))[1]
+    # A place per step for the adjoint's growth counts too: 8 bytes a step.
+    assert temporaries - 8 * steps / (4 * SIDE**2) <= 3 * 20
+    assert snapshots(steps) == 16 and repetitions(steps) + 3 <= np.log2(steps)
+
+
+def by_hand() -> hg.Problem:
+    def train_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        noise = hyper["noise"] * jax.random.normal(key, params["w"].shape)
+        return jnp.mean(jnp.tanh(batch @ (params["w"] + noise)) ** 2) + hyper["l2"] * jnp.sum(
+            params["w"] ** 2
+        )
+
+    def init(key: Any) -> Any:
+        return {"w": jax.random.normal(key, (3, 2)), "count": jnp.int32(3)}
+
+    def valid_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((batch @ params["w"] - 1.0) ** 2)
+
+    return hg.bilevel(init, train_loss, valid_loss, lambda h: optax.adam(h["lr"]))
+
+
+HYPER = {"lr": 0.05, "l2": 0.01, "noise": 0.1}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("steps", [1, 2, 13])
+def test_log_equals_none(steps: int) -> None:
+    problem, train = by_hand(), jax.random.normal(KEY, (steps, 5, 3))
+
+    def run(checkpoint: Any, window: int | None = None) -> hg.Estimate:
+        estimator = hg.Unrolled(window, checkpoint, validate_at="mean")
+        return hg.hypergradient(problem, HYPER, None, train, train[0], KEY, estimator)
+
+    exact, ours = run("none"), run("log")
+    assert float(jnp.abs(exact.grad["lr"])) > 1e-3
+    # Adam's first step is a sign, in which the others cancel.
+    names = ["lr"] if steps == 1 else list(HYPER)
+    grads, wanted = ({n: found.grad[n] for n in names} for found in (ours, exact))
+    assert relative_error(grads, wanted) < 1e-12
+    assert relative_error(ours.inner.params["w"], exact.inner.params["w"]) < 1e-12
+    assert ours.info["growth"] == pytest.approx(float(exact.info["growth"]), rel=1e-12)
+
+
+def test_log_under_several_seeds_windows_and_minibatches() -> None:
+    problem, data = by_hand(), jax.random.normal(KEY, (20, 3))
+
+    def update(checkpoint: Any) -> Any:
+        space = hg.Space({name: hg.Float(1e-4, 1.0, scale="log") for name in HYPER})
+        estimator = hg.Unrolled(11, checkpoint)
+        tuner = hg.restarting(problem, space, estimator, num_seeds=2)
+        train = hg.Minibatches(data, 5, 14)
+        return tuner.update(tuner.init(HYPER, KEY), train, data[:4])[1].grad
+
+    assert relative_error(update("log"), update("none")) < 1e-4
+
+
+def spike(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    return jnp.sum((params - 1.0) ** 2) * jnp.mean(batch)
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(1e6, NORM_SPIKE), (jnp.nan, NOT_FINITE)])
+def test_what_is_refused_takes_back_the_hyperparameters_alone(bad: float, reason: int) -> None:
+    plain = lambda p, h, b, k: jnp.sum((p - 1.0) ** 2)  # noqa: E731
+    problem = hg.bilevel(lambda key: jnp.zeros(2), plain, spike, lambda h: optax.sgd(h["lr"]))
+    tuners = {
+        kind: hg.alternating(problem, SPACE, hg.Unrolled(), trust=hg.Trust(warm_up=1, rewinds=kind))
+        for kind in ("all", "hyper")
+    }
+    seen = {}
+    for kind, tuner in tuners.items():
+        state, train = tuner.init({"lr": 1e-3}, KEY), jnp.ones((3, 1))
+        for _ in range(4):
+            state, info = tuner.update(state, train, jnp.ones(1))
+            assert info.refused == 0
+        after, info = tuner.update(state, train, jnp.full(1, bad))
+        assert info.refused == reason
+        seen[kind] = state, after, tuner.update(after, train, jnp.full(1, bad))[0]
+    (_, *held), (before, *lean) = seen["all"], seen["hyper"]
+    for ours, theirs in zip(lean, held, strict=True):
+        # The same hyperparameters, stood still and then rewound, and the same history.
+        assert ours.now.unit == theirs.now.unit and ours.trust == theirs.trust
+        assert jax.tree.leaves(ours.trusted.inner) == []
+    assert lean[1].now.unit["lr"] != lean[0].now.unit["lr"]
+    assert lean[0].inner.step == held[0].inner.step
+    # Training went on from where the refused steps led.
+    assert jnp.all(lean[0].inner.params > before.inner.params)
+    assert jnp.all(held[0].inner.params == seen["all"][0].inner.params)
+
+
+def test_rematerialised_blocks_compose_with_mixed_mode() -> None:
+    """A model's own `jax.checkpoint` changes no hypergradient, and saves its memory."""
+    width, depth = 16, 8
+
+    def made(remat: bool) -> hg.Problem:
+        def block(x: jax.Array, w: Any) -> jax.Array:
+            return x + jnp.tanh(jnp.tanh(jnp.tanh(x @ w) * 0.5) @ w.T)
+
+        step = jax.checkpoint(block) if remat else block
+
+        def stacked(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+            out = jax.lax.scan(lambda x, w: (step(x, w), None), batch, params)[0]
+            return jnp.mean((out - 1.0) ** 2) + hyper["l2"] * jnp.sum(params**2)
+
+        init = lambda key: 0.1 * jax.random.normal(key, (depth, width, width))  # noqa: E731
+        return hg.bilevel(init, stacked, stacked, lambda h: optax.sgd(h["lr"]))
+
+    train = jax.random.normal(KEY, (3, 512, width))
+    hyper = {"lr": jnp.float32(0.1), "l2": jnp.float32(1e-3)}
+    found = {}
+    for remat in (True, False):
+        problem = made(remat)
+        run = lambda h, p=problem: (  # noqa: E731
+            hg.hypergradient(p, h, None, train, train[0], KEY).grad
+        )
+        compiled = jax.jit(run).lower(hyper).compile()
+        found[remat] = compiled(hyper), compiled.memory_analysis().temp_size_in_bytes
+    assert relative_error(found[True][0], found[False][0]) < 1e-4
+    assert found[True][1] < 0.75 * found[False][1]
