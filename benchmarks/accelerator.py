@@ -43,8 +43,8 @@ import optax
 import hypergrad as hg
 from benchmarks import populations
 from hypergrad.estimators.unrolled import Checkpoint
-from hypergrad.tuners.population.population import Population
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.population.population import Population
+from hypergrad.population.refine import Refine
 
 STEPS, ROW_SECONDS = 5, 150.0
 MODES = tuple(mode for mode in typing.get_args(Checkpoint) if mode != "auto")

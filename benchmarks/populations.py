@@ -27,8 +27,8 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad.tuners.population.population import Population
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.population.population import Population
+from hypergrad.population.refine import Refine
 
 LAYERS, BATCH, EXAMPLES = (64, 128, 128, 10), 64, 200
 SPACE = hg.Space(

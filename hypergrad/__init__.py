@@ -38,6 +38,7 @@ from hypergrad.optim.transforms import (
     norm_adam,
     scale_by_tree,
 )
+from hypergrad.population.refine import Refine
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
@@ -48,7 +49,6 @@ from hypergrad.testing.check import check_hypergradient
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule
-from hypergrad.tuners.population.refine import Refine
 from hypergrad.tuners.restarting import restarting
 from hypergrad.tuners.trust import Trust
 from hypergrad.version import __version__ as __version__

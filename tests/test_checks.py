@@ -13,9 +13,9 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.plotting.runs import plot_losses, plot_norms, plot_trajectories
+from hypergrad.population.population import Population
 from hypergrad.search.schedulers import brackets
 from hypergrad.study.study import open_study
-from hypergrad.tuners.population.population import Population
 
 KEY = jax.random.PRNGKey(0)
 DATA = jnp.arange(8.0)

@@ -27,7 +27,7 @@ ROOMS = {
     "estimators": "memory linear base recompute unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
-    "tuners.population": "refine held member placement exploit population",
+    "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",

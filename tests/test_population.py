@@ -15,9 +15,9 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import populations
-from hypergrad.tuners.population.member import new_trail, read, record
-from hypergrad.tuners.population.population import Population, width_for
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.population.member import new_trail, read, record
+from hypergrad.population.population import Population, width_for
+from hypergrad.population.refine import Refine
 
 SPACE = hg.Space(
     {

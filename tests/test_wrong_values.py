@@ -14,9 +14,9 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.population.population import Population
 from hypergrad.search.schedulers import brackets
 from hypergrad.study.study import open_study
-from hypergrad.tuners.population.population import Population
 
 NAN, INF = float("nan"), float("inf")
 KEY = jax.random.key(0)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from hypergrad.checks import WrongTypeError, integer
 from hypergrad.data.batches import FIXES_A_SHAPE
+from hypergrad.population.refine import Refine
 from hypergrad.space.dimensions import Float
 from hypergrad.space.space import Space
-from hypergrad.tuners.population.refine import Refine
 
 Setting = int | str | Callable[[dict[str, Any]], int]
 

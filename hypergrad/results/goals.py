@@ -9,9 +9,9 @@ import numpy as np
 
 from hypergrad.checks import choice, finite, instance, text
 from hypergrad.data.splits import Splits
+from hypergrad.population.member import PopulationReport
 from hypergrad.problem.problem import Problem, judged_params
 from hypergrad.trees import Batch, Hyper, Key, Params, Scalar
-from hypergrad.tuners.population.member import PopulationReport
 
 # The name of the validation loss, where no metric has it.
 LOSS = "loss"

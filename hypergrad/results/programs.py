@@ -15,14 +15,14 @@ from hypergrad.data.contents import bad_examples
 from hypergrad.data.splits import Splits, check_splits
 from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
+from hypergrad.population.held import WEIGHTS, given
+from hypergrad.population.population import Population
+from hypergrad.population.refine import Refine
 from hypergrad.problem.problem import Problem
 from hypergrad.problem.structure import StructureError
 from hypergrad.results.goals import Goals
 from hypergrad.space.space import Space
 from hypergrad.trees import Hyper
-from hypergrad.tuners.population.held import WEIGHTS, given
-from hypergrad.tuners.population.population import Population
-from hypergrad.tuners.population.refine import Refine
 
 MakeProblem = Callable[[dict[str, Any]], Problem | tuple[Problem, Splits]]
 

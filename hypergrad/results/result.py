@@ -13,6 +13,7 @@ import optuna
 
 from hypergrad.checks import checked_seed, integer
 from hypergrad.optim.schedules import Schedule
+from hypergrad.population.member import PopulationReport, PopulationState
 from hypergrad.problem.problem import judged_params
 from hypergrad.results.programs import Program, Programs
 from hypergrad.results.saved import Saved, checked_folder, write
@@ -30,7 +31,6 @@ from hypergrad.study.ranking import (
 from hypergrad.study.storage import dashboard_command, open_storage, place_of
 from hypergrad.study.study import OpenStudy
 from hypergrad.trees import InnerState, Key
-from hypergrad.tuners.population.member import PopulationReport, PopulationState
 
 # Streams of seeds, far from the trials' own, which are folded in by their numbers.
 _AUDIT, _CONFIRM, _RETRAIN = 2**31, 2**31 + 1, 2**31 + 2

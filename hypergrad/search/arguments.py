@@ -7,11 +7,11 @@ from typing import Any
 
 from hypergrad.checks import function, instance
 from hypergrad.data.splits import check_splits
+from hypergrad.population.refine import Refine
 from hypergrad.problem.problem import Problem
 from hypergrad.search.schedulers import Scheduler
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
-from hypergrad.tuners.population.refine import Refine
 
 
 def checked_points(enqueue: Iterable[Mapping[str, Any]], space: Space) -> list[Mapping[str, Any]]:

@@ -16,6 +16,7 @@ from hypergrad.data.batches import Minibatches, num_examples
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
+from hypergrad.population.refine import plain, replaying
 from hypergrad.problem.compressed import compressed
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
@@ -26,7 +27,6 @@ from hypergrad.trees import Batch, Hyper, InnerState, Params
 from hypergrad.tuners.alternating import alternating, horizon, steady_adam
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.learned import settled_schedule
-from hypergrad.tuners.population.refine import plain, replaying
 from hypergrad.tuners.restarting import restarting
 
 _log = logging.getLogger("hypergrad")

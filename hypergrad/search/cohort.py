@@ -13,6 +13,9 @@ import numpy as np
 
 from hypergrad.costs.lengths import Length
 from hypergrad.data.batches import num_examples
+from hypergrad.population.held import WEIGHTS
+from hypergrad.population.member import PopulationReport, PopulationState
+from hypergrad.population.population import width_for
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.search.spending import evaluations_per_step
@@ -20,9 +23,6 @@ from hypergrad.search.standings import EVALUATIONS, Failure, Fate, Standing, Sta
 from hypergrad.search.stopping import Judge
 from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal
-from hypergrad.tuners.population.held import WEIGHTS
-from hypergrad.tuners.population.member import PopulationReport, PopulationState
-from hypergrad.tuners.population.population import width_for
 from hypergrad.tuners.trust import NOT_FINITE, REASONS
 
 Told = Literal["start", "last", "best", "mean"]

@@ -12,10 +12,10 @@ import optuna
 
 from hypergrad.data.contents import contents
 from hypergrad.data.splits import Splits
+from hypergrad.population.refine import Refine
 from hypergrad.results.programs import Program
 from hypergrad.training.identity import digest_of
 from hypergrad.trees import Hyper
-from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 

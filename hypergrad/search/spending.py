@@ -3,7 +3,7 @@
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
-from hypergrad.tuners.population.refine import Refine
+from hypergrad.population.refine import Refine
 
 
 def evaluations_per_step(

@@ -28,6 +28,7 @@ from hypergrad.data.splits import Splits
 from hypergrad.knowledge.local import neighbour
 from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
+from hypergrad.population.refine import Refine
 from hypergrad.results.goals import goals_of
 from hypergrad.results.programs import MakeProblem, Programs
 from hypergrad.results.result import SweepResult
@@ -52,7 +53,6 @@ from hypergrad.study.signature import check_recipe
 from hypergrad.study.storage import open_storage, told_in_one_sentence
 from hypergrad.study.study import OpenStudy, Proposal, open_study
 from hypergrad.training.progress import SweepProgress
-from hypergrad.tuners.population.refine import Refine
 
 _log = logging.getLogger("hypergrad")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches
+from hypergrad.population.held import Runs
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Tree, Unit, all_finite
-from hypergrad.tuners.population.held import Runs
 from hypergrad.tuners.trust import REASONS
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple, Self
 
 import jax
 
+from hypergrad.population.refine import PlainRuns, RefinedRuns
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Train, Unit
 from hypergrad.tuners.base import Tuner
-from hypergrad.tuners.population.refine import PlainRuns, RefinedRuns
 
 # What several objectives are weighted by, `[objectives]`: seen by what is followed alone.
 WEIGHTS = "hypergrad:weights"

@@ -12,14 +12,14 @@ from jax.typing import ArrayLike
 
 from hypergrad.checks import choice, integer, positive, within
 from hypergrad.data.batches import Minibatches
+from hypergrad.population.exploit import exploited
+from hypergrad.population.held import WEIGHTS, HeldRuns, Runs, given, shown
+from hypergrad.population.member import Data, Member, PopulationReport, PopulationState
+from hypergrad.population.placement import Execution, Mode, Placement
+from hypergrad.population.refine import PlainRuns, Refine, RefinedRuns, plain
 from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
 from hypergrad.trees import Batch, Hyper, Key, Leaf, Tree, path_name, select
-from hypergrad.tuners.population.exploit import exploited
-from hypergrad.tuners.population.held import WEIGHTS, HeldRuns, Runs, given, shown
-from hypergrad.tuners.population.member import Data, Member, PopulationReport, PopulationState
-from hypergrad.tuners.population.placement import Execution, Mode, Placement
-from hypergrad.tuners.population.refine import PlainRuns, Refine, RefinedRuns, plain
 
 
 def width_for(n: int, available: Sequence[int] | None = None) -> int:
