@@ -22,7 +22,8 @@ ROOMS = {
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
-    "estimators": "memory linear base unrolled forward implicit evolution difference"
+    "linear": "base series krylov direct preconditioned roots",
+    "estimators": "memory base unrolled forward conditions implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",

@@ -9,7 +9,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.solvers import measure
-from hypergrad.estimators.linear import relative_residual
+from hypergrad.linear.base import relative_residual
 
 KEY = jax.random.key(0)
 
