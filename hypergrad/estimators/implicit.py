@@ -138,8 +138,8 @@ class Implicit(Estimator):
         product = product if condition.fresh is None else condition.fresh_products(hyper)
         v, matvec = only(moves, v), regular(product, moves, self.solver.krylov)
         if isinstance(self.solver, Preconditioned) and self.solver.diagonal == "adam":
-            known = moments_of(end.inner), matvec, v, key, state
-            x, state = self.solver.solve_with(*known)
+            scale = self.solver.scale_of(moments_of(end.inner))
+            x, state = self.solver.solve_scaled(scale, matvec, v, key, state)
         else:
             x, state = self.solver.solve(matvec, v, key, state)  # (dF/dz)^T x = v
         x = only(moves, x)

@@ -85,7 +85,7 @@ def map_solution(function: Callable[[Tree], Tree], state: State) -> State:
     """A solver's state with `function` of the solution in it, if it holds one."""
     if isinstance(state, Warm):
         return state._replace(x=function(state.x))
-    return state if state == () else function(state)
+    return function(state) if jax.tree.leaves(state) else state
 
 
 def size_or_one(b: Tree) -> jax.Array:

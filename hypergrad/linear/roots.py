@@ -301,17 +301,14 @@ def _vector_of(params: Params) -> tuple[Vector, Callable[[Vector], Params]]:
 
 def _require_like(name: str, value: Params, params: Params) -> None:
     """Raises unless what the function `name` returns is of the structure of params."""
-    shapes = [
-        [
-            (path, jnp.shape(x))
-            for path, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-        ]
+    returned, wanted = (
+        dict(zip(leaf_names(tree), map(jnp.shape, jax.tree.leaves(tree)), strict=True))
         for tree in (value, params)
-    ]
-    if shapes[0] != shapes[1]:
+    )
+    if returned != wanted:
         raise StructureError(
-            f"{name} returns {shapes[0]} and solve returns params {shapes[1]}: give one entry of "
-            f"{name} for each entry of params, in the same structure."
+            f"{name} returns entries of shapes {returned}, and params have {wanted}: give one "
+            f"entry of {name} for each entry of params, in the same structure."
         )
 
 

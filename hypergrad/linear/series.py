@@ -114,16 +114,23 @@ class Richardson(LinearSolver):
         """See the class."""
         start = state.x if isinstance(state, Warm) else state
         start = start if self.warm_start else jax.tree.map(jnp.zeros_like, b)
-        done = state.count if isinstance(state, Warm) else 0
+        sizes = self._step_sizes(state)
+        constant: Any = self.step_size
         numbers, product = numbered(matvec, self.steps)
-        if callable(self.step_size):
-            numbers = jnp.arange(self.steps)
 
-        def step(x: Tree, i: jax.Array | None) -> tuple[Tree, None]:
-            size = self.step_size(done + i) if callable(self.step_size) else self.step_size
-            return axpy(-size, axpy(-1, b, product(x, i)), x), None
+        def step(x: Tree, inputs: tuple[Any, Any]) -> tuple[Tree, None]:
+            size, number = (constant if sizes is None else inputs[0]), inputs[1]
+            return axpy(-size, axpy(-1, b, product(x, number)), x), None
 
-        x, _ = jax.lax.scan(step, start, numbers, length=self.steps)
-        if not self.warm_start:
-            return x, ()
-        return x, state._replace(x=x, count=done + self.steps) if isinstance(state, Warm) else x
+        x, _ = jax.lax.scan(step, start, (sizes, numbers), length=self.steps)
+        if isinstance(state, Warm):
+            return x, Warm(x, state.products + self.steps)
+        return x, x if self.warm_start else ()
+
+    def _step_sizes(self, state: State) -> jax.Array | None:
+        """[steps], or None for one that is constant."""
+        if not callable(self.step_size):
+            return None
+        done = state.products if isinstance(state, Warm) else 0
+        counts = done + jnp.arange(self.steps)
+        return jnp.broadcast_to(jnp.asarray(self.step_size(counts)), (self.steps,))
