@@ -24,7 +24,7 @@ import hypergrad as hg
 
 DIM = 50
 KEY = jax.random.key(0)
-SOLVERS: dict[str, Callable[[float], hg.estimators.linear.LinearSolver]] = {
+SOLVERS: dict[str, Callable[[float], hg.linear.LinearSolver]] = {
     "Identity()": lambda scale: hg.Identity(),
     "Neumann(50, 1 / scale)": lambda scale: hg.Neumann(50, 1 / scale),
     "Richardson(50, 1 / scale)": lambda scale: hg.Richardson(50, 1 / scale, warm_start=False),

@@ -13,15 +13,12 @@ from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.linear import (
-    GMRES,
-    ConjugateGradient,
-    Identity,
-    Neumann,
-    Nystrom,
-    Richardson,
-)
 from hypergrad.estimators.unrolled import Unrolled
+from hypergrad.linear.direct import Cholesky, Nystrom
+from hypergrad.linear.krylov import GMRES, BiCGSTAB, ConjugateGradient
+from hypergrad.linear.preconditioned import Preconditioned
+from hypergrad.linear.roots import custom_fixed_point, custom_root
+from hypergrad.linear.series import Identity, Neumann, Richardson
 from hypergrad.optim.proximal import prox
 from hypergrad.optim.schedules import (
     Schedule,
@@ -55,7 +52,9 @@ from hypergrad.version import __version__ as __version__
 
 __all__ = [
     "GMRES",
+    "BiCGSTAB",
     "Categorical",
+    "Cholesky",
     "ConjugateGradient",
     "Estimate",
     "Estimator",
@@ -70,6 +69,7 @@ __all__ = [
     "Minibatches",
     "Neumann",
     "Nystrom",
+    "Preconditioned",
     "Problem",
     "Refine",
     "Richardson",
@@ -85,6 +85,8 @@ __all__ = [
     "bilevel",
     "check_hypergradient",
     "choose_estimator",
+    "custom_fixed_point",
+    "custom_root",
     "decay_by_tree",
     "dropout",
     "exponential_decay",

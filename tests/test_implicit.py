@@ -41,6 +41,16 @@ class TestRichardson(EstimatorContract):
     oracle = staticmethod(ridge)
 
 
+class TestFresh(EstimatorContract):
+    estimator = hg.Implicit(hg.Neumann(200, 0.2), batches="fresh")
+    oracle = staticmethod(ridge)
+
+
+class TestPreconditioned(EstimatorContract):
+    estimator = hg.Implicit(hg.Preconditioned(hg.BiCGSTAB()))
+    oracle = staticmethod(ridge)
+
+
 class TestFixedPoint(EstimatorContract):
     estimator = hg.Implicit(hg.GMRES(), of="fixed_point")
     oracle = staticmethod(ridge)
@@ -496,3 +506,67 @@ def test_what_has_not_converged_trains_on_before_it_tunes() -> None:
         refused.append(int(info.refused))
     assert refused[0] == NOT_SOLVED and refused[-1] == 0
     assert float(info.hyper["l2"]) != pytest.approx(0.01)
+
+
+def noisy_ridge(batch_size: int = 4) -> Any:
+    """The ridge problem on minibatches, where training has converged on the whole of the data."""
+    oracle = ridge()
+    end = estimate_of(oracle, hg.Implicit(hg.Cholesky(), batches="last")).inner
+    arrays = jax.tree.map(lambda a: a[0], oracle.train)
+    return oracle, end, hg.Minibatches(arrays, batch_size)
+
+
+@pytest.mark.usefixtures("x64")
+def test_fresh_batches_average_out_where_one_batch_is_biased() -> None:
+    """E (I - a A_1) (I - a A_2) is the square of the mean's, E (I - a A_1)^2 is not."""
+    oracle, inner, train = noisy_ridge()
+    window = lambda seed: (inner, train, oracle.valid, jax.random.key(seed))  # noqa: E731
+
+    def mean_gap(batches: Any) -> float:
+        estimator = hg.Implicit(hg.Neumann(60, 0.05), batches=batches)
+
+        def grad(seed: Any) -> Any:
+            return hg.hypergradient(oracle.problem, oracle.hyper, *window(seed), estimator).grad
+
+        grads = jax.jit(lambda: jax.lax.map(lambda s: grad(s)["l2"], jnp.arange(300)))()
+        return float(jnp.mean(grads)) / oracle.grad["l2"] - 1
+
+    full = hg.Implicit(hg.Neumann(60, 0.05))
+    truncated = hg.hypergradient(oracle.problem, oracle.hyper, *window(0), full).grad["l2"]
+    bias = float(truncated) / oracle.grad["l2"] - 1  # of the series itself
+    fresh, last = mean_gap("fresh"), mean_gap("last")
+    assert abs(fresh - bias) < 0.1 < abs(last - bias), (fresh, last, bias)
+
+
+@pytest.mark.usefixtures("x64")
+def test_adams_second_moments_scale_the_system() -> None:
+    """The same hypergradient, by a preconditioner that costs no product."""
+    oracle = ridge()
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(5),
+        oracle.problem.train_loss,
+        oracle.problem.valid_loss,
+        lambda hyper: optax.adam(0.02),
+    )
+    inner = problem.init(oracle.hyper, oracle.key)
+    arguments = oracle.hyper, inner, oracle.train, oracle.valid, oracle.key
+
+    def grad(solver: Any) -> Any:
+        estimator = hg.Implicit(solver, batches="last")
+        return jax.jit(lambda: hg.hypergradient(problem, *arguments, estimator).grad)()
+
+    exact = grad(hg.Cholesky())
+    assert relative_error(grad(hg.Preconditioned(hg.ConjugateGradient(), "adam")), exact) < 1e-8
+    one_step = grad(hg.Preconditioned(hg.Identity(), "adam"))
+    assert relative_error(one_step, grad(hg.Identity())) > 1e-3
+    with pytest.raises(ValueError, match="keeps none for the parameters"):
+        estimate_of(oracle, hg.Implicit(hg.Preconditioned(hg.GMRES(), "adam")))
+
+
+def test_solvers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs the same matrix in each of its products"):
+        hg.Implicit(hg.ConjugateGradient(), batches="fresh")
+    with pytest.raises(ValueError, match="diagonal='adam' scales the parameters"):
+        hg.Implicit(hg.Preconditioned(hg.GMRES(), "adam"), of="fixed_point")
+    with pytest.raises(ValueError, match="needs a symmetric matrix"):
+        hg.Implicit(hg.Preconditioned(hg.Cholesky()), of="fixed_point")

@@ -24,7 +24,8 @@ ROOMS = {
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
     " structure smoothness",
-    "estimators": "memory linear base recompute unrolled forward implicit evolution difference"
+    "linear": "base series krylov direct preconditioned roots",
+    "estimators": "memory base recompute unrolled forward conditions implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",

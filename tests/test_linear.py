@@ -9,7 +9,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.solvers import measure
-from hypergrad.estimators.linear import relative_residual
+from hypergrad.linear.base import FreshProducts, relative_residual
 
 KEY = jax.random.key(0)
 
@@ -49,7 +49,9 @@ def error(x: np.ndarray, reference: np.ndarray) -> float:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("solver", [hg.ConjugateGradient(12), hg.GMRES(12)])
+@pytest.mark.parametrize(
+    "solver", [hg.ConjugateGradient(12), hg.GMRES(12), hg.BiCGSTAB(12), hg.Cholesky()]
+)
 def test_krylov_solvers_are_exact_within_dim_products(solver: Any) -> None:
     matvec, b, a = system()
     assert error(solve(solver, matvec, b), np.linalg.solve(a, b)) <= 1e-8
@@ -57,7 +59,13 @@ def test_krylov_solvers_are_exact_within_dim_products(solver: Any) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "solver", [hg.ConjugateGradient(12, damping=0.3), hg.GMRES(12, damping=0.3)]
+    "solver",
+    [
+        hg.ConjugateGradient(12, damping=0.3),
+        hg.GMRES(12, damping=0.3),
+        hg.BiCGSTAB(12, damping=0.3),
+        hg.Cholesky(damping=0.3),
+    ],
 )
 def test_damping_is_added_to_the_diagonal(solver: Any) -> None:
     matvec, b, a = system()
@@ -66,12 +74,95 @@ def test_damping_is_added_to_the_diagonal(solver: Any) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_gmres_needs_no_symmetry() -> None:
+def test_gmres_and_bicgstab_need_no_symmetry() -> None:
     rng = np.random.default_rng(1)
     a = 3 * np.eye(8) + rng.normal(size=(8, 8))
     b = rng.normal(size=8)
-    x, _ = hg.GMRES(8).solve(lambda x: jnp.asarray(a) @ x, jnp.asarray(b), KEY, ())
-    assert error(np.asarray(x), np.linalg.solve(a, b)) <= 1e-8
+    for solver in (hg.GMRES(8), hg.BiCGSTAB(9)):
+        x, _ = solver.solve(lambda x: jnp.asarray(a) @ x, jnp.asarray(b), KEY, ())
+        assert error(np.asarray(x), np.linalg.solve(a, b)) <= 1e-8
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_the_newer_solvers_do_not_depend_on_the_scale(scale: float) -> None:
+    for solver in (hg.BiCGSTAB(60), hg.Cholesky(), hg.Preconditioned(hg.ConjugateGradient(60))):
+        residual, _ = measure(lambda _, solver=solver: solver, "float64", 10.0, scale)
+        assert residual < 1e-9, solver
+
+
+@pytest.mark.usefixtures("x64")
+def test_bicgstab_stands_still_on_a_rotation_and_the_residual_says_so() -> None:
+    turn = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+    x, _ = hg.BiCGSTAB(50).solve(lambda x: turn @ x, jnp.array([1.0, 2.0]), KEY, ())
+    assert not float(relative_residual(lambda x: turn @ x, x, jnp.array([1.0, 2.0]))) < 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_cholesky_refuses_what_it_cannot_factorise() -> None:
+    indefinite = jnp.array([1.0, -1.0])
+    x, _ = hg.Cholesky().solve(lambda x: indefinite * x, jnp.ones(2), KEY, ())
+    assert np.all(np.isnan(x))
+    with pytest.raises(ValueError, match=r"20000 x 20000 entries.*use ConjugateGradient"):
+        hg.Cholesky().solve(lambda x: x, jnp.ones(20_000), KEY, ())
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_diagonal_takes_the_units_out_of_a_system() -> None:
+    """Condition 1e8 by units alone, 8 within: CG was lost there."""
+    _, b, a = system()
+    units = np.geomspace(1e-4, 1.0, 12)
+    scaled, exact = units[:, None] * a * units, np.linalg.solve(units[:, None] * a * units, b)
+    product = lambda x: jnp.asarray(scaled) @ x  # noqa: E731
+    plain, better, series = (
+        jax.jit(lambda b, s=s: s.solve(product, b, KEY, s.init(b))[0])(jnp.asarray(b))
+        for s in (
+            hg.ConjugateGradient(12),
+            hg.Preconditioned(hg.ConjugateGradient(20), rounds=8),
+            hg.Preconditioned(hg.Neumann(400, 0.5), rounds=8),
+        )
+    )
+    assert error(np.asarray(plain), exact) > 0.1
+    assert error(np.asarray(better), exact) < 1e-6
+    assert error(np.asarray(series), exact) < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_preconditioned_warm_start_is_kept_in_the_coordinates_of_x() -> None:
+    a, b = jnp.geomspace(1e-2, 1e2, 12), jnp.ones(12)
+    solver = hg.Preconditioned(hg.Richardson(1, 0.5), probes=1)
+    state = solver.init(b)
+    for n in (1, 2, 3):
+        x, state = solver.solve(lambda x: a * x, b, jax.random.key(n), state)
+        np.testing.assert_allclose(x, (1 - 0.5**n) / a, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_step_size_that_decays_counts_the_products_of_all_calls() -> None:
+    solver = hg.Richardson(2, lambda t: 1 / (t + 2.0))
+    state = solver.init(jnp.ones(1))
+    for _ in range(2):
+        x, state = solver.solve(lambda x: x, jnp.ones(1), KEY, state)
+    # 1 - x shrinks by 1 - 1/2, 2/3, 3/4, 4/5
+    np.testing.assert_allclose(x, 1 - 1 / 5, rtol=1e-12)
+    assert int(state.products) == 4
+    cold = hg.Richardson(2, lambda t: 1 / (t + 2.0), warm_start=False)
+    assert (
+        error(np.asarray(cold.solve(lambda x: x, jnp.ones(1), KEY, ())[0]), np.array([2 / 3]))
+        < 1e-12
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("solver", [hg.Neumann(3, 0.5), hg.Richardson(2, 0.5, warm_start=False)])
+def test_each_product_may_have_a_matrix_of_its_own(solver: Any) -> None:
+    matrices = jnp.array([1.0, 0.5, 0.25])
+    x, _ = solver.solve(FreshProducts(lambda i, x: matrices[i] * x), jnp.ones(1), KEY, ())
+    if isinstance(solver, hg.Neumann):
+        expected = 0.5 * (1 + 0.5 + 0.5 * 0.75)
+    else:
+        expected = 0.5 + 0.5 * (1 - 0.5 * 0.5)
+    np.testing.assert_allclose(x, expected, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -190,14 +281,16 @@ def test_cold_richardson_is_neumann_and_warm_goes_on() -> None:
     assert error(flatten(x), np.linalg.solve(a, b)) > 1e-3
 
 
-@pytest.mark.parametrize("solver", [hg.ConjugateGradient(12), hg.GMRES(12)])
+@pytest.mark.parametrize("solver", [hg.ConjugateGradient(12), hg.GMRES(12), hg.BiCGSTAB(12)])
 def test_small_right_hand_sides_are_solved(solver: Any) -> None:
     """Thresholds inside are absolute: float32 GMRES gave 0 for |b| below 1e-7."""
     matvec, b, _ = system()
     assert error(1e12 * solve(solver, matvec, 1e-12 * b), solve(solver, matvec, b)) < 1e-4
 
 
-@pytest.mark.parametrize("solver", [hg.ConjugateGradient(3), hg.GMRES(3), hg.Nystrom(3)])
+@pytest.mark.parametrize(
+    "solver", [hg.ConjugateGradient(3), hg.GMRES(3), hg.Nystrom(3), hg.BiCGSTAB(3)]
+)
 def test_zero_has_the_solution_zero(solver: Any) -> None:
     matvec, b, _ = system()
     x = solver.solve(matvec, as_tree(0 * b), KEY, ())[0]
@@ -212,6 +305,10 @@ ALL = [
     hg.GMRES(5),
     hg.Nystrom(5, 0.1),
     hg.Richardson(5, 0.2),
+    hg.Richardson(5, lambda t: 0.2 / (t + 1)),
+    hg.BiCGSTAB(5),
+    hg.Cholesky(),
+    hg.Preconditioned(hg.ConjugateGradient(5)),
 ]
 
 
@@ -241,3 +338,7 @@ def test_wrong_arguments_are_named() -> None:
         hg.ConjugateGradient(5, damping=-1)
     with pytest.raises(ValueError, match=r"max_steps=0 must be at least 1"):
         hg.GMRES(0)
+    with pytest.raises(ValueError, match=r"diagonal='jacobi' is unknown"):
+        hg.Preconditioned(hg.GMRES(), "jacobi")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"only Implicit"):
+        hg.Preconditioned(hg.GMRES(), "adam").solve(lambda x: x, jnp.ones(1), KEY, ())

@@ -313,6 +313,41 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         hg.FiniteDifference,
         {"step": NOT_POSITIVE, "validate_at": ("first", -0.5, 0.0, 1.5)},
     ),
+    "custom_root": (
+        given(hg.custom_root, optimality=lambda x, a: x - a),
+        {
+            "optimality": NOT_FUNCTIONS,
+            "solver": (None, 3, "cg", hg.GMRES),
+            "max_residual": (0, -1, NAN, "a", True),
+        },
+    ),
+    "custom_fixed_point": (
+        given(hg.custom_fixed_point, map=lambda x, a: a),
+        {
+            "map": NOT_FUNCTIONS,
+            "solver": (None, 3, "cg", hg.GMRES),
+            "max_residual": (0, -1, NAN, "a", True),
+        },
+    ),
+    "BiCGSTAB": (
+        hg.BiCGSTAB,
+        {
+            "max_steps": NOT_INTEGERS,
+            "damping": (-1, NAN, "a", None),
+            "tolerance": (-1, NAN, "a", None),
+        },
+    ),
+    "Cholesky": (hg.Cholesky, {"damping": (-1, NAN, "a", None)}),
+    "Preconditioned": (
+        given(hg.Preconditioned, solver=hg.GMRES()),
+        {
+            "solver": (None, 3, "cg", hg.GMRES),
+            "diagonal": ("jacobi", 3, None),
+            "probes": NOT_INTEGERS,
+            "rounds": NOT_INTEGERS,
+            "floor": NOT_POSITIVE,
+        },
+    ),
     "Neumann": (hg.Neumann, {"terms": NOT_INTEGERS, "step_size": NOT_POSITIVE}),
     "ConjugateGradient": (
         hg.ConjugateGradient,

@@ -7,12 +7,4 @@ from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.linear import (
-    GMRES,
-    ConjugateGradient,
-    Identity,
-    Neumann,
-    Nystrom,
-    Richardson,
-)
 from hypergrad.estimators.unrolled import Unrolled

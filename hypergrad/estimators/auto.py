@@ -11,10 +11,10 @@ from hypergrad.data.batches import num_batches
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, compiled_estimate
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.linear import ConjugateGradient
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.estimators.recompute import repetitions
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
+from hypergrad.linear.krylov import ConjugateGradient
 from hypergrad.problem.structure import NoForwardModeError
 from hypergrad.trees import Hyper, State, strong
 
