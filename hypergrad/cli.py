@@ -1,4 +1,4 @@
-"""The command line: start or join a sweep that stands in a user's own file, show it, report it.
+"""The command line: start or join a sweep in a user's own file, show, report, confirm, retrain.
 
 Exit codes: 0 done; 1 the user's file raised, or no trial has trained in full; 2 an argument, a file
 or a storage that cannot be used; 130 interrupted, with running trials back in the queue.
@@ -18,6 +18,8 @@ from hypergrad.checks import printable, without_passwords
 from hypergrad.version import __version__
 
 DONE, NOTHING_FOUND, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+# The study's user attribute that names the file of its sweep.
+_FILE = "file"
 
 _EXAMPLE = """\
 A sweep's file holds a function `sweep` that takes the keywords of hypergrad.sweep:
@@ -47,6 +49,11 @@ Run it as often as there are workers, on any host that reaches the storage:
     hypergrad sweep my_sweep.py --storage sweep.journal --trials 12
     hypergrad show sweep.journal
     hypergrad report sweep.journal --out sweep.html
+    hypergrad confirm sweep.journal
+    hypergrad retrain my_sweep.py --storage sweep.journal --out best
+
+`confirm` trains the best few again, and `retrain` saves the network of what was confirmed in a
+folder, for hypergrad.load.
 
 Exit codes: 0 done, 1 the file raised or no trial trained in full, 2 something that was given cannot
 be used, 130 interrupted.
@@ -83,13 +90,23 @@ def _told(text: str) -> str:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    # Imported where it is used, here and below: `--help` and mistakes are answered at once.
-    from hypergrad.study.storage import open_storage
-
-    function = _load(options.file)
-    given: dict[str, Any] = {"storage": options.storage, "num_trials": options.trials}
-    given |= {"name": options.name, "seed": options.seed}
+    result = _called(options, num_trials=options.trials, seed=options.seed, timeout=options.timeout)
+    if getattr(result, "interrupted", False):
+        raise KeyboardInterrupt
     if options.storage is not None:
+        # By its name alone: a storage that others write to must not say what is run.
+        result.study.set_user_attr(_FILE, Path(options.file).name)
+    return _print_table(result.study, options.count)
+
+
+def _called(options: argparse.Namespace, level: int = logging.INFO, **given: Any) -> Any:
+    """What the file's `sweep` returns, with the options of the command that were given."""
+    function = _load(options.file)
+    given |= {"storage": options.storage, "name": options.name}
+    if options.storage is not None:
+        # Imported where it is used, here and below: `--help` and mistakes are answered at once.
+        from hypergrad.study.storage import open_storage
+
         # For its error alone, which names the option; the sweep opens its own.
         try:
             open_storage(options.storage)
@@ -97,19 +114,60 @@ def _sweep(options: argparse.Namespace) -> int:
             raise _Ended(f"--storage {options.storage}: {_short(error)}") from error
     # A file that has set up logging keeps its own: this then does nothing.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("hypergrad").setLevel(logging.INFO)
+    logging.getLogger("hypergrad").setLevel(level)
     _quiet_optuna()
     try:
         result = function(**{key: value for key, value in given.items() if value is not None})
     except Exception as error:
         raise _Ended(f"{options.file}: {_short(error)}", NOTHING_FOUND) from error
-    if getattr(result, "interrupted", False):
-        raise KeyboardInterrupt
     if not hasattr(result, "study"):
         raise _Ended(
             f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."
         )
+    return result
+
+
+class _NothingMore:
+    """A callback of a sweep that is to be looked at, and trains no trial."""
+
+    def open(self, study: Any) -> None:
+        from hypergrad.training.callbacks import Stop
+
+        raise Stop("its trials stand as they are")
+
+    def __call__(self, study: Any, trial: Any) -> None:
+        """Never called."""
+
+
+def _as_it_stands(options: argparse.Namespace) -> Any:
+    """The result of a storage's sweep, with problem and data of the file."""
+    study = _study(options)
+    if options.file is None:
+        options.file = study.user_attrs.get(_FILE, "")
+        # No path: see `_sweep`.
+        if not options.file or Path(options.file).name != options.file:
+            raise _Ended(f"{options.storage} does not say whose sweep it is: give --file.")
+    options.name = study.study_name
+    return _called(options, logging.WARNING, callbacks=[_NothingMore()], progress=False)
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    result = _as_it_stands(options)
+    try:
+        result.confirm(options.best, options.seeds)
+    except ValueError as error:
+        raise _Ended(_short(error), NOTHING_FOUND) from error
     return _print_table(result.study, options.count)
+
+
+def _retrain(options: argparse.Namespace) -> int:
+    result = _as_it_stands(options)
+    try:
+        folder = result.save(options.out, seed=options.seed)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise _Ended(f"--out {options.out}: {_short(error)}", NOTHING_FOUND) from error
+    print((folder / "hyper.toml").read_text(), end="")
+    return DONE
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -246,14 +304,27 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", type=int, help="in all, over all workers")
     sweep.add_argument("--name", help="of the study")
     sweep.add_argument("--seed", type=int, help="of the sampler and of training")
+    sweep.add_argument("--timeout", type=float, help="seconds, after which nothing more begins")
     show = commands.add_parser("show", help="print a sweep's table")
     show.set_defaults(run=_show)
     report = commands.add_parser("report", help="write a sweep's tables and pictures as HTML")
     report.set_defaults(run=_report)
-    for reader in (show, report):
+    confirm = commands.add_parser("confirm", help="train the best trials again, values frozen")
+    confirm.set_defaults(run=_confirm)
+    confirm.add_argument("--file", help="the sweep's Python file, where it lies elsewhere")
+    confirm.add_argument("--best", type=int, default=3, help="how many trials")
+    confirm.add_argument("--seeds", type=int, default=2, help="fresh seeds of each")
+    retrain = commands.add_parser("retrain", help="save the network of the best values")
+    retrain.set_defaults(run=_retrain)
+    retrain.add_argument("file", help="a Python file that holds a function `sweep`")
+    retrain.add_argument("--storage", required=True, help="the --storage of its sweep")
+    retrain.add_argument("--name", help="of the study, where there are several")
+    retrain.add_argument("--out", required=True, help="a folder, for hypergrad.load")
+    retrain.add_argument("--seed", type=int, default=0, help="of the run")
+    for reader in (show, report, confirm):
         reader.add_argument("storage", help="the --storage of a sweep")
         reader.add_argument("--name", help="of the study, where there are several")
-    for printer in (sweep, show):
+    for printer in (sweep, show, confirm):
         printer.add_argument("--count", type=int, default=10, help="rows of the table")
     report.add_argument("--out", default="sweep.html", help="the page's path")
     return parser

@@ -3,11 +3,13 @@
 import base64
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hypergrad as hg
 from hypergrad.cli import main
 
 
@@ -41,7 +43,7 @@ def test_the_version_is_said_everywhere() -> None:
 
 def test_the_commands_of_the_help_run(folder: Path, capsys: Any) -> None:
     commands = re.findall(r"^    hypergrad (.*)$", (folder / "help.txt").read_text(), re.M)
-    assert len(commands) == 3
+    assert len(commands) == 5
     assert main(commands[0].split()) == 0
     out = capsys.readouterr().out
     assert "12 trials: 12 complete" in out and "optimizer=" in out
@@ -54,10 +56,20 @@ def test_the_commands_of_the_help_run(folder: Path, capsys: Any) -> None:
     assert len(pictures) == 3
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
+    # what was confirmed stands in the storage, and its network in a folder
+    assert main([*commands[3].split(), "--best", "2", "--seeds", "1"]) == 0
+    assert "confirmed, its values frozen:\n#" in capsys.readouterr().out
+    assert main(commands[4].split()) == 0
+    told = tomllib.loads(capsys.readouterr().out)
+    found = hg.load("best")
+    assert told["hyper"] == found.hyper and told["score"] == pytest.approx(found.score)
+    assert found.params.shape == (8,) and int(found.state.step) == 60
+    assert main(["show", "sweep.journal"]) == 0
+    assert "confirmed" in capsys.readouterr().out
     # the same command has nothing left to do; a larger number goes on
     assert main(commands[0].split()) == 0
     assert main([*commands[0].split()[:-1], "13", "--count", "1"]) == 0
-    assert capsys.readouterr().out.count("\n#") == 2 * 1 + 10 - 1
+    assert capsys.readouterr().out.count("\n#") == 10 + 1 + 2  # and what was confirmed
 
 
 def test_failures_are_one_line_with_a_remedy_and_a_code(folder: Path, capsys: Any) -> None:
@@ -81,7 +93,27 @@ def test_failures_are_one_line_with_a_remedy_and_a_code(folder: Path, capsys: An
     fails("sweep my_sweep.py --storage nowhere/a.journal", 2, "no folder: make it")
     fails("show missing.journal", 2, "missing.journal is no file")
     fails("show text.journal", 2, "it holds no study")
+    fails("confirm missing.journal", 2, "missing.journal is no file")
+    fails("retrain my_sweep.py --storage missing.journal --out best", 2, "is no file")
+    fails("sweep my_sweep.py --timeout 0", 1, "timeout=0.0 must be positive")
     fails("show sqlite:///none.db --name x", 2, "sqlite:///none.db is no file")
+
+
+def test_only_the_folder_at_hand_is_searched_for_a_sweeps_file(folder: Path, capsys: Any) -> None:
+    """A storage that others write to must not say what is run."""
+    import optuna
+
+    assert main(["sweep", "my_sweep.py", "--storage", "sqlite:///a.db"]) == 0
+    study = optuna.load_study(study_name="hypergrad", storage="sqlite:///a.db")
+    assert study.user_attrs["file"] == "my_sweep.py"
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "evil.py").write_text("raise SystemExit('run')")
+    for name in ("elsewhere/evil.py", "../my_sweep.py", ""):
+        study.set_user_attr("file", name)
+        capsys.readouterr()
+        assert main(["confirm", "sqlite:///a.db"]) == 2
+        assert "give --file" in capsys.readouterr().err
+    assert main(["confirm", "sqlite:///a.db", "--file", "my_sweep.py", "--best", "1"]) == 0
 
 
 def test_failed_trials_stand_in_the_page(folder: Path, capsys: Any) -> None:

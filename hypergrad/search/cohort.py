@@ -171,13 +171,13 @@ class Cohort:
         return self.programs.lengths.steps_at(group.length, steps) if steps else 0
 
     def _rate(self, program: Program) -> float:
-        """Gradient evaluations of a trial's training step."""
+        """Gradient evaluations of a trial's training step, in those of the largest batch."""
         floats = len(program.space.continuous)
+        refine = self.programs.refine if floats else None
         guidance = num_examples(program.data.valid) / program.batch_size
         steps = program.members.steps_per_update
-        return evaluations_per_step(
-            self.programs.refine if floats else None, floats, guidance, steps
-        )
+        share = program.batch_size / self.programs.lengths.batch_size
+        return share * evaluations_per_step(refine, floats, guidance, steps)
 
     def _advanced(self, group: Group, done: int, until: int) -> Group:
         """The group after training from rung to rung."""

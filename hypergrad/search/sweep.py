@@ -144,8 +144,9 @@ def sweep(
         finished; trials that would go on are handed back and queued again.
       max_evaluations: gradient evaluations in all, over all processes and restarts that share the
         storage (trials that died excepted): no group of trials begins a rung that would exceed it.
-        A training step counts 1, its way back 2, a validation gradient n_valid / batch_size
-        (`hypergrad.search.spending`); the trials' attribute `evaluations` says what each has cost.
+        A training step counts 1 (of the largest batch), its way back 2, a validation gradient
+        n_valid / batch_size (`hypergrad.search.spending`); the trials' attribute `evaluations` says
+        what each has cost.
       callbacks: functions of the study and of a trial that has ended, as Optuna's own are. One ends
         the sweep by `study.stop()`, or by raising `hypergrad.callbacks.Stop`.
       warm_from: storages or studies of earlier sweeps, on other data or of another space: points
