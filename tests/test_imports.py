@@ -31,7 +31,8 @@ ROOMS = {
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " fit",
-    "study": "optuna_private distributions signature workers storage slots sampler ranking study",
+    "study": "optuna_private distributions signature workers storage slots sampler remarks"
+    " ranking study",
     "plotting": "panels attributed runs colors parallel sweeps tuned report",
     "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs",

@@ -239,3 +239,92 @@ def test_toml_is_read_as_it_was_written() -> None:
     assert read == {**table, "plain": {"x": 1}}
     with pytest.raises(TypeError, match=r"a\.b is a object"):
         toml_of({"a": {"b": object()}})
+
+
+def accuracy(params: Any, hyper: Any, batch: Any, key: Any) -> Any:
+    return {"near": jnp.mean(jnp.abs(batch[0] @ params["w"] - batch[1]) < 1.0)}
+
+
+def test_the_metric_that_selects_is_reported_on_test_and_audited(tmp_path: Path) -> None:
+    def problem(choices: dict[str, Any]) -> hg.Problem:
+        return make_problem(choices)._replace(metrics=accuracy)
+
+    space = hg.Space({"optimizer": hg.Categorical(["adam"]), "rate": SPACE["rate"]})
+    rates = (0.3, 0.1, 1e-3)
+    enqueue = [{"optimizer": "adam", "rate": rate} for rate in rates]
+    given: dict[str, Any] = {"num_trials": 3, "num_steps": 20, "batch_size": 8, "progress": False}
+    given |= {"metric": "near", "direction": "maximize", "sampler": "random", "enqueue": enqueue}
+    result = hg.sweep(problem, space, DATA, **given, name="near")
+    best = result.top(1)[0]
+    trial = result.study.trials[best.number]
+    assert best.held_out == trial.user_attrs["test_metrics"]["near"] <= 1
+    assert best.score == trial.user_attrs["metrics"]["near"]
+    audit = result.audit(seeds=2)
+    assert audit.metrics["near"].shape == (2,) and audit.mean == audit.test_losses.mean()
+    assert 0 < audit.metrics["near"].mean() <= 1
+    found = result.confirm(count=1, seeds=1)
+    report = result._retrained(found.hyper, 0, 1, 2**31 + 1)
+    assert found.held_out == pytest.approx(float(report.test_metrics["near"][0]))
+    # In the table and on the page: the study's name, the audit, and what stands at a bound.
+    lines = result.table().splitlines()
+    assert lines[0].startswith("near: 3 trials") and "rate=0.3|" in result.table()
+    assert any(line.startswith("audit: test loss ") and "near " in line for line in lines)
+    assert any(line.startswith("| at a bound") for line in lines)
+    assert "optimizer=adam|" not in result.table()
+    from hypergrad.plotting.report import page
+
+    text = page(result.study)
+    assert "<h1>near</h1>" in text and "<th>test near</th>" in text and "Confirmed: trial" in text
+    assert "<td>0.3|</td>" in text
+    # Of tune, too.
+    tuned = hg.tune(
+        problem({"optimizer": "adam"}),
+        hg.Space({"rate": SPACE["rate"]}),
+        DATA,
+        {"rate": 0.1},
+        num_steps=16,
+        batch_size=8,
+        budget=1.0,
+        progress=False,
+    )
+    audit = tuned.audit(seeds=2)
+    assert audit.metrics["near"].shape == (2,) and np.isfinite(audit.std_error)
+
+
+def test_far_worse_scores_do_not_squash_the_axis() -> None:
+    from hypergrad.plotting.panels import fenced, new_panels
+
+    scores = [0.2, 0.21, 0.22, 0.24, 0.25, 0.26, 0.3, 1e6]
+    axis = new_panels(1)[0]
+    low, high = fenced(axis, scores)
+    assert low < 0.2 and 0.3 < high < 0.6 and axis.get_ylim() == (low, high)
+    logarithmic = new_panels(1)[0]
+    logarithmic.set_yscale("log")
+    low, high = fenced(logarithmic, scores)
+    assert low < 0.2 and 0.3 < high < 1
+    upside_down = new_panels(1)[0]
+    low, high = fenced(upside_down, [0.9, 0.91, 0.92, 0.93, -50.0], -1)
+    assert 0.7 < low < 0.9 and high > 0.93
+    # None is far off.
+    plain = new_panels(1)[0]
+    assert fenced(plain, [0.1, 0.2, 0.3]) == plain.get_ylim()
+
+
+def test_importance_is_of_starts_where_trials_were_refined() -> None:
+    from hypergrad.plotting.sweeps import plot_importance
+    from hypergrad.study.distributions import Coordinates
+    from hypergrad.study.study import open_study
+
+    space = hg.Space({"rate": SPACE["rate"], "decay": hg.Float(0.0, 1.0)})
+    names = Coordinates(space).names
+    with open_study(space, sampler="random", seed=0, num_trials=24) as opened:
+        while proposal := opened.ask(record=False):
+            # The score hangs on where the rate began; all rates end alike, decays do not matter.
+            score = abs(np.log(proposal.start["rate"] / 0.02))
+            refined = {"rate": 0.02, "decay": proposal.start["decay"]}
+            opened.finish(proposal, float(score), refined)
+    axis = plot_importance(opened.study)
+    assert "where they started" in axis.get_xlabel()
+    pairs = zip(axis.get_yticklabels(), axis.patches, strict=True)
+    widths = {t.get_text(): bar.get_width() for t, bar in pairs}
+    assert widths["rate"] > 0.8 and set(widths) == set(names)

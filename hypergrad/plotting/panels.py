@@ -95,6 +95,27 @@ def log_if_wide(axis: Axes, values: ArrayLike) -> None:
         log_scale(axis)
 
 
+def fenced(axis: Axes, values: ArrayLike, sign: int = 1) -> tuple[float, float]:
+    """Limits an axis to what values that are not far off need; returns the limits.
+
+    Far off on the bad side (above, with `sign` 1) is more than three times as far from the best as
+    three quarters of the values are, on the axis' own scale.
+    """
+    log = axis.get_yscale() == "log"
+    finite = np.asarray(values, float)
+    finite = finite[np.isfinite(finite)]
+    places = sign * (np.log10(finite) if log else finite)
+    best, worst = places.min(), places.max()
+    fence = best + 3 * (np.quantile(places, 0.75) - best)
+    low, high = axis.get_ylim()
+    if best < fence < worst:
+        margin = 0.05 * (fence - best)
+        low, high = sorted(sign * np.array([best - margin, fence + margin]))
+        low, high = (10.0**low, 10.0**high) if log else (low, high)
+        axis.set_ylim(low, high)
+    return low, high
+
+
 def log_scale(axis: Axes) -> None:
     """Makes the vertical axis logarithmic, with plain numbers as labels."""
     axis.set_yscale("log")

@@ -5,14 +5,29 @@ import html
 import math
 import secrets
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 
 from hypergrad.checks import in_one_sentence
 from hypergrad.plotting.sweeps import save_pictures
 from hypergrad.space.dimensions import Categorical
-from hypergrad.study.ranking import failed_trials, objective_names, ranked, reason_of, short, states
+from hypergrad.space.space import Space
+from hypergrad.study.ranking import (
+    FOOTNOTE,
+    MARK,
+    confirmed,
+    failed_trials,
+    objective_names,
+    ranked,
+    reason_of,
+    short,
+    shown,
+    states,
+)
+from hypergrad.study.remarks import AT_BOUND, BOUND_NOTE, at_bounds, audits
 from hypergrad.study.signature import stored_space
 from hypergrad.study.slots import ERROR
 
@@ -46,6 +61,7 @@ def page(study: optuna.Study) -> str:
     sections = [
         f"<h1>{name}</h1><p>{states(study)}; {goals}.</p>",
         _best(study),
+        _audited(study),
         *_pictures(study),
         _space(study),
         _failures(study),
@@ -61,17 +77,53 @@ def _best(study: optuna.Study) -> str:
     best = ranked(study)[:_MOST_TRIALS]
     if not best:
         return "<h2>Best trials</h2><p>No trial has trained in full yet.</p>"
-    names = [name for name in stored_space(study) if any(name in b.hyper for b in best)]
+    space = stored_space(study)
+    names = [name for name in space if any(name in b.hyper for b in best)]
     rows = [["trial", "score", "test", *names]]
     for b in best:
         test = "" if math.isnan(b.held_out) else f"{b.held_out:.4f}"
-        values = [short(b.hyper[name]) if name in b.hyper else "" for name in names]
-        rows.append([f"#{b.number}", f"{b.score:.4f}", test, *values])
+        score = f"{b.score:.4f}{MARK if b.moved else ''}"
+        rows.append([f"#{b.number}", score, test, *_values(names, b.hyper, space)])
+    notes = [FOOTNOTE] if any(b.moved for b in best) else []
+    notes += [BOUND_NOTE] if any(at_bounds(space, b.hyper) for b in best) else []
     return (
         f"<h2>Best trials</h2>{_table(rows, best=True)}<p>Scores are what trials were selected by, "
-        "and flatter; <code>test</code> is the same run's loss on the held-out split. "
-        "<code>result.audit()</code> retrains the best on fresh seeds.</p>"
+        "and flatter; <code>test</code> is the same run's score on the held-out split. "
+        f"{''.join(f'<br>{html.escape(note)}.' for note in notes)}</p>"
     )
+
+
+def _values(names: list[str], hyper: Mapping[str, Any], space: Space) -> list[str]:
+    edge = at_bounds(space, hyper)
+    shown = {n: f"{short(v)}{AT_BOUND if n in edge else ''}" for n, v in hyper.items()}
+    return [shown.get(name, "") for name in names]
+
+
+def _audited(study: optuna.Study) -> str:
+    """What was confirmed, and audits: frozen values under fresh seeds."""
+    space, kept, rows = stored_space(study), confirmed(study), []
+    found = audits(study)
+    names = [n for n in space if any(n in h for h in [a["hyper"] for a in found])]
+    metrics = list(dict.fromkeys(name for a in found for name in a["metrics"]))
+    for one in found:
+        pairs = [(one["mean"], one["std_error"])]
+        pairs += [one["metrics"].get(name, (math.nan, math.nan)) for name in metrics]
+        numbers = [f"{mean:.4f} ± {error:.2g}" for mean, error in pairs]
+        rows.append([*numbers, str(one["seeds"]), *_values(names, one["hyper"], space)])
+    text = ""
+    if kept:
+        best, since = kept
+        values = html.escape(shown(best.hyper, space))
+        stale = f", before {since} more trials had trained" if since else ""
+        text = (
+            f"<p>Confirmed{stale}: trial #{best.number}, its values frozen and trained again, "
+            f"score {best.score:.4f}, test {best.held_out:.4f}: {values}</p>"
+        )
+    if rows:
+        text += _table([["test loss", *(f"test {m}" for m in metrics), "seeds", *names], *rows])
+    elif not kept:
+        text = "<p>None yet: <code>hypergrad confirm</code>, <code>result.audit()</code>.</p>"
+    return f"<h2>Confirmation and audit</h2>{text}"
 
 
 def _pictures(study: optuna.Study) -> list[str]:

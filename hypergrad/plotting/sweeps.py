@@ -25,6 +25,7 @@ from hypergrad.plotting.panels import (
     Figure,
     GivenAxes,
     chosen,
+    fenced,
     given_or_new,
     legend_above,
     literal,
@@ -57,7 +58,8 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     """Draws each trial's score by its number, and the best so far (the optimisation history).
 
     A trial that a scheduler stopped stands at its last score; one that failed is a mark at the
-    lower edge. Only trials that trained in full count as the best.
+    lower edge, one that is far worse than most a mark at the edge that it lies beyond. Only trials
+    that trained in full count as the best.
 
     Raises:
       ValueError: no trial has a score.
@@ -82,6 +84,13 @@ def plot_scores(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
         style: dict[str, Any] = {"label": "failed", "transform": axis.get_xaxis_transform()}
         axis.plot(*zip(*failed, strict=True), "v", color=PALETTE[6], ms=5, **style)
     log_if_wide(axis, [s.score for s in scored])
+    low, high = fenced(axis, [s.score for s in scored], sign_of(study))
+    beyond = [s.trial.number for s in scored if not low <= s.score <= high]
+    if beyond:
+        place, mark = (0.97, "^") if sign_of(study) > 0 else (0.03, "v")
+        style = {"label": "far worse", "transform": axis.get_xaxis_transform()}
+        axis.plot(beyond, [place] * len(beyond), mark, color=PALETTE[0], mfc="none", ms=6, **style)
+    axis.set_title(literal(study.study_name), fontsize=10)
     axis.set_xlabel("trial")
     axis.set_ylabel("score (validation)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -94,8 +103,9 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
     """Draws how much each hyperparameter mattered among the trials that trained in full.
 
     Optuna's estimate (`optuna.importance.get_param_importances`, PED-ANOVA): what sets the best
-    tenth of the trials apart. Below some dozens of trials it is a hint at most, and it judges the
-    values that the study was told, not where refinement started.
+    tenth of the trials apart. Below some dozens of trials it is a hint at most. Of refined trials
+    the values that they started from count, as those that they ended with are alike where
+    hypergradients have done their work; the axis says so.
 
     Raises:
       ValueError: fewer than ten trials trained in full, or no sweep has opened the study.
@@ -107,7 +117,8 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
             f"compares the best tenth with the others: run at least {_FEWEST}."
         )
     names = {parameter: name for name, parameter in Coordinates(stored_space(study)).names.items()}
-    shares = _importances(study)
+    seen = _by_starts(study)
+    shares = _importances(seen)
     # The largest on top.
     found = {names.get(p, p): shares[p] for p in sorted(shares, key=shares.__getitem__)}
     axis = new_panels(1, (6, 0.9 + 0.28 * len(found)))[0] if axes is None else axes
@@ -116,9 +127,32 @@ def plot_importance(study: optuna.Study, *, axes: Axes | None = None) -> Axes:
         text = f"{share:.2f}" if share >= 0.01 else "<0.01"
         axis.text(share, i, f" {text}", va="center", fontsize=8)
     axis.set_xlim(0, 1.15 * max(found.values()))
-    axis.set_xlabel(f"importance (share of 1; {count} trials)")
+    of = "; where they started" if seen is not study else ""
+    axis.set_xlabel(f"importance (share of 1; {count} trials{of})")
     axis.spines[["top", "right"]].set_visible(False)
     return axis
+
+
+def _by_starts(study: optuna.Study) -> optuna.Study:
+    """The study with the starts of refined trials in the place of their ends, if there are any."""
+    coordinates = Coordinates(stored_space(study))
+    scored = [s for s in scored_trials(study) if s.complete]
+    starts = [s.trial.user_attrs.get("start") or {} for s in scored]
+    if not any(starts):
+        return study
+    copy = optuna.create_study(
+        directions=study.directions, storage=optuna.storages.InMemoryStorage()
+    )
+    for one, start in zip(scored, starts, strict=True):
+        trial = one.trial
+        params = trial.params | coordinates.to_study(start)
+        params = {name: params[name] for name in trial.params}
+        copy.add_trial(
+            optuna.create_trial(
+                params=params, distributions=trial.distributions, values=trial.values
+            )
+        )
+    return copy
 
 
 def plot_refinement(

@@ -136,6 +136,13 @@ class PopulationReport(NamedTuple):
     test_metrics: Tree
 
 
+def on_test(report: PopulationReport) -> PopulationReport | None:
+    """The report with the held-out split in the place of validation; None without one."""
+    if report.test_score is None:
+        return None
+    return report._replace(score=report.test_score, metrics=report.test_metrics)
+
+
 class Data(NamedTuple):
     """What members are trained, guided, judged and reported on.
 

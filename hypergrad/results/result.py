@@ -13,7 +13,7 @@ import optuna
 
 from hypergrad.checks import checked_seed, integer
 from hypergrad.optim.schedules import Schedule
-from hypergrad.population.member import PopulationReport, PopulationState
+from hypergrad.population.member import PopulationReport, PopulationState, on_test
 from hypergrad.problem.problem import judged_params
 from hypergrad.results.programs import Program, Programs
 from hypergrad.results.saved import Saved, checked_folder, write
@@ -28,6 +28,7 @@ from hypergrad.study.ranking import (
     states,
     table,
 )
+from hypergrad.study.remarks import keep_audit
 from hypergrad.study.storage import dashboard_command, open_storage, place_of
 from hypergrad.study.study import OpenStudy
 from hypergrad.trees import InnerState, Key
@@ -37,17 +38,36 @@ _AUDIT, _CONFIRM, _RETRAIN = 2**31, 2**31 + 1, 2**31 + 2
 
 
 class Audit(NamedTuple):
-    """Frozen hyperparameters, retrained on seeds that the sweep has not seen.
+    """Frozen hyperparameters, retrained on seeds that the search has not seen.
 
     Attributes:
       test_losses: on the test split, one per seed.
       mean: their mean; infinite if one diverged.
       std_error: of the mean.
+      metrics: `problem.metrics` on the test split, by name, one per seed each.
     """
 
     test_losses: np.ndarray
     mean: float
     std_error: float
+    metrics: Mapping[str, np.ndarray]
+
+
+def audit_of(losses: Any, metrics: Mapping[str, Any]) -> Audit:
+    """The audit of losses `[seeds]`, of which those that are not finite are infinite."""
+    found = np.asarray(losses, np.float64)
+    # NaN would make a mean that is neither better nor worse than another.
+    found = np.where(np.isfinite(found), found, np.inf)
+    named = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
+    return Audit(found, *mean_and_error(found), named)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean, and its standard error; NaN of one value."""
+    many = len(values) > 1
+    with np.errstate(invalid="ignore"):  # of infinite ones
+        error = float(values.std(ddof=1) / np.sqrt(len(values))) if many else float("nan")
+    return float(values.mean()), error
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -114,6 +134,8 @@ class SweepResult:
     def audit(self, seeds: int = 10, hyper: Mapping[str, Any] | None = None) -> Audit:
         """Values frozen and retrained in full on `seeds` fresh seeds, scored on the test split.
 
+        The study keeps it, for the table and the report.
+
         Args:
           seeds: how many; no trial has used them.
           hyper: all active values, in the user's units, such as an untuned default to compare with;
@@ -126,16 +148,17 @@ class SweepResult:
         values = self.best.hyper if hyper is None else hyper
         opened, _, _ = self._with_problem()
         opened.check(values)
-        losses = self._retrained(values, 0, integer("seeds", seeds), _AUDIT).test_score
-        if losses is None:
+        report = self._retrained(values, 0, integer("seeds", seeds), _AUDIT)
+        if report.test_score is None:
             raise ValueError(
                 "data.test=None: an audit is taken on a split that nothing was tuned on."
             )
-        found = np.asarray(losses, np.float64)
-        # NaN would make a mean that is neither better nor worse than another.
-        found = np.where(np.isfinite(found), found, np.inf)
-        error = float(found.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
-        return Audit(found, float(found.mean()), error)
+        audit = audit_of(report.test_score, dict(report.test_metrics or {}))
+        discrete = opened.space.discrete
+        plain = {n: v if n in discrete else float(v) for n, v in values.items()}
+        metrics = {name: mean_and_error(found) for name, found in audit.metrics.items()}
+        keep_audit(self.study, plain, audit.test_losses.tolist(), audit.std_error, metrics)
+        return audit
 
     def confirm(self, count: int = 3, seeds: int = 2) -> Best:
         """The trial whose frozen values score best on validation when trained again.
@@ -143,7 +166,7 @@ class SweepResult:
         A trial's own score flatters it: it is the best of many, under one seed, and a refined
         trial's values moved while it trained. So the best `count` are retrained in full with their
         values frozen, under `seeds` fresh seeds that `audit` does not use; the mean of their scores
-        decides, and is the `score` of what is returned, as the mean of their test losses is its
+        decides, and is the `score` of what is returned, as that of their scores on test is its
         `held_out`. Where hypergradients moved a trial, the values that it started from compete with
         those it ended with. Cost: count * seeds full runs, under `refine` half as many again: all
         candidates are trained once, and the better half under the other seeds, too.
@@ -235,7 +258,8 @@ class SweepResult:
         """(Score, test loss) `[2, seeds]` of values frozen and retrained; NaN where one is lost."""
         report = self._retrained(values, first, last, _CONFIRM)
         scores = np.where(report.finite, self._with_problem()[2](report), np.nan)
-        tests = np.full_like(scores, np.nan) if report.test_score is None else report.test_score
+        tested = on_test(report)
+        tests = np.full_like(scores, np.nan) if tested is None else self._with_problem()[2](tested)
         return np.stack([scores, tests]).astype(np.float64)
 
     def _ordered(self, found: list[tuple[Best, np.ndarray]]) -> list[tuple[Best, np.ndarray]]:

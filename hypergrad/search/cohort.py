@@ -14,7 +14,7 @@ import numpy as np
 from hypergrad.costs.lengths import Length
 from hypergrad.data.batches import num_examples
 from hypergrad.population.held import WEIGHTS
-from hypergrad.population.member import PopulationReport, PopulationState
+from hypergrad.population.member import PopulationReport, PopulationState, on_test
 from hypergrad.population.population import width_for
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
@@ -234,7 +234,7 @@ class Cohort:
         # A metric may come out finite where the parameters are not, as an accuracy does.
         objectives = self.programs.goals.values(report)
         finite = report.finite & np.isfinite(objectives).all(1)
-        values = getattr(report, _TOLD_FIELDS[self.told])
+        values, tested = getattr(report, _TOLD_FIELDS[self.told]), on_test(report)
         result = []
         for i, proposal in enumerate(group.proposals):
             refined = {n: float(values[n][i]) for n in group.program.space.continuous}
@@ -258,9 +258,10 @@ class Cohort:
                 # Most of its training was NaN and undone: no success, whatever the end scores.
                 not_finite = report.reasons[i][NOT_FINITE]
                 attrs["undone"] = bool(2 * not_finite > report.reasons[i].sum())
-            if report.test_score is not None:
-                attrs["held_out"] = float(report.test_score[i])
-            attrs["metrics"] = {name: float(v[i]) for name, v in dict(report.metrics or {}).items()}
+            if tested is not None:
+                attrs["held_out"] = float(self.programs.goals.score(tested)[i])
+                attrs["test_metrics"] = _named(tested, i)
+            attrs["metrics"] = _named(report, i)
             if self.exploit is not None:
                 mine = (copy for copy in group.copies if copy[0] == proposal.number)
                 attrs["copied"] = [(step, parent) for _, step, parent in mine]
@@ -317,6 +318,11 @@ def _part(group: Group, slots: list[int], width: int | None = None) -> Group:
 def _rounded(values: np.ndarray) -> list[float]:
     """To the digits of a float32: as JSON they are half as long, and MySQL's texts are limited."""
     return [float(f"{value:.7g}") for value in values]
+
+
+def _named(report: PopulationReport, slot: int) -> dict[str, float]:
+    """The metrics of one member."""
+    return {name: float(v[slot]) for name, v in dict(report.metrics or {}).items()}
 
 
 def _moved(report: PopulationReport, slot: int) -> dict[str, bool]:

@@ -11,11 +11,12 @@ import numpy as np
 
 from hypergrad.checks import integer
 from hypergrad.optim.schedules import Schedule
-from hypergrad.problem.problem import judged_params
-from hypergrad.results.result import Audit
+from hypergrad.problem.eager import compiled_for_each
+from hypergrad.problem.problem import Problem, judged_params, validation_loss
+from hypergrad.results.result import Audit, audit_of
 from hypergrad.results.saved import Saved, write
 from hypergrad.search.candidates import Candidate, Workshop
-from hypergrad.trees import Hyper, InnerState, Params
+from hypergrad.trees import Batch, Hyper, InnerState, Params
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -136,9 +137,11 @@ class TuneResult:
                 "hypergrad.Splits(train, valid, test)."
             )
         values = self._checked(hyper)
-        losses = np.array([shop.test_loss(values, i) for i in range(seeds)])
-        error = float(losses.std(ddof=1) / np.sqrt(seeds)) if seeds > 1 else float("nan")
-        return Audit(losses, float(losses.mean()), error)
+        found = [_tested(shop, values, seed) for seed in range(seeds)]
+        names = dict.fromkeys(name for _, metrics in found for name in metrics)
+        nan = float("nan")
+        metrics = {name: [named.get(name, nan) for _, named in found] for name in names}
+        return audit_of([loss for loss, _ in found], metrics)
 
     def save_pictures(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Writes pictures of the candidates and of the schedule into `folder` as PNG.
@@ -162,6 +165,26 @@ class TuneResult:
 
     def _checked(self, hyper: Mapping[str, Any] | None) -> Hyper:
         return self._with_problem().space.validate(dict(self.hyper if hyper is None else hyper))
+
+
+def _tested(shop: Workshop, values: Hyper, seed: int) -> tuple[float, dict[str, float]]:
+    """Loss and metrics on the test split after a whole run; without any if it diverged."""
+    try:
+        params = judged_params(shop.problem, shop.plain_run(values, seed))
+    except FloatingPointError:
+        return float("inf"), {}
+    judge = compiled_for_each(shop.problem, "audit", _on_test_split)
+    loss, metrics = jax.device_get(judge(params, values, shop.data.test))
+    return float(loss), {name: float(value) for name, value in metrics.items()}
+
+
+def _on_test_split(
+    problem: Problem, params: Params, hyper: Hyper, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    key = jax.random.key(0)
+    loss = validation_loss(problem, params, hyper, batch, key, 0)
+    metrics = {} if problem.metrics is None else problem.metrics(params, hyper, batch, key)
+    return loss, dict(metrics)
 
 
 def _shown(candidate: Candidate) -> str:

@@ -4,14 +4,16 @@ Everything is read from the study, so that it works in a process that never ran 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hypergrad.checks import integer, printable
+from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
+from hypergrad.study.remarks import AT_BOUND, BOUND_NOTE, at_bounds, audit_line, audits
 from hypergrad.study.signature import recipe_of, stored_space
 from hypergrad.study.slots import ERROR, REASON, counted
 
@@ -32,7 +34,7 @@ class Best(NamedTuple):
     Attributes:
       hyper: all active hyperparameters, discrete ones too, in the user's units.
       score: the validation score it was selected by: flattering, as selected scores are.
-      held_out: its own run's loss on the test split; NaN without one.
+      held_out: its own run's score on the test split, by the same metric; NaN without one.
       number: the trial's number in the study.
       moved: whether the score is of values that moved while they trained, of which `hyper` is
         where they ended.
@@ -121,32 +123,45 @@ def states(study: optuna.Study) -> str:
 
 def table(study: optuna.Study, count: int = 10) -> str:
     """The best trials as text, one line each, and how many there are of each state."""
+    space = stored_space(study)
     best, count = ranked(study), integer("count", count, 0)
-    lines = [states(study)]
+    lines = [f"{printable(study.study_name)}: {states(study)}"]
     if len(study.directions) > 1:
         ways = zip(objective_names(study), study.directions, strict=True)
         named = ", ".join(f"{printable(n)} ({d.name.lower()})" for n, d in ways)
         lines.append(f"scores are {named}; the first {len(study.best_trials)} are their front")
-    lines += map(_row, best[:count])
+    lines += [_row(one, space) for one in best[:count]]
     if any(one.excess for one in best[:count]):
         lines.append(f"{BROKEN} breaks the constraints, and ranks by how far")
     if any(one.moved for one in best[:count]):
         lines.append(FOOTNOTE)
+    if any(at_bounds(space, one.hyper) for one in best[:count]):
+        lines.append(BOUND_NOTE)
     reasons = [reason_of(trial) for trial in failed_trials(study)]
     if reasons and not best:
         lines.append(f"the last error: {reasons[-1]}")
     if kept := confirmed(study):
         found, since = kept
         stale = f", before {since} more had trained" if since else ""
-        lines.append(f"confirmed, its values frozen{stale}:\n{_row(found)}")
+        lines.append(f"confirmed, its values frozen{stale}:\n{_row(found, space)}")
+    lines += [f"audit: {audit_line(one)}  {shown(one['hyper'], space)}" for one in audits(study)]
     return "\n".join(lines)
 
 
-def _row(best: Best) -> str:
-    values = "  ".join(f"{printable(name)}={short(value)}" for name, value in best.hyper.items())
+def _row(best: Best, space: Space) -> str:
     scores = ", ".join(f"{value:.4g}" for value in best.values or [best.score])
     score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
-    return f"#{best.number:<5} score {score:<9}  test {best.held_out:<9.4g}  {values}"
+    test = f"test {best.held_out:<9.4g}"
+    return f"#{best.number:<5} score {score:<9}  {test}  {shown(best.hyper, space)}"
+
+
+def shown(hyper: Mapping[str, Any], space: Space) -> str:
+    """Values in a line, those at a bound marked."""
+    edge = at_bounds(space, hyper)
+    return "  ".join(
+        f"{printable(name)}={short(value)}{AT_BOUND if name in edge else ''}"
+        for name, value in hyper.items()
+    )
 
 
 def reason_of(trial: FrozenTrial) -> str:
