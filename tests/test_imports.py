@@ -21,12 +21,13 @@ ROOMS = {
     "space": "dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
-    "estimators": "memory linear base recompute unrolled forward implicit evolution difference"
+    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise recompute"
+    " structure",
+    "estimators": "memory linear base unrolled forward implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
-    "training": "history doubts length identity checkpoints progress callbacks signals fit",
+    "training": "history doubts length identity checkpoints progress callbacks signals updates fit",
     "study": "optuna_private distributions signature workers storage slots sampler ranking study",
     "plotting": "panels runs colors parallel sweeps tuned report",
     "search": "schedulers arguments recipe programs cohort endings result sweep"
