@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypergrad.problem.rules import Traced
 from hypergrad.trees import Hyper, InnerState, Tree, split_inexact
 
 Step = Callable[[InnerState, Any], InnerState]
@@ -69,13 +70,11 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
 
     # What the step closes over becomes an argument: a custom rule may close over nothing traced.
     first = jax.tree.map(lambda x: x[0], inputs)
-    program, shapes = jax.make_jaxpr(one, return_shape=True)(hyper, progress, probes[0], first)
-    structure = jax.tree.structure(shapes)
+    traced = Traced(one, hyper, progress, probes[0], first)
 
     def step_at(consts: Any, hyper: Hyper, t: jax.Array, progress: Any, probe: Any, xs: Any) -> Any:
         x = jax.tree.map(lambda x: x[t], xs)
-        arrays = jax.tree.leaves((hyper, progress, probe, x))
-        return structure.unflatten(jax.core.eval_jaxpr(program.jaxpr, consts, *arrays))
+        return traced.under(consts, hyper, progress, probe, x)
 
     @jax.custom_vjp
     def run(consts: Any, hyper: Hyper, progress: InnerState, probes: Any, xs: Any) -> InnerState:
@@ -135,7 +134,7 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
         return None, grad, jax.tree.structure(start).unflatten(to_start), squares, None
 
     run.defvjp(forward, backward)
-    return run(program.consts, hyper, progress, probes, inputs)
+    return run(traced.consts, hyper, progress, probes, inputs)
 
 
 def snapshots(length: int) -> int:
