@@ -39,7 +39,7 @@ from hypergrad.population.refine import Refine
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
-from hypergrad.problem.smoothness import metasmoothness
+from hypergrad.smoothness import metasmoothness
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
 from hypergrad.testing.check import check_hypergradient

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.problem.smoothness import REMEDIES, sign_agreement
+from hypergrad.smoothness import REMEDIES, sign_agreement
 
 KEY = jax.random.key(0)
 SIZE, STEPS = 12, 30

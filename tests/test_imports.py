@@ -23,14 +23,15 @@ ROOMS = {
     "optim": "transforms proximal schedules",
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
-    " structure smoothness",
+    " recompute structure",
+    "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base recompute unrolled forward conditions implicit evolution difference"
+    "estimators": "memory base unrolled forward conditions implicit evolution difference"
     " auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
-    " fit",
+    " updates fit",
     "study": "optuna_private distributions signature workers storage slots sampler remarks"
     " ranking study",
     "plotting": "panels attributed runs colors parallel sweeps tuned report",

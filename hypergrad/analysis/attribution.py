@@ -17,7 +17,7 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
-from hypergrad.problem.smoothness import checked_floats, metasmoothness, refuse_streams
+from hypergrad.smoothness import checked_floats, metasmoothness, refuse_streams
 from hypergrad.testing.causes import cause_of_nan
 from hypergrad.trees import Batch, Hyper, Key, Train, leaf_names
 

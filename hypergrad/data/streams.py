@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from hypergrad import checks
 from hypergrad.data.batches import FIXES_A_SHAPE, Minibatches, num_steps
@@ -49,12 +50,21 @@ class Stream:
       source: yields pytrees of what NumPy can read.
       group: batches per `take`.
       position: where an earlier run stood (`position` of its stream), to go on from.
+      sharding: where the leaves of a batch go, `[batch, ...]`; None for the default device.
     """
 
     def __init__(
-        self, name: str, source: Iterable[Batch], group: int | None, position: StreamPosition | None
+        self,
+        name: str,
+        source: Iterable[Batch],
+        group: int | None,
+        position: StreamPosition | None,
+        sharding: Sharding | None = None,
     ) -> None:
         self._name, self._source, self._group = name, source, group
+        self._sharding = sharding
+        if isinstance(sharding, NamedSharding) and group is not None:
+            self._sharding = sharding.update(spec=PartitionSpec(None, *sharding.spec))
         self._iterator: Any = None
         self._protocol: Literal["loader", "iterator"] | None = None
         # What the first batch was like: later ones share its compiled program.
@@ -70,10 +80,10 @@ class Stream:
         if self._iterator is None:
             self._open()
         if self._group is None:
-            return jax.device_put(jax.tree.map(_copy, self._next()))
+            return jax.device_put(jax.tree.map(_copy, self._next()), self._sharding)
         # A source may fill one buffer again and again.
         batches = [jax.tree.map(_copy, self._next()) for _ in range(self._group)]
-        return jax.device_put(jax.tree.map(_stack, *batches))
+        return jax.device_put(jax.tree.map(_stack, *batches), self._sharding)
 
     @property
     def awaited(self) -> str:
@@ -218,7 +228,11 @@ class Stream:
 
 
 def open_source(
-    name: str, data: Train | Batch, group: int | None, position: StreamPosition | None = None
+    name: str,
+    data: Train | Batch,
+    group: int | None,
+    position: StreamPosition | None = None,
+    sharding: Sharding | None = None,
 ) -> Constant | Stream:
     """`data` as what updates take from: as it is, or `group` batches of it from `position` on."""
     if is_fixed(data):
@@ -228,7 +242,7 @@ def open_source(
             f"{name}={data!r} is neither a pytree of arrays, nor a Minibatches, nor an iterable of "
             "batches: give one of these."
         )
-    return Stream(name, data, group, position)
+    return Stream(name, data, group, position, sharding)
 
 
 def fixed(**data: Train | Batch) -> dict[str, dict[str, str]]:

@@ -22,6 +22,7 @@ from hypergrad.problem.problem import (
     training_steps,
     validation_loss,
 )
+from hypergrad.problem.recompute import scan
 from hypergrad.problem.structure import naming_missing, require_reach, require_slope, require_use
 from hypergrad.trees import (
     Batch,
@@ -175,11 +176,6 @@ class Window:
         """The validation loss of `params` after the window's K steps."""
         step = offset + self.num_steps
         return validation_loss(self.problem, params, hyper, self.valid, self.key, step)
-
-
-def scan(step: Step, progress: Progress, inputs: tuple[jax.Array, Batch]) -> Progress:
-    """`step` along the leading axis of `inputs`."""
-    return jax.lax.scan(lambda p, x: (step(p, x), None), progress, inputs)[0]
 
 
 def _map_averaged(f: Callable[[Any, Any], Any], total: Tree, params: Params) -> Tree:

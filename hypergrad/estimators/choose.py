@@ -20,8 +20,8 @@ from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem, judged_params
-from hypergrad.problem.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.problem.structure import require_use
+from hypergrad.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.space.space import Space
 from hypergrad.trees import (
     Batch,

@@ -128,7 +128,11 @@ class Condition:
         examples = (self.batches, self.keys)
         if self.keys.shape[0] == 1:
             return f(*jax.tree.map(lambda x: x[0], examples))
-        return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(lambda x: f(*x), examples))
+        # Summed up on the way: a mean over n stacked vectors would hold n of them.
+        zeros = jax.tree.map(jnp.zeros_like, self.z)
+        add = lambda total, x: (jax.tree.map(jnp.add, total, f(*x)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, zeros, examples)
+        return jax.tree.map(lambda x: x / self.keys.shape[0], total)
 
 
 def condition_of(

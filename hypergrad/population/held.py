@@ -37,7 +37,7 @@ class Held(NamedTuple):
         return self._replace(run=self.run._replace(key=key))
 
 
-def shown(values: Hyper) -> Hyper:
+def user_values(values: Hyper) -> Hyper:
     """What of the held values the problem finds in `hyper`."""
     return {name: value for name, value in values.items() if name != WEIGHTS}
 
@@ -79,7 +79,7 @@ class HeldRuns:
 
     def hyper(self, run: Held) -> Hyper:
         """The same in the user's units, with what the problem finds beside them."""
-        return {**self._of(run.values).hyper(run.run), **shown(run.values)}
+        return {**self._of(run.values).hyper(run.run), **user_values(run.values)}
 
     def moved(self, run: Held, unit: Unit) -> Held:
         """The run with its hyperparameters at `unit`."""

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from hypergrad.checks import choice, integer, positive, within
 from hypergrad.data.batches import Minibatches
 from hypergrad.population.exploit import exploited
-from hypergrad.population.held import WEIGHTS, HeldRuns, Runs, given, shown
+from hypergrad.population.held import WEIGHTS, HeldRuns, Runs, given, user_values
 from hypergrad.population.member import Data, Member, PopulationReport, PopulationState
 from hypergrad.population.placement import Execution, Mode, Placement
 from hypergrad.population.refine import PlainRuns, Refine, RefinedRuns, plain
@@ -299,7 +299,7 @@ def _runs(
     """What trains the members."""
 
     def make(values: Hyper) -> RefinedRuns | PlainRuns:
-        trained = given(problem, shown(values)) if held else problem
+        trained = given(problem, user_values(values)) if held else problem
         if refine is None:
             return PlainRuns(plain(trained, space), space)
         guided = trained if followed is None else followed(trained, values[WEIGHTS])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.problem.rules import rules_within
+from hypergrad.problem.rules import Traced, rules_within
 from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
 
 _Zero = jax.custom_derivatives.SymbolicZero
@@ -73,12 +73,12 @@ def inner_gradient(
 
         rest = (param_constants, hyper_constants, rest)
         try:
-            traced = _Traced(on_floats, param_floats, hyper_floats, rest)
+            traced = _TracedLoss(on_floats, param_floats, hyper_floats, rest)
         except jax.errors.ConcretizationTypeError:
             # an eager call that branches on values
             grads, value_aux = _plain(on_floats)(param_floats, hyper_floats, rest)
         else:
-            rule = _differentiation(mixed_mode, rules_within(traced.program.jaxpr))
+            rule = _differentiation(mixed_mode, rules_within(traced.program))
             used, rest = traced.split(hyper_floats, rest)
             grads, value_aux = rule(traced)(param_floats, used, rest)
         # Integer leaves have no gradient; zeros keep the structure that optimisers expect.
@@ -88,20 +88,18 @@ def inner_gradient(
     return gradient
 
 
-class _Traced:
-    """A loss as its program: the user's Python runs once, however often it is differentiated.
+class _TracedLoss(Traced):
+    """A loss (p, h, rest), called with what it reads of h alone.
 
-    Called with what the loss reads of h alone. What it does not read (a learning rate) would cost
-    the transpose a pass over all parameters, for a zero.
+    What it does not read (a learning rate) would cost the transpose a pass over all parameters, for
+    a zero.
     """
 
     def __init__(self, loss: Callable[..., Any], p: list[Any], h: list[Any], rest: Tree) -> None:
-        self.program, shapes = jax.make_jaxpr(loss, return_shape=True)(p, h, rest)
-        self._out = jax.tree.structure(shapes)
-        inputs = self.program.jaxpr.invars[len(p) : len(p) + len(h)]
-        read = {id(v) for eqn in self.program.jaxpr.eqns for v in eqn.invars}
-        read |= {id(v) for v in self.program.jaxpr.outvars}
-        self._read = [id(v) in read for v in inputs]
+        super().__init__(loss, p, h, rest)
+        read = {id(v) for eqn in self.program.eqns for v in eqn.invars}
+        read |= {id(v) for v in self.program.outvars}
+        self._read = [id(v) in read for v in self.program.invars[len(p) : len(p) + len(h)]]
 
     def split(self, h: list[Any], rest: Tree) -> tuple[list[Any], Tree]:
         """The part of h that is read; and `rest` with the other, for calls."""
@@ -113,9 +111,7 @@ class _Traced:
         others, rest = rest
         supply, more = iter(h), iter(others)
         h = [next(supply) if read else next(more) for read in self._read]
-        arrays = jax.tree.leaves((p, h, rest))
-        out = jax.core.eval_jaxpr(self.program.jaxpr, self.program.consts, *arrays)
-        return jax.tree.unflatten(self._out, out)
+        return super().__call__(p, h, rest)
 
 
 def _differentiation(mixed_mode: bool, rules: list[str]) -> Callable[..., Any]:

@@ -8,9 +8,11 @@ import optax
 
 from hypergrad import checks
 from hypergrad.problem.mistakes import explained
+from hypergrad.problem.rules import Traced
 from hypergrad.trees import Hyper, Params, State, is_key, leaf_names
 
 Factory = Callable[[Any], optax.GradientTransformation]
+_ROOTS = {"sqrt", "rsqrt", "cbrt"}
 
 
 def check_optimizer(optimizer: Factory) -> None:
@@ -68,11 +70,14 @@ def optimizer_update(
     def update(hyper: Hyper, grads: Params, state: State, params: Params) -> tuple[Params, State]:
         return _update(_built(optimizer, hyper), grads, state, params, extra)
 
-    # Built anew in every step: its rates are traced values, and building costs nothing. What
-    # Adam's derivative needs is cheaper to compute again than to keep: 3 copies of the parameters
-    # in each step of an unroll. Where the user wants strict promotion, optax does not keep to it.
+    # Built anew in every step: its rates are traced values, and building costs nothing. Where the
+    # user wants strict promotion, optax does not keep to it.
     with explained("optimizer"), jax.numpy_dtype_promotion("standard"):
-        return jax.checkpoint(update, prevent_cse=False)(hyper, grads, state, params)
+        traced = Traced(update, hyper, grads, state, params)
+        # What a root's derivative needs (Adam: 6 copies of the parameters in each step of an
+        # unroll) is cheaper to compute again from the arguments (3) than to keep; momentum needs 1.
+        run = jax.checkpoint(traced, prevent_cse=False) if traced.uses(_ROOTS) else traced
+        return run(hyper, grads, state, params)
 
 
 def _update(

@@ -1,11 +1,11 @@
-"""Functions that declare their own derivative: which of them a program calls.
+"""A function as its program, and which functions with a derivative of their own it calls.
 
 A declared rule need not be the derivative of the value (gradient reversal, clipping in the backward
 pass, straight-through estimators). The gradient of a loss that calls one need not be the gradient
 of anything, so its derivative need not be symmetric.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,39 @@ import optax
 
 # Their custom_jvp rules are derivatives, written down for their digits or their speed alone.
 _TRUSTED = tuple(str(Path(str(package.__file__)).parent / "_")[:-1] for package in (jax, optax))
+
+
+class Traced:
+    """A function as its program, whose Python runs once, however often it is differentiated.
+
+    Called with arguments of the shapes that it was traced for.
+    """
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        self.program: Any = closed.jaxpr
+        self.consts, self._out = closed.consts, jax.tree.structure(shapes)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        return self.under(self.consts, *args)
+
+    def under(self, consts: Sequence[Any], *args: Any) -> Any:
+        """The same where what the function closes over are these `consts`."""
+        out = jax.core.eval_jaxpr(self.program, consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(self._out, out)
+
+    def uses(self, primitives: Collection[str]) -> bool:
+        """Whether one of these operations makes an array (not a number)."""
+        return _uses(self.program, primitives)
+
+
+def _uses(program: Any, primitives: Collection[str]) -> bool:
+    return any(
+        (eqn.primitive.name in primitives and eqn.outvars[0].aval.shape != ())
+        or any(_uses(inner, primitives) for inner in _inner_programs(eqn.params))
+        for eqn in program.eqns
+    )
 
 
 def declared_rules(function: Callable[..., Any], *args: Any, backward: bool = False) -> list[str]:

@@ -97,11 +97,12 @@ def put_back(arrays: list[np.ndarray], like: Tree) -> Any:
     """A state with the structure and the places of `like`, from what `take_apart` gave."""
 
     def place(leaf: Leaf, array: np.ndarray) -> Any:
+        committed = getattr(leaf, "committed", False)
         if is_key(leaf):
             new = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
-        else:
-            new = jnp.asarray(array)
-        return jax.device_put(new, leaf.sharding) if getattr(leaf, "committed", False) else new
+            return jax.device_put(new, leaf.sharding) if committed else new
+        # From the host to its shards: whole, it may fit no device.
+        return jax.device_put(array, leaf.sharding) if committed else jnp.asarray(array)
 
     leaves, structure = jax.tree.flatten(like)
     return structure.unflatten([place(*pair) for pair in zip(leaves, arrays, strict=True)])

@@ -6,14 +6,15 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from hypergrad.checks import folder_name
+from hypergrad.checks import folder_name, instance
 from hypergrad.data.prefetch import Fed, feed
 from hypergrad.data.streams import (
     RanOut,
@@ -32,7 +33,8 @@ from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.length import lengths
 from hypergrad.training.progress import FitProgress
 from hypergrad.training.signals import Signals, Stopped
-from hypergrad.trees import Batch, Leaf, State, Train, all_finite
+from hypergrad.training.updates import compiled_update, owned, strongly_typed
+from hypergrad.trees import Batch, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
@@ -82,11 +84,13 @@ def fit(
     callbacks: Sequence[Callable[[Record], Any]] = (),
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = True,
+    sharding: Sharding | None = None,
 ) -> FitResult:
     """Runs `num_updates` of a tuner, or `num_steps`, and can be killed and started again.
 
     The result is that of the plain loop over `jax.jit(tuner.update)`. The device is kept busy: data
     are stacked and moved by a thread, and the host looks at an update when four more are under way.
+    The state is donated from update to update, in buffers of the run's own: `state` stays whole.
 
     Args:
       tuner: `hypergrad.alternating` or `restarting`; compiled once per tuner, also over several
@@ -109,9 +113,10 @@ def fit(
       checkpoint: a folder, or a `hypergrad.Checkpoint`: every 100 updates, at the end, and on
         SIGTERM the whole state, the history and the position in the data are saved, and the same
         command goes on from there, to the same bits.
-
       progress: on a terminal and in a notebook (with ipywidgets) a bar, elsewhere a line a minute
         (`hypergrad.training.progress`).
+      sharding: where batches of an iterable go, a `jax.sharding.Sharding` of their leaves
+        `[batch, ...]` (the axis K is not split); arrays and `Minibatches` stay where they are.
 
     Resume: make `state` as before (same key and starting values). `Minibatches` and arrays need
     nothing else. An iterable must give the same batches again when it is started anew in a new
@@ -152,13 +157,15 @@ def fit(
     (8, True)
     """
     check_types_of_run(tuner, state, train)
+    if sharding is not None:
+        instance("sharding", sharding, Sharding, "a jax.sharding.NamedSharding, or None")
     refuse_missing_axis(train, valid)
     refuse_split_batch(train=train, valid=valid)
     steps, num_updates = lengths(train, num_updates, num_steps, steps_per_update)
     check(callbacks)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(folder_name("checkpoint", checkpoint))
-    state = jax.tree.map(_strong, state)
+    state = jax.tree.map(strongly_typed, state)
     first = int(getattr(state, "updates", 0))
     asked = range(first, first + num_updates)
     about: dict[str, Any] = {}
@@ -170,8 +177,8 @@ def fit(
     complete = resumed.done == asked.stop
     positions = {} if complete else resumed.positions
     batches = feed(
-        open_source("train", train, steps, positions.get("train")),
-        open_source("valid", valid, None, positions.get("valid")),
+        open_source("train", train, steps, positions.get("train"), sharding),
+        open_source("valid", valid, None, positions.get("valid"), sharding),
         resumed.done - complete,
         asked.stop,
         1 if checkpoint is None else checkpoint.every,
@@ -230,11 +237,11 @@ class _Run:
     ) -> None:
         self.tuner, self.asked = tuner, asked
         self.steps, self.about = steps, about
-        self.state, self.done, self.history = resumed.state, resumed.done, resumed.history
+        self.state, self.done, self.history = owned(resumed.state), resumed.done, resumed.history
         self.positions, self.saved_program = resumed.positions, resumed.program
         self.saved = resumed.done
         self.bad_in_a_row = 0
-        self.update = _compiled(tuner.update)
+        self.update = compiled_update(tuner.update)
         self.signals, self.doubts = Signals(), doubts
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
@@ -267,11 +274,11 @@ class _Run:
         try:
             for fed in () if self.stopped else self._waited_for(batches):
                 self.state, info = self.update(self.state, fed.train, fed.valid)
-                loss = getattr(getattr(self.state, "inner", None), "loss", None)
+                # Before the next update takes the state's buffers.
+                loss = owned(getattr(getattr(self.state, "inner", None), "loss", None))
                 self.done, self.positions = self.done + 1, fed.positions
                 due = self.saver is not None and self.done % self.every == 0
-                # A state that is kept cannot be freed, so only those that are saved.
-                kept = self.state if due else None
+                kept = owned(self.state) if due else None
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
                     self._settle(pending.popleft())
@@ -379,17 +386,3 @@ class _Run:
             f"After update {last.update}{where} {what}{why}. It trained under {hyper}. "
             + (self.doubts.cause() or _EITHER)
         )
-
-
-# Eight and not all: a compiled update keeps its tuner alive, and the data that it closes over.
-@lru_cache(maxsize=8)
-def _compiled(update: Callable[..., Any]) -> Any:
-    """The compiled update, the same for each call of `fit` with one tuner."""
-    return update if hasattr(update, "trace") else jax.jit(update)
-
-
-def _strong(leaf: Leaf) -> jax.Array:
-    """A leaf without a weak type, which a checkpoint could not give back."""
-    if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):  # keys have none
-        return leaf
-    return jnp.asarray(leaf, jnp.result_type(leaf))

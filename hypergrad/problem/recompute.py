@@ -11,23 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypergrad.estimators.base import Progress, Step, scan
-from hypergrad.trees import Hyper, Tree, split_inexact
+from hypergrad.problem.rules import Traced
+from hypergrad.trees import Hyper, InnerState, Tree, split_inexact
 
+Step = Callable[[InnerState, Any], InnerState]
 MakeStep = Callable[[Hyper], Step]
 
 
-def store_all(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -> Progress:
+def scan(step: Step, progress: InnerState, inputs: Tree) -> Any:
+    """`step` along the leading axis of `inputs`."""
+    return jax.lax.scan(lambda p, x: (step(p, x), None), progress, inputs)[0]
+
+
+def store_all(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
     """Stores what each step needs on the way back."""
     return scan(make_step(hyper), progress, xs)
 
 
-def store_states(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -> Progress:
+def store_states(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
     """Stores the state before each step, which is taken again."""
     return _scan_step(make_step(hyper), progress, xs)
 
 
-def store_roots(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -> Progress:
+def store_roots(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
     """Chunks of about sqrt(length) steps: stores one state per chunk, then one per step of it."""
     step = make_step(hyper)
     length = jax.tree.leaves(xs)[0].shape[0]
@@ -42,12 +48,12 @@ def store_roots(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree)
     return _scan_step(step, progress, rest) if whole < length else progress
 
 
-def _scan_step(step: Step, progress: Progress, xs: Tree) -> Progress:
+def _scan_step(step: Step, progress: InnerState, xs: Tree) -> Any:
     # A scan's body cannot be merged with another's, so that no barrier need slow it down.
     return scan(jax.checkpoint(step, prevent_cse=False), progress, xs)
 
 
-def store_few(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -> Progress:
+def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
     """Stores about log2(length) states, placed anew as the way back goes on.
 
     With s places for states and each step taken r times again, C(s + r, s) steps can be passed.
@@ -59,22 +65,20 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -
     length = probes.shape[0]
     places = snapshots(length)
 
-    def one(hyper: Hyper, progress: Progress, probe: jax.Array, x: Tree) -> Progress:
+    def one(hyper: Hyper, progress: InnerState, probe: jax.Array, x: Tree) -> InnerState:
         return make_step(hyper)(progress, (probe, x))
 
     # What the step closes over becomes an argument: a custom rule may close over nothing traced.
     first = jax.tree.map(lambda x: x[0], inputs)
-    program, shapes = jax.make_jaxpr(one, return_shape=True)(hyper, progress, probes[0], first)
-    structure = jax.tree.structure(shapes)
+    traced = Traced(one, hyper, progress, probes[0], first)
 
     def step_at(consts: Any, hyper: Hyper, t: jax.Array, progress: Any, probe: Any, xs: Any) -> Any:
         x = jax.tree.map(lambda x: x[t], xs)
-        arrays = jax.tree.leaves((hyper, progress, probe, x))
-        return structure.unflatten(jax.core.eval_jaxpr(program.jaxpr, consts, *arrays))
+        return traced.under(consts, hyper, progress, probe, x)
 
     @jax.custom_vjp
-    def run(consts: Any, hyper: Hyper, progress: Progress, probes: Any, xs: Any) -> Progress:
-        def body(progress: Progress, t: jax.Array) -> tuple[Progress, None]:
+    def run(consts: Any, hyper: Hyper, progress: InnerState, probes: Any, xs: Any) -> InnerState:
+        def body(progress: InnerState, t: jax.Array) -> tuple[InnerState, None]:
             return step_at(consts, hyper, t, progress, probes[t], xs), None
 
         return jax.lax.scan(body, progress, jnp.arange(length))[0]
@@ -82,10 +86,10 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -
     def forward(*args: Any) -> Any:
         return run(*args), args
 
-    def backward(args: Any, cotangent: Progress) -> Any:
+    def backward(args: Any, cotangent: InnerState) -> Any:
         consts, hyper, start, probes, xs = args
 
-        def advance(t: jax.Array, progress: Progress) -> Progress:
+        def advance(t: jax.Array, progress: InnerState) -> InnerState:
             return step_at(consts, hyper, t, progress, probes[t], xs)
 
         def to_next_place(carry: Any) -> Any:
@@ -130,7 +134,7 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: Progress, xs: Tree) -
         return None, grad, jax.tree.structure(start).unflatten(to_start), squares, None
 
     run.defvjp(forward, backward)
-    return run(program.consts, hyper, progress, probes, inputs)
+    return run(traced.consts, hyper, progress, probes, inputs)
 
 
 def snapshots(length: int) -> int:
