@@ -188,7 +188,7 @@ def test_inside_of_jit_both_say_so() -> None:
         lambda w: hg.metasmoothness(PROBLEM, {"weight": w}, TRAIN, KEY).value,
         lambda w: hg.attribution(PROBLEM, {"weight": w}, TRAIN, TESTS, KEY),
     ):
-        with pytest.raises(ValueError, match="is called inside of jax.jit or another"):
+        with pytest.raises(ValueError, match=r"is called inside of jax\.jit or another"):
             jax.jit(call)(ONES["weight"])
 
 
