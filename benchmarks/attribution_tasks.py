@@ -138,7 +138,7 @@ def digits(recipe: Recipe, size: int = 1000, num_tests: int = 32, seed: int = 0)
 
 
 def convolutional(
-    folder: str, recipe: Recipe, size: int = 500, num_tests: int = 32, seed: int = 0
+    folder: str, recipe: Recipe, size: int = 1000, num_tests: int = 32, seed: int = 0
 ) -> Task:
     """MNIST-10k at 14 x 14: two convolutions (8 and 16 channels), each pooled, a dense layer."""
     data = mnist_schedule.load(folder)
@@ -182,7 +182,7 @@ CONTEXT, WIDTH, HEADS = 12, 16, 2
 
 
 def transformer(
-    folder: str, recipe: Recipe, size: int = 300, num_tests: int = 32, seed: int = 0
+    folder: str, recipe: Recipe, size: int = 1000, num_tests: int = 32, seed: int = 0
 ) -> Task:
     """Tiny Shakespeare, windows of 12 characters, two pre-norm blocks of width 16."""
     path = Path(folder) / "tinyshakespeare.txt"

@@ -10,7 +10,7 @@ import numpy as np
 
 from hypergrad.checks import WrongTypeError, numbers, random_key
 from hypergrad.data.keys import DIRECTION
-from hypergrad.problem.eager import compiled_for_each
+from hypergrad.problem.eager import compiled_for_each, in_trace
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem, judged_params, rollout
 from hypergrad.problem.structure import naming_missing
@@ -122,6 +122,7 @@ def metasmoothness(
     """
     refuse_no_problem(problem)
     random_key("key", key)
+    refuse_trace("metasmoothness")
     refuse_streams(train)
     hyper = checked_floats("hyper", hyper)
     given = direction is not None
@@ -195,6 +196,15 @@ def random_direction(like: Hyper, sizes: Callable[[jax.Array], Leaf], key: Key) 
     )
 
 
+def refuse_trace(name: str) -> None:
+    """What looks at values cannot be compiled."""
+    if in_trace():
+        raise ValueError(
+            f"{name} is called inside of jax.jit or another transformation, and has to look at "
+            "values: call it outside; what it runs is compiled there too."
+        )
+
+
 def refuse_streams(train: Train) -> None:
     """What hands out batches may do so in another order at the next run."""
     # A loader first: JAX warns of iterators in trees.
@@ -266,10 +276,10 @@ def _require_one_program(problem: Problem, hyper: Hyper, train: Train, key: Key)
         # A new function each time: JAX keeps the traces of those it knows.
         traced = jax.make_jaxpr(lambda *args: _trained(problem, *args))(hyper, train, key)
         text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
-        traces.append((text, [np.asarray(c) for c in traced.consts if not is_key(c)]))
+        traces.append((text, [c for c in traced.consts if not is_key(c)]))
     (text, consts), (other_text, other_consts) = traces
     alike = len(consts) == len(other_consts) and all(
-        np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+        a is b or np.asarray(a).tobytes() == np.asarray(b).tobytes()
         for a, b in zip(consts, other_consts, strict=True)
     )
     if text != other_text or not alike:

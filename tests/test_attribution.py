@@ -183,6 +183,15 @@ def test_metasmoothness_names_what_it_cannot_judge() -> None:
         hg.metasmoothness(PROBLEM, ONES, TRAIN, KEY, {"weight": jnp.ones(3)})
 
 
+def test_inside_of_jit_both_say_so() -> None:
+    for call in (
+        lambda w: hg.metasmoothness(PROBLEM, {"weight": w}, TRAIN, KEY).value,
+        lambda w: hg.attribution(PROBLEM, {"weight": w}, TRAIN, TESTS, KEY),
+    ):
+        with pytest.raises(ValueError, match=r"is called inside of jax\.jit or another"):
+            jax.jit(call)(ONES["weight"])
+
+
 def test_attribution_names_the_test_that_is_not_finite() -> None:
     tests = [TESTS[0], (jnp.full((1, 3), jnp.nan), jnp.zeros(1))]
     with pytest.raises(ValueError, match=r"tests\[1\]: The hypergradient of weight is not finite"):

@@ -53,6 +53,17 @@ def test_data_cleaning(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_attribution(tmp_path: Path) -> None:
+    """What is predicted to matter most does, by about as much, and in the predicted direction."""
+    picture = tmp_path / "attribution.png"
+    text = printed_by("attribution", "--out", str(picture))
+    rows = re.findall(r"most h\w+ +│ +([-+][\d.]+) │ +([-+][\d.]+)", text)
+    assert len(rows) == 8, text
+    for predicted, true in rows:
+        assert 0.4 < float(predicted) / float(true) < 1.5, text
+    assert "smooth" in text and picture.stat().st_size > 10_000
+
+
 def test_cross_validated_l2(tmp_path: Path) -> None:
     picture = tmp_path / "l2.png"
     text = printed_by("cross_validated_l2", "--out", str(picture))

@@ -18,6 +18,7 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.image import imread  # noqa: E402
 
 import hypergrad as hg  # noqa: E402
+from hypergrad.plotting import plot_attribution  # noqa: E402
 from hypergrad.plotting import sweeps as pictures  # noqa: E402
 from hypergrad.plotting.panels import ReverseLogLocator, new_panels  # noqa: E402
 from hypergrad.plotting.runs import (  # noqa: E402
@@ -448,3 +449,19 @@ def test_without_matplotlib_the_remedy_is_named():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install 'hypergrad-jax[plots]'" in done.stdout, done.stderr
+
+
+def test_attribution_shows_helpful_before_harmful_images() -> None:
+    """Each row: the test image, the most helpful examples, the most harmful."""
+    scores = np.array([[0.3, -0.4, 0.1, -0.2]])
+    images = np.arange(4.0)[:, None, None] * np.ones((4, 8, 8))
+    figure = plot_attribution(scores, images, images[:1], 2, names="abcd", test_names=["t$"])
+    assert [axis.get_title() for axis in figure.axes] == [
+        r"t\$", "b: +0.4", "d: +0.2", "a: -0.3", "c: -0.1",
+    ]  # fmt: skip
+    shown = [float(axis.images[0].get_array()[0, 0]) for axis in figure.axes]
+    assert shown == [0, 1, 3, 0, 2]
+    with pytest.raises(ValueError, match=r"scores has the shape \(1, 4\), but there are 2 tests"):
+        plot_attribution(scores, images, images[:2])
+    with pytest.raises(TypeError, match=r"examples has the shape \(4, 64\): give images"):
+        plot_attribution(scores, images.reshape(4, 64), images[:1])

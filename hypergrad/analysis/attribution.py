@@ -17,7 +17,12 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
-from hypergrad.smoothness import checked_floats, metasmoothness, refuse_streams
+from hypergrad.smoothness import (
+    checked_floats,
+    metasmoothness,
+    refuse_streams,
+    refuse_trace,
+)
 from hypergrad.testing.causes import cause_of_nan
 from hypergrad.trees import Batch, Hyper, Key, Train, leaf_names
 
@@ -59,7 +64,7 @@ def attribution(
 
     Raises:
       ValueError: a derivative that is not finite (with the step and the likely cause), no tests, a
-        run that is not deterministic, and what `hypergradient` refuses.
+        run that is not deterministic (where `check` is on), and what `hypergradient` refuses.
 
     Warns:
       UserWarning: metasmoothness is so low that the derivatives will predict little.
@@ -81,6 +86,7 @@ def attribution(
     """
     refuse_no_problem(problem)
     random_key("key", key)
+    refuse_trace("attribution")
     estimator = as_estimator(estimator)
     chunk = integer("chunk", chunk)
     flag("check", check)
