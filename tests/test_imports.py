@@ -23,8 +23,8 @@ ROOMS = {
     "optim": "transforms proximal schedules",
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled forward conditions implicit evolution difference"
-    " auto hypergradient choose",
+    "estimators": "memory base unrolled forward conditions implicit penalty saba evolution"
+    " difference auto hypergradient choose",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
