@@ -13,6 +13,8 @@ from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
+from hypergrad.estimators.penalty import F2SA
+from hypergrad.estimators.saba import SABA
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.linear.direct import Cholesky, Nystrom
 from hypergrad.linear.krylov import GMRES, BiCGSTAB, ConjugateGradient
@@ -51,7 +53,9 @@ from hypergrad.tuners.trust import Trust
 from hypergrad.version import __version__ as __version__
 
 __all__ = [
+    "F2SA",
     "GMRES",
+    "SABA",
     "BiCGSTAB",
     "Categorical",
     "Cholesky",

@@ -26,8 +26,8 @@ ROOMS = {
     " recompute structure",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled forward conditions implicit evolution difference"
-    " auto hypergradient choose",
+    "estimators": "memory base unrolled forward conditions implicit penalty saba evolution"
+    " difference auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"

@@ -111,7 +111,7 @@ def test_lasso_by_its_proximal_step() -> None:
 
 
 def test_a_quadratic_in_a_box() -> None:
-    """Free entries F solve A_FF x_F = b_F - A_FB x_B; the others stand at a bound and follow it."""
+    """Free entries F solve A_FF x_F = b_F - A_FB x_B; others stand at a bound, and follow it."""
     a, b = X.T @ X / 20, jnp.array([3.0, 0.2, -0.1, -2.0])
 
     def step(x: Any, b: Any, high: Any) -> Any:

@@ -348,6 +348,19 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "floor": NOT_POSITIVE,
         },
     ),
+    "SABA": (
+        given(hg.SABA, step_size=0.1, blocks=2),
+        {
+            "step_size": NOT_POSITIVE,
+            "blocks": NOT_INTEGERS,
+            "valid_blocks": NOT_INTEGERS,
+            "steps": NOT_INTEGERS,
+        },
+    ),
+    "F2SA": (
+        given(hg.F2SA, step_size=0.1),
+        {"step_size": NOT_POSITIVE, "multiplier": NOT_POSITIVE},
+    ),
     "Neumann": (hg.Neumann, {"terms": NOT_INTEGERS, "step_size": NOT_POSITIVE}),
     "ConjugateGradient": (
         hg.ConjugateGradient,

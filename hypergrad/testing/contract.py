@@ -11,7 +11,7 @@ import optax
 from hypergrad.estimators.base import Estimator
 from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.problem.problem import Problem, bilevel, rollout
-from hypergrad.trees import Batch, Hyper, InnerState, Key, Params, Tree
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Params, Train, Tree
 
 
 class Oracle(NamedTuple):
@@ -130,6 +130,8 @@ class EstimatorContract:
         estimator can see.
       float32_tolerance: relative error allowed against the closed form in float32. Loosen it for a
         biased or stochastic estimator and say why there; the closed form is never zero.
+      as_train: K batches, leaves `[K, batch, ...]` and equal in the oracle, as this estimator wants
+        its `train`; as they are by default.
 
     >>> import hypergrad as hg
     >>> class TestForward(EstimatorContract):
@@ -140,11 +142,12 @@ class EstimatorContract:
     estimator: ClassVar[Estimator]
     oracle: ClassVar[Callable[..., Oracle]] = staticmethod(momentum_quadratic)
     float32_tolerance: ClassVar[float] = 1e-4
+    as_train: ClassVar[Callable[[Train], Train]] = staticmethod(lambda batches: batches)
 
     def _estimate(self, oracle: Oracle, hyper: Hyper = None, inner: InnerState = None) -> Any:
         hyper = oracle.hyper if hyper is None else hyper
         inner = oracle.problem.init(hyper, oracle.key) if inner is None else inner
-        arguments = (inner, oracle.train, oracle.valid, oracle.key, self.estimator)
+        arguments = (inner, self.as_train(oracle.train), oracle.valid, oracle.key, self.estimator)
         return hypergradient(oracle.problem, hyper, *arguments)
 
     def test_grad_has_the_structure_and_dtypes_of_hyper(self) -> None:
@@ -173,7 +176,8 @@ class EstimatorContract:
         """`estimate.inner` is where K plain steps lead."""
         oracle = self.oracle(7)
         inner = oracle.problem.init(oracle.hyper, oracle.key)
-        end = rollout(oracle.problem, oracle.hyper, inner, oracle.train, oracle.key)
+        train = self.as_train(oracle.train)
+        end = rollout(oracle.problem, oracle.hyper, inner, train, oracle.key)
         estimate = self._estimate(oracle, inner=inner)
         for a, b in zip(jax.tree.leaves(estimate.inner), jax.tree.leaves(end), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -234,7 +238,7 @@ class EstimatorContract:
         batches = {"x": jnp.linspace(-1, 1, 12).reshape(3, 2, 2)}
         arguments = (
             init(hyper, jax.random.key(0)),
-            batches,
+            self.as_train(batches),
             {"x": jnp.ones((2, 2))},
             jax.random.key(0),
         )
