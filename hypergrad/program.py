@@ -36,12 +36,14 @@ class Flat:
     Attributes:
       equations: in order.
       moving: values that depend on what `moving` held at the start.
-      conditions: the truths by which floats are selected whole, and that come from what is finite.
+      whole: truths that come from what is finite, and arrays of one such truth, to that truth.
+      conditions: those of them by which floats are selected.
     """
 
     def __init__(self) -> None:
         self.equations: list[Equation] = []
         self.moving: set[Value] = set()
+        self.whole: dict[Value, Value | None] = {}
         self.conditions: list[Value] = []
         self._count = 0
         self._of_finite: set[Value] = set()
@@ -85,9 +87,16 @@ class Flat:
             self._of_finite.update(outputs)
         if not self.moving.isdisjoint(given):
             self.moving.update(outputs)
-        if floats and eqn.primitive.name == "select_n" and not eqn.invars[0].aval.shape:
-            new = given[0] in self._of_finite and given[0] not in self.conditions
-            self.conditions += [given[0]] * new
+        if of_finite and eqn.primitive.name == "broadcast_in_dim":
+            self.whole[outputs[0]] = self.whole.get(given[0])
+        elif of_finite:
+            self.whole |= {
+                n: n for n, x in zip(outputs, eqn.outvars, strict=True) if not x.aval.shape
+            }
+        if floats and eqn.primitive.name == "select_n":
+            condition = self.whole.get(given[0])
+            if condition is not None and condition not in self.conditions:
+                self.conditions.append(condition)
         return outputs
 
 

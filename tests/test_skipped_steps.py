@@ -128,7 +128,7 @@ def test_a_whole_state_selected_after_a_plain_gradient() -> None:
         finite = ~jnp.isnan(jnp.sum(g))
         updates, opt_state = optax.adam(h["lr"], b1=h["b1"], eps=1e-3).update(g, inner.opt_state)
         new = optax.apply_updates(inner.params, updates), opt_state
-        pick = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+        pick = lambda a, b: jax.lax.select(jnp.broadcast_to(finite, a.shape), a, b)  # noqa: E731
         params, opt_state = jax.tree.map(pick, new, (inner.params, inner.opt_state))
         return inner._replace(params=params, opt_state=opt_state, step=inner.step + 1, loss=value)
 

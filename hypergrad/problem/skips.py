@@ -104,10 +104,14 @@ def _where(side: _Side, condition: Value, truth: bool) -> _Side:
     left: list[Equation] = []
     now: dict[Value, Value] = {}
     truths: dict[Value, bool] = {condition: truth}
+    arrays: dict[Value, bool] = {}
     for eqn, given, outputs in side.equations:
         inputs = [now.get(x, x) for x in given]
-        if eqn.primitive.name == "select_n" and inputs[0] in truths:
-            now[outputs[0]] = inputs[1 + truths[inputs[0]]]
+        decided = (truths | arrays).get(inputs[0]) if inputs else None
+        if eqn.primitive.name == "broadcast_in_dim" and decided is not None:
+            arrays[outputs[0]] = decided
+        if eqn.primitive.name == "select_n" and decided is not None:
+            now[outputs[0]] = inputs[1 + decided]
         elif eqn.primitive.name == "not" and inputs[0] in truths:
             truths[outputs[0]] = not truths[inputs[0]]
         else:
