@@ -83,7 +83,7 @@ def front(study: optuna.Study) -> list[Best]:
 
 def objective_names(study: optuna.Study) -> list[str]:
     """What the objectives are called."""
-    return list(recipe_of(study).get("objectives") or ["score"])
+    return [name for name, _ in recipe_of(study).get("objectives") or [("score", "")]]
 
 
 def best_of(study: optuna.Study) -> Best:
