@@ -169,7 +169,8 @@ class SweepResult:
                 "result.table(), and give a larger count."
             )
         best, (scores, tests) = found[0]
-        best = best._replace(score=float(scores.mean()), held_out=float(tests.mean()), moved=False)
+        score, held_out = float(scores.mean()), float(tests.mean())
+        best = best._replace(score=score, held_out=held_out, moved=False, values=())
         keep_confirmed(self.study, best)
         return best
 

@@ -109,7 +109,11 @@ def keep_confirmed(study: optuna.Study, best: Best) -> None:
 def confirmed(study: optuna.Study) -> tuple[Best, int] | None:
     """What was confirmed, and how many trials have trained in full since; None for nothing."""
     kept = study.user_attrs.get(_CONFIRMED)
-    return kept and (Best(*kept["best"]), len(ranked(study)) - kept["of"])
+    if not kept:
+        return None
+    best = Best(*kept["best"])
+    # JSON knows no tuples.
+    return best._replace(values=tuple(best.values)), len(ranked(study)) - kept["of"]
 
 
 def states(study: optuna.Study) -> str:
@@ -144,7 +148,7 @@ def table(study: optuna.Study, count: int = 10) -> str:
 
 def _row(best: Best) -> str:
     values = "  ".join(f"{printable(name)}={short(value)}" for name, value in best.hyper.items())
-    scores = ", ".join(f"{value:.4g}" for value in best.values or [best.score])
+    scores = ", ".join(f"{value:.4g}" for value in (best.score, *best.values[1:]))
     score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
     return f"#{best.number:<5} score {score:<9}  test {best.held_out:<9.4g}  {values}"
 
