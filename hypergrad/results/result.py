@@ -153,6 +153,8 @@ class SweepResult:
         """
         # Where nothing is found, `best_of` raises and says why.
         candidates = self.top(integer("count", count)) or [best_of(self.study)]
+        # What breaks a constraint stands for want of others only.
+        candidates = [best for best in candidates if not best.excess] or candidates
         seeds = integer("seeds", seeds)
         kept = len(candidates)
         candidates += [start for best in candidates if (start := self._start_of(best))]
