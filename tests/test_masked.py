@@ -180,10 +180,9 @@ def test_a_sweep_over_widths_and_depths_compiles_one_program() -> None:
         space,
         data,
         num_trials=5,
-        num_steps=8,
+        num_steps=4,
         batch_size=5,
         sampler="random",
-        refine=hg.Refine(steps_per_update=4),
         progress=False,
     )
     assert made == [{}]
