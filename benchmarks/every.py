@@ -30,6 +30,7 @@ NAMES = (
     "fit",
     "resume",
     "mixed_sweep",
+    "knowledge",
     "gauntlet",
     "arena",
 )

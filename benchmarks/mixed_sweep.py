@@ -208,6 +208,16 @@ def black_box(scheduler: Any, sampler: str) -> Callable[[Task, int, float], tupl
     return run
 
 
+def unwaiting(scheduler: Any) -> Callable[[Task, int, float], tuple[Any, list[Any]]]:
+    """The whole budget, by TPE, under a scheduler whose trials end when they end."""
+
+    def run(task: Task, seed: int, budget: float) -> tuple[Any, list[Any]]:
+        most: dict[str, Any] = {"num_trials": 100_000, "max_evaluations": budget}
+        return swept(task, seed, None, scheduler, population=1, **most)
+
+    return run
+
+
 METHODS: dict[str, Callable[[Task, int, float], tuple[Any, list[Any]]]] = {
     "hybrid": hybrid,
     "TPE, then refined": then_refined,
@@ -215,6 +225,8 @@ METHODS: dict[str, Callable[[Task, int, float], tuple[Any, list[Any]]]] = {
     "random": black_box(None, "random"),
     "TPE + Hyperband": black_box(HYPERBAND, "tpe"),
     "Hyperband": black_box(HYPERBAND, "random"),
+    "TPE + ASHA": unwaiting(hg.ASHA(min_steps=50)),
+    "TPE + learning curves": unwaiting(hg.LearningCurves(min_steps=50)),
     "Optuna: TPE + HyperbandPruner": optuna_alone,
 }
 

@@ -27,7 +27,8 @@ ROOMS = {
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled forward conditions implicit penalty saba evolution"
-    " difference auto hypergradient choose",
+    " difference",
+    "choice": "auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"

@@ -194,6 +194,8 @@ def test_a_traced_int_is_no_program_of_its_own(
 
 
 def test_what_a_traced_int_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"name one, such as hypergrad\.Unrolled"):
+        sweep(TRACED, make_problem=powered, refine=hg.Refine("auto", steps_per_update=4))
     with pytest.raises(ValueError, match="condition on 'n', which is traced"):
         hg.Space({"n": hg.Int(1, 4, traced=True), "m": hg.Int(1, 4, when={"n": 2})})
     with pytest.raises(TypeError, match=re.escape("Int(traced is 3")):

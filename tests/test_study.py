@@ -448,7 +448,7 @@ def test_another_direction_is_refused(storage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "bayes"}, "sampler='bayes' is unknown: choose 'tpe', 'random' or 'grid'"),
+        ({"sampler": "bayes"}, "sampler='bayes' is unknown: choose 'tpe', 'random', 'grid', "),
         ({"direction": "min"}, "direction='min' is unknown"),
         ({"num_trials": 0}, "num_trials=0 must be at least 1, or None"),
         ({"storage": "sweep.txt"}, "storage='sweep.txt' is neither a journal nor a URL"),

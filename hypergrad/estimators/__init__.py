@@ -1,11 +1,9 @@
-"""Hypergradients, one file each, and which one to take."""
+"""Hypergradients, one file each."""
 
 from hypergrad.estimators.base import Estimate, Estimator, Window
-from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
-from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.penalty import F2SA
 from hypergrad.estimators.saba import SABA

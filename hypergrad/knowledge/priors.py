@@ -20,8 +20,9 @@ from hypergrad.study.distributions import Coordinates
 
 # The standard deviation of what is drawn, in ranges, and the believed choice's probability.
 _SPREAD, _SURE = 0.1, 0.7
-# Of the first trials so large a share follows the belief; after so many, half of that.
-_SHARE, _HALF_LIFE = 0.5, 20
+# So large a share of the first trials follows the belief, and at the most twice that; after so many
+# trials half of it.
+_SHARE, _HALF_LIFE = 0.3, 20
 
 
 def prior_point(space: Space) -> dict[str, Any]:

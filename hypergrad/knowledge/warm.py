@@ -56,7 +56,8 @@ def warm_studies(warm_from: Any) -> list[tuple[str, optuna.Study]]:
             kept = isinstance(study, BaseStorage)
             storage = study if kept else open_storage(study, read_only=True)
         except (OSError, TypeError, ValueError) as error:
-            raise type(error)(f"{label}: {error}") from None
+            kind = ValueError if isinstance(error, FileNotFoundError) else type(error)
+            raise kind(f"{label}: {error}") from None
         names = optuna.get_all_study_names(storage)
         if not names:
             raise ValueError(f"{label}={source!r} holds no study: give one that a sweep has used.")

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.choice.auto import Auto
+from hypergrad.choice.hypergradient import as_estimator
 from hypergrad.costs.lengths import Length, Lengths
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.contents import bad_examples
@@ -122,8 +124,10 @@ class Programs:
         self._check(program, length, choices)
         # Choices under which no Float is active leave nothing to refine.
         refine = self.refine if space.continuous else None
-        members = self._population(program, length, refine)
         weighted = self.goals.several and refine is not None
+        if refine is not None and (held or weighted):
+            _refuse_auto(refine)
+        members = self._population(program, length, refine)
         return program._replace(members=members, weighted=weighted)
 
     def _with_data(self, made: Any, choices: dict[str, Any]) -> tuple[Problem, Splits]:
@@ -175,3 +179,12 @@ class Programs:
             raise ProblemError(unknown)
         if self.made is not None:
             self.made(choices, program, {**middle, **values})
+
+
+def _refuse_auto(refine: Refine) -> None:
+    """Refuses what compiles the problem by itself, which here has values of the program around."""
+    if isinstance(as_estimator(refine.estimator), Auto):
+        raise ProblemError(
+            f"refine={refine!r} chooses its estimator by what compiles, which traced Ints and "
+            "several objectives exclude: name one, such as hypergrad.Unrolled()."
+        )

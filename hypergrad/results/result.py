@@ -176,6 +176,8 @@ class SweepResult:
         """
         # Where nothing is found, `best_of` raises and says why.
         candidates = self.top(integer("count", count)) or [best_of(self.study)]
+        # What breaks a constraint stands for want of others only.
+        candidates = [best for best in candidates if not best.excess] or candidates
         seeds = integer("seeds", seeds)
         kept = len(candidates)
         candidates += [start for best in candidates if (start := self._start_of(best))]
@@ -192,7 +194,8 @@ class SweepResult:
                 "result.table(), and give a larger count."
             )
         best, (scores, tests) = found[0]
-        best = best._replace(score=float(scores.mean()), held_out=float(tests.mean()), moved=False)
+        score, held_out = float(scores.mean()), float(tests.mean())
+        best = best._replace(score=score, held_out=held_out, moved=False, values=())
         keep_confirmed(self.study, best)
         return best
 

@@ -229,7 +229,8 @@ def sweep(
     ):
         recipe = lengths.describe()
         recipe |= {"metric": metric, "constraints": dict(goals.constraints) or None}
-        recipe |= {"objectives": dict(objectives) if objectives else None}
+        # In their order, which is that of the values.
+        recipe |= {"objectives": [list(pair) for pair in (objectives or {}).items()] or None}
         recipe |= {"refine": describe_refine(refine)}
         recipe |= {"told": told if moves else None}
         if storage is not None:  # in memory nobody else's trials can be

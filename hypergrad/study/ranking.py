@@ -85,7 +85,7 @@ def front(study: optuna.Study) -> list[Best]:
 
 def objective_names(study: optuna.Study) -> list[str]:
     """What the objectives are called."""
-    return list(recipe_of(study).get("objectives") or ["score"])
+    return [name for name, _ in recipe_of(study).get("objectives") or [("score", "")]]
 
 
 def best_of(study: optuna.Study) -> Best:
@@ -111,7 +111,11 @@ def keep_confirmed(study: optuna.Study, best: Best) -> None:
 def confirmed(study: optuna.Study) -> tuple[Best, int] | None:
     """What was confirmed, and how many trials have trained in full since; None for nothing."""
     kept = study.user_attrs.get(_CONFIRMED)
-    return kept and (Best(*kept["best"]), len(ranked(study)) - kept["of"])
+    if not kept:
+        return None
+    best = Best(*kept["best"])
+    # JSON knows no tuples.
+    return best._replace(values=tuple(best.values)), len(ranked(study)) - kept["of"]
 
 
 def states(study: optuna.Study) -> str:
@@ -149,7 +153,7 @@ def table(study: optuna.Study, count: int = 10) -> str:
 
 
 def _row(best: Best, space: Space) -> str:
-    scores = ", ".join(f"{value:.4g}" for value in best.values or [best.score])
+    scores = ", ".join(f"{value:.4g}" for value in (best.score, *best.values[1:]))
     score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
     test = f"test {best.held_out:<9.4g}"
     return f"#{best.number:<5} score {score:<9}  {test}  {shown(best.hyper, space)}"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.checks import instance, positive
-from hypergrad.estimators.auto import (
+from hypergrad.choice.auto import (
     CG,
     Choice,
     NothingFitsError,
