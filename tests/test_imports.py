@@ -23,8 +23,9 @@ ROOMS = {
     "optim": "transforms proximal schedules",
     "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled forward conditions implicit penalty saba evolution"
-    " difference auto hypergradient choose",
+    "estimators": "memory base unrolled forward conditions implicit evolution difference"
+    " auto hypergradient choose",
+    "single_loop": "penalty saba",
     "tuners": "base trust refusals alternating restarting learned",
     "tuners.population": "refine member placement exploit population",
     "training": "history doubts length identity checkpoints progress callbacks signals fit",
@@ -46,8 +47,8 @@ ORDER = [
 # chooses and checks estimators may see a space.
 ESTIMATORS = [
     f"estimators.{file}"
-    for file in ("base", "unrolled", "forward", "implicit", "evolution", "difference")
-]
+    for file in ("base", "unrolled", "forward", "conditions", "implicit", "evolution", "difference")
+] + ["single_loop.penalty", "single_loop.saba"]
 HIDDEN_FROM_ESTIMATORS = (
     "space.*",
     "tuners",
