@@ -13,8 +13,6 @@ from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.penalty import F2SA
-from hypergrad.estimators.saba import SABA
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.linear.direct import Cholesky, Nystrom
 from hypergrad.linear.krylov import GMRES, BiCGSTAB, ConjugateGradient
@@ -41,6 +39,8 @@ from hypergrad.population.refine import Refine
 from hypergrad.problem.inner_gradient import inner_gradient
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
+from hypergrad.single_loop.penalty import F2SA
+from hypergrad.single_loop.saba import SABA
 from hypergrad.smoothness import metasmoothness
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space

@@ -26,8 +26,8 @@ ROOMS = {
     " recompute structure",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled forward conditions implicit penalty saba evolution"
-    " difference",
+    "estimators": "memory base unrolled forward conditions implicit evolution difference",
+    "single_loop": "penalty saba",
     "choice": "auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
@@ -57,8 +57,8 @@ ORDER = [
 # chooses and checks estimators may see a space.
 ESTIMATORS = [
     f"estimators.{file}"
-    for file in ("base", "unrolled", "forward", "implicit", "evolution", "difference")
-]
+    for file in ("base", "unrolled", "forward", "conditions", "implicit", "evolution", "difference")
+] + ["single_loop.penalty", "single_loop.saba"]
 HIDDEN_FROM_ESTIMATORS = (
     "space.*",
     "tuners",

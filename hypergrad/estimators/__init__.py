@@ -5,6 +5,4 @@ from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
-from hypergrad.estimators.penalty import F2SA
-from hypergrad.estimators.saba import SABA
 from hypergrad.estimators.unrolled import Unrolled
