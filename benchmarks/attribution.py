@@ -130,16 +130,22 @@ def checkpoints(task: Task) -> list[Any]:
     return found
 
 
-def gradients(function: Callable[..., jax.Array], params: Any, examples: Any) -> np.ndarray:
-    """[examples, parameters]."""
-    one = lambda example: ravel_pytree(jax.grad(function)(params, example))[0]  # noqa: E731
-    return np.asarray(jax.jit(lambda examples: jax.lax.map(one, examples, batch_size=50))(examples))
+def gradients_of(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
+    """`(params, examples) -> [examples, parameters]`, compiled once for each number of examples."""
+    one = lambda params, example: ravel_pytree(jax.grad(function)(params, example))[0]  # noqa: E731
+
+    @jax.jit
+    def every(params: Any, examples: Any) -> jax.Array:
+        return jax.lax.map(lambda example: one(params, example), examples, batch_size=50)
+
+    return lambda params, examples: np.asarray(every(params, examples))
 
 
 def by_tracin(task: Task, along: list[Any]) -> np.ndarray:
     """Minus the learning rate times gradient products, over checkpoints."""
-    pairs = ((gradients(task.loss, p, x) for x in (task.tests, task.examples)) for p in along)
-    return -task.rate * sum(test @ train.T for test, train in pairs)
+    gradients = gradients_of(task.loss)
+    products = (gradients(p, task.tests) @ gradients(p, task.examples).T for p in along)
+    return -task.rate * sum(products)
 
 
 def by_influence(task: Task, params: Any) -> list[np.ndarray]:
@@ -156,26 +162,28 @@ def by_influence(task: Task, params: Any) -> list[np.ndarray]:
 
         return jax.lax.map(lambda g: jax.scipy.sparse.linalg.cg(product, g, maxiter=30)[0], right)
 
-    test, train = (gradients(task.loss, params, x) for x in (task.tests, task.examples))
+    gradients = gradients_of(task.loss)
+    test, train = (gradients(params, x) for x in (task.tests, task.examples))
     inverse = (np.asarray(solved(test, task.train.arrays, jnp.float32(d))) for d in DAMPINGS)
     return [-x @ train.T / task.size for x in inverse]
 
 
-def by_trak(task: Task, params: Any, damping: float) -> np.ndarray:
+def by_trak(task: Task, params: Any) -> list[np.ndarray]:
     """Minus phi_test (Phi^T Phi + damping)^-1 phi_train (1 - p_train), phi projected gradients."""
 
     def margin(params: Any, example: Any) -> jax.Array:
         loss = task.loss(params, example)
         return -loss - jnp.log(-jnp.expm1(-loss) + 1e-6)
 
-    test, train = (gradients(margin, params, x) for x in (task.tests, task.examples))
-    rng = np.random.default_rng(0)
+    gradients, rng = gradients_of(margin), np.random.default_rng(0)
+    test, train = (gradients(params, x) for x in (task.tests, task.examples))
     random = rng.normal(size=(train.shape[1], PROJECTED)).astype(np.float32)
     test, train = test @ random, train @ random
-    losses = np.asarray(jax.vmap(task.loss, (None, 0))(params, task.examples))
+    losses = jax.jit(jax.vmap(task.loss, (None, 0)))(params, task.examples)
     kernel = train.T @ train
-    kernel += damping * np.trace(kernel) / len(kernel) * np.eye(len(kernel), dtype=np.float32)
-    return -test @ np.linalg.solve(kernel, train.T) * (1 - np.exp(-losses))
+    scale = np.trace(kernel) / len(kernel) * np.eye(len(kernel), dtype=np.float32)
+    solved = (np.linalg.solve(kernel + d * scale, train.T) for d in DAMPINGS)
+    return [-test @ x * (1 - np.exp(-np.asarray(losses))) for x in solved]
 
 
 def lds(scores: np.ndarray, truth: Truth) -> np.ndarray:
@@ -194,7 +202,7 @@ def measure(task: Task, fractions: tuple[float, ...], subsets: int, rivals: bool
         along = checkpoints(task)
         methods["influence"] = by_influence(task, along[-1])
         methods["TracIn"] = [by_tracin(task, along)]
-        methods["TRAK-like"] = [by_trak(task, along[-1], d) for d in DAMPINGS]
+        methods["TRAK-like"] = by_trak(task, along[-1])
     truth = retrain(task, fractions, subsets)
     first = truth[fractions[0]]
     row = {

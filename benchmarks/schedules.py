@@ -142,22 +142,35 @@ def one_cycles(task: Task, count: int, rng: np.random.Generator) -> Any:
     return jax.vmap(task.hyper)(jnp.asarray(knots), jnp.asarray(decay))
 
 
-def measure(task: Task, seed: int, updates: int, count: int) -> list[Row]:
-    """One seed: the flat line, the learned schedule and the best random one, on fresh seeds."""
+class Programs(NamedTuple):
+    """What is compiled once for a task.
+
+    `losses(hypers, keys)` gives the validation and test losses of whole runs, side by side;
+    `update` is one outer step.
+    """
+
+    problem: hg.Problem
+    train: hg.Minibatches
+    valid: Any
+    losses: Callable[[Any, jax.Array], Any]
+    tuner: hg.Tuner
+    update: Callable[..., Any]
+
+
+def programs(task: Task) -> Programs:
+    """The task's problem, and the two programs that all methods use."""
     problem, data = task.problem(), task.data
     train = hg.Minibatches(jax.tree.map(jnp.asarray, data.train), task.batch, task.steps)
     valid, test = (jax.tree.map(jnp.asarray, split) for split in (data.valid, data.test))
 
+    def run(hyper: Any, key: jax.Array) -> Any:
+        params = hg.rollout(problem, hyper, problem.init(hyper, key), train, key).params
+        return tuple(problem.valid_loss(params, hyper, x, key) for x in (valid, test))
+
     @jax.jit
     def losses(hypers: Any, keys: jax.Array) -> Any:
-        def one(hyper: Any, key: jax.Array) -> Any:
-            params = hg.rollout(problem, hyper, problem.init(hyper, key), train, key).params
-            return tuple(problem.valid_loss(params, hyper, x, key) for x in (valid, test))
+        return jax.lax.map(lambda x: run(*x), (hypers, keys), batch_size=10)
 
-        return jax.lax.map(lambda x: one(*x), (hypers, keys), batch_size=10)
-
-    flat, key = task.hyper(np.full(KNOTS, FLAT)), jax.random.key(seed)
-    smooth = hg.metasmoothness(problem, flat, train, key).value
     tuner = hg.restarting(
         problem,
         SPACE,
@@ -166,42 +179,53 @@ def measure(task: Task, seed: int, updates: int, count: int) -> list[Row]:
         fresh_seeds=True,
         trust=hg.Trust(max_growth=20.0),
     )
-    state, update = tuner.init(flat, key), jax.jit(tuner.update)
-    trusted, refused, begin = [], 0, time.perf_counter()
+    return Programs(problem, train, valid, losses, tuner, jax.jit(tuner.update))
+
+
+def learned(p: Programs, flat: Any, key: jax.Array, updates: int) -> tuple[Any, int]:
+    """The mean of the last five trusted positions, and how many steps were refused."""
+    state, trusted, refused = p.tuner.init(flat, key), [], 0
     for _ in range(updates):
-        state, info = update(state, train, valid)
-        refused += int(info.refused) != 0
+        state, info = p.update(state, p.train, p.valid)
         if int(info.refused) == 0:
             trusted.append(SPACE.to_unit(info.hyper))
-    seconds = time.perf_counter() - begin
-    found = SPACE.from_unit(jax.tree.map(lambda *x: sum(x) / len(x), *trusted[-5:]))
-    begin = time.perf_counter()
-    random = one_cycles(task, count, np.random.default_rng(seed))
-    scores, _ = losses(random, jnp.stack([key] * count))
-    best = jax.tree.map(lambda x: x[int(np.nanargmin(scores))], random)
-    rows = []
-    for name, hyper, runs, spent in (
-        ("the flat line", flat, 0, 0.0),
-        (f"{updates} hypergradients", found, 3 * updates, seconds),
-        (f"best of {count} one-cycles", best, count, time.perf_counter() - begin),
-    ):
-        keys = jax.random.split(jax.random.key(2**20), 10)[:FRESH]
-        repeated = jax.tree.map(lambda x: jnp.stack([x] * FRESH), hyper)
-        after = [float(np.mean(x)) for x in losses(repeated, keys)]
-        rows.append(
-            {
-                "task": task.name,
-                "seed": seed,
-                "method": name,
-                "valid": after[0],
-                "test": after[1],
-                "runs": runs,
-                "seconds": spent,
-                "metasmoothness": smooth,
-                "refused": refused,
-                "knots": np.asarray(hyper["knots"]).tolist(),
-            }
-        )
+        else:
+            refused += 1
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *trusted[-5:])
+    return SPACE.from_unit(mean), refused
+
+
+def best_of(p: Programs, hypers: Any, key: jax.Array) -> Any:
+    """The schedule with the least validation loss."""
+    count = len(hypers["knots"])
+    scores, _ = p.losses(hypers, jnp.stack([key] * count))
+    return jax.tree.map(lambda x: x[int(np.nanargmin(scores))], hypers)
+
+
+def measure(task: Task, seeds: int, updates: int, count: int) -> list[Row]:
+    """The flat line, the learned schedule and the best random one, each on fresh seeds."""
+    p, rows = programs(task), []
+    flat = task.hyper(np.full(KNOTS, FLAT))
+    smooth = hg.metasmoothness(p.problem, flat, p.train, jax.random.key(0)).value
+    for seed in range(seeds):
+        key, begin = jax.random.key(seed), time.perf_counter()
+        found, refused = learned(p, flat, key, updates)
+        middle = time.perf_counter()
+        best = best_of(p, one_cycles(task, count, np.random.default_rng(seed)), key)
+        seconds = (0.0, middle - begin, time.perf_counter() - middle)
+        methods = {
+            "the flat line": (flat, 0),
+            f"{updates} hypergradients": (found, 3 * updates),
+            f"best of {count} one-cycles": (best, count),
+        }
+        keys = jax.random.split(jax.random.key(2**20), FRESH)
+        for (name, (hyper, runs)), spent in zip(methods.items(), seconds, strict=True):
+            repeated = jax.tree.map(lambda x: jnp.stack([x] * FRESH), hyper)
+            valid, test = (float(np.mean(x)) for x in p.losses(repeated, keys))
+            about = {"task": task.name, "seed": seed, "method": name, "runs": runs}
+            about |= {"valid": valid, "test": test, "seconds": spent, "refused": refused}
+            knots = np.asarray(hyper["knots"]).tolist()
+            rows.append({**about, "metasmoothness": smooth, "knots": knots})
     return rows
 
 
@@ -232,7 +256,7 @@ def main(quick: bool = False, argv: list[str] | None = None) -> list[Row]:
     for task in tasks:
         if quick:
             task = task._replace(steps=40)
-        mine = [row for seed in range(seeds) for row in measure(task, seed, updates, count)]
+        mine = measure(task, seeds, updates, count)
         show(mine)
         rows += mine
         if args.out:

@@ -109,8 +109,8 @@ def metasmoothness(
       ValueError: a run that is not finite, that no number of `direction` changes, or that comes out
         differently when it is repeated; a direction of another structure than `hyper`.
 
-    Source: Engstrom et al. 2025, "Optimizing ML training with metagradient descent", section 4 (at
-    hyper, +h, +2h there; around hyper here).
+    Source: Engstrom et al. 2025, "Optimizing ML training with metagradient descent", 2503.13751 (at
+    hyper, +h and +2h there; around hyper here).
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> def loss(w, hyper, batch, key):
