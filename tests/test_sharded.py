@@ -71,8 +71,8 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     again = hg.fit(tuner, begin, batches, batches, 4, checkpoint=folder, **other)
     assert len(again.state.inner.params.sharding.device_set) == 4
     assert np.array_equal(np.asarray(again.state.inner.params), np.asarray(weights))
-    more |= {"sharding": None}
-    alone = hg.fit(tuner, tuner.init(START, KEY), batches, batches, 4, **more)
+    begin, more["sharding"] = tuner.init(START, KEY), None
+    alone = hg.fit(tuner, begin, batches, batches, 4, **more)
     np.testing.assert_allclose(alone.state.inner.params, np.asarray(weights), rtol=1e-4, atol=1e-6)
     assert np.abs(np.asarray(weights - first.inner.params)).max() > 0.01
     from hypergrad.data.streams import open_source
