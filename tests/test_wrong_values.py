@@ -310,6 +310,21 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "floor": NOT_POSITIVE,
         },
     ),
+    "Mixed": (
+        given(hg.Mixed, options={"a": jnp.tanh, "b": jnp.sin}),
+        {
+            "options": (
+                None,
+                3,
+                "relu",
+                [jnp.tanh, jnp.sin],
+                {},
+                {"a": jnp.tanh},
+                {"a": 1, "b": 2},
+            ),
+            "temperature": NOT_POSITIVE,
+        },
+    ),
     "SABA": (
         given(hg.SABA, step_size=0.1, blocks=2),
         {
