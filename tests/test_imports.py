@@ -21,7 +21,8 @@ ROOMS = {
     "space": "dimensions space description",
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
-    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure mixed",
+    "problem": "eager rules inner_gradient mistakes optimizer problem compressed noise structure"
+    " mixed",
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled forward conditions implicit evolution difference"
     " auto hypergradient choose",

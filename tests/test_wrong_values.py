@@ -313,15 +313,7 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
     "Mixed": (
         given(hg.Mixed, options={"a": jnp.tanh, "b": jnp.sin}),
         {
-            "options": (
-                None,
-                3,
-                "relu",
-                [jnp.tanh, jnp.sin],
-                {},
-                {"a": jnp.tanh},
-                {"a": 1, "b": 2},
-            ),
+            "options": (None, 3, "relu", [], {}, {"a": jnp.tanh}, {"a": 1, "b": 2}),
             "temperature": NOT_POSITIVE,
         },
     ),
