@@ -37,6 +37,7 @@ from hypergrad.optim.transforms import (
 )
 from hypergrad.population.refine import Refine
 from hypergrad.problem.inner_gradient import inner_gradient
+from hypergrad.problem.mixed import Mixed
 from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.single_loop.penalty import F2SA
@@ -71,6 +72,7 @@ __all__ = [
     "Inner",
     "Int",
     "Minibatches",
+    "Mixed",
     "Neumann",
     "Nystrom",
     "Preconditioned",

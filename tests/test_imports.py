@@ -23,7 +23,7 @@ ROOMS = {
     "optim": "transforms proximal schedules",
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
-    " recompute structure",
+    " recompute structure mixed",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled forward conditions implicit evolution difference",

@@ -107,17 +107,8 @@ def test_f2sa_is_the_penalty_methods_closed_form(multiplier: float) -> None:
     """To rounding; its bias halves with the multiplier doubled."""
     problem, train, valid, exact = quadratic()
     whole, estimator = hg.Minibatches(train.arrays, 8, 1500), hg.F2SA(0.2, multiplier)
-    estimate = jax.jit(
-        lambda h: hg.hypergradient(
-            problem,
-            {"h": h},
-            None,
-            whole,
-            valid.arrays,
-            jax.random.key(0),
-            hg.F2SA(0.2, multiplier),
-        )
-    )(jnp.ones(3))
+    data = whole, valid.arrays, jax.random.key(0), estimator
+    estimate = jax.jit(lambda h: hg.hypergradient(problem, {"h": h}, None, *data))(jnp.ones(3))
     np.testing.assert_allclose(estimate.grad["h"], exact(np.ones(3), 1 / multiplier), rtol=1e-8)
     biases = [np.linalg.norm(exact(np.ones(3), 1 / m) - exact(np.ones(3))) for m in (1e2, 2e2)]
     assert 1.9 < biases[0] / biases[1] < 2.1

@@ -348,6 +348,13 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
             "floor": NOT_POSITIVE,
         },
     ),
+    "Mixed": (
+        given(hg.Mixed, options={"a": jnp.tanh, "b": jnp.sin}),
+        {
+            "options": (None, 3, "relu", [], {}, {"a": jnp.tanh}, {"a": 1, "b": 2}),
+            "temperature": NOT_POSITIVE,
+        },
+    ),
     "SABA": (
         given(hg.SABA, step_size=0.1, blocks=2),
         {

@@ -23,7 +23,7 @@ class PenaltyState(NamedTuple):
     """The parameters that are pulled towards a low validation loss, and the estimates done."""
 
     pulled: Vector
-    count: jax.Array
+    estimates: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class F2SA(Estimator):
         start = window.begin(hyper)
         offset = steps_done(start.inner)
         given = self.multiplier
-        multiplier = jnp.asarray(given(state.count) if callable(given) else given)
+        multiplier = jnp.asarray(given(state.estimates) if callable(given) else given)
         _, inner_at = vector_of(start.inner, "stationary", offset)
         train_step = window.one_step(hyper, offset)
 
@@ -118,7 +118,7 @@ class F2SA(Estimator):
         info["multiplier"] = multiplier
         info["distance"] = norm(axpy(-1, z, y))
         info["pull"] = multiplier * info["distance"]
-        return Estimate(loss, grad, end.inner, info), PenaltyState(y, state.count + 1)
+        return Estimate(loss, grad, end.inner, info), PenaltyState(y, state.estimates + 1)
 
     def check_structure(self, window: Window, hyper: Hyper) -> None:
         """Raises where a gradient would be missing by structure; traces, runs nothing."""

@@ -132,7 +132,14 @@ class SABA(Estimator):
             i = jax.random.randint(draw, (), 0, self.blocks)
             batch, keys = jax.tree.map(lambda x: x[None], (_block(window.train, i), draw))
             return i, Condition(
-                window.problem, "stationary", z, inner_at, batch, keys, lambda _: None, rules
+                window.problem,
+                "stationary",
+                z,
+                inner_at,
+                batch,
+                keys,
+                lambda _: (batch, draw),
+                rules,
             )
 
         block = _block(window.train, 0)
@@ -228,7 +235,7 @@ def _require_blocks(name: str, data: Any, blocks: int) -> None:
         )
 
 
-def _block(data: Batch, i: jax.Array) -> Batch:
+def _block(data: Batch, i: jax.Array | int) -> Batch:
     """Block i of a `Minibatches`; anything else is the one block that there is."""
     if not isinstance(data, Minibatches):
         return data

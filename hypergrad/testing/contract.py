@@ -142,7 +142,7 @@ class EstimatorContract:
     estimator: ClassVar[Estimator]
     oracle: ClassVar[Callable[..., Oracle]] = staticmethod(momentum_quadratic)
     float32_tolerance: ClassVar[float] = 1e-4
-    as_train: ClassVar[Callable[[Train], Train]] = staticmethod(lambda batches: batches)
+    as_train: ClassVar[Callable[..., Train]] = staticmethod(lambda batches: batches)
 
     def _estimate(self, oracle: Oracle, hyper: Hyper = None, inner: InnerState = None) -> Any:
         hyper = oracle.hyper if hyper is None else hyper
