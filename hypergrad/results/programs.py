@@ -182,7 +182,7 @@ class Programs:
 
 
 def _refuse_auto(refine: Refine) -> None:
-    """The estimator "auto" compiles the problem by itself, which here has values of the surrounding program."""
+    """Auto compiles the problem alone, which here holds values of the surrounding program."""
     if isinstance(as_estimator(refine.estimator), Auto):
         raise ProblemError(
             f"refine={refine!r} chooses its estimator by what compiles, which traced Ints and "
