@@ -18,11 +18,12 @@ from hypergrad.knowledge.positions import distance, position, value_at
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 
-# The standard deviation of what is drawn, in ranges, and the believed choice's probability.
-_SPREAD, _SURE = 0.1, 0.7
+# The standard deviation of what is drawn, in ranges; every other time a small one, for beliefs that
+# are exact. And the believed choice's probability.
+_SPREAD, _SMALL, _SURE = 0.1, 0.03, 0.7
 # So large a share of the first trials follows the belief, and at the most twice that; after so many
 # trials half of it.
-_SHARE, _HALF_LIFE = 0.3, 20
+_SHARE, _HALF_LIFE = 0.3, 10
 
 
 def prior_point(space: Space) -> dict[str, Any]:
@@ -71,7 +72,8 @@ class PriorSampler(BaseSampler):
         self.base, self._beliefs, self._distributions = base, dict(beliefs), dict(distributions)
         # Of its own, so that `base` draws what it draws alone.
         self._random = np.random.RandomState([seed % 2**32, 1])
-        self._following: set[int] = set()
+        # The spread of each trial that follows the beliefs.
+        self._following: dict[int, float] = {}
 
     def reseed_rng(self) -> None:
         """Draw anew, and differently, as a process that joins others must."""
@@ -82,7 +84,7 @@ class PriorSampler(BaseSampler):
         """Decide whether this trial follows the beliefs."""
         self.base.before_trial(study, trial)
         if self._random.uniform() < self.share(study):
-            self._following.add(trial.number)
+            self._following[trial.number] = _SPREAD if self._random.uniform() < 0.5 else _SMALL
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -108,7 +110,8 @@ class PriorSampler(BaseSampler):
     ) -> Any:
         """One value, around its belief where the trial follows it."""
         if trial.number in self._following and param_name in self._beliefs:
-            return self._draw(self._beliefs[param_name], param_distribution)
+            spread = self._following[trial.number]
+            return self._draw(self._beliefs[param_name], param_distribution, spread)
         return self.base.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
@@ -119,14 +122,14 @@ class PriorSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """Let `base` learn."""
-        self._following.discard(trial.number)
+        self._following.pop(trial.number, None)
         self.base.after_trial(study, trial, state, values)
 
     def share(self, study: optuna.Study) -> float:
         """Of the next trials, the share that follows the beliefs.
 
         It falls with the number of trials, and rises or falls with how those near rank: with an
-        average rank at the top it is twice, in the middle once, from three quarters on zero.
+        average rank at the top it is twice, in the middle once, from two thirds on zero.
         """
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.values]
@@ -136,7 +139,7 @@ class PriorSampler(BaseSampler):
         favour = 1 - 2 * relative_ranks(study, trials)
         # One more, of no favour: a single trial says little.
         evidence = float(np.sum(near * favour) / (1 + near.sum()))
-        share = _SHARE * (1 + (evidence if evidence > 0 else 2 * evidence))
+        share = _SHARE * (1 + (evidence if evidence > 0 else 3 * evidence))
         return max(share, 0.0) * _HALF_LIFE / (_HALF_LIFE + len(trials))
 
     def _nearness(self, trial: FrozenTrial) -> float:
@@ -150,14 +153,14 @@ class PriorSampler(BaseSampler):
         ]
         return float(np.exp(-0.5 * np.mean(np.square(far))))
 
-    def _draw(self, belief: Any, distribution: BaseDistribution) -> Any:
+    def _draw(self, belief: Any, distribution: BaseDistribution, spread: float) -> Any:
         if isinstance(distribution, CategoricalDistribution):
             others = [choice for choice in distribution.choices if choice != belief]
             if not others or self._random.uniform() < _SURE:
                 return belief
             return others[self._random.randint(len(others))]
         place = position(distribution, belief)
-        while not 0 <= (drawn := self._random.normal(place, _SPREAD)) <= 1:
+        while not 0 <= (drawn := self._random.normal(place, spread)) <= 1:
             pass
         return value_at(distribution, drawn)
 
