@@ -1,5 +1,6 @@
 """The examples run as a user runs them, print what they promise and draw their pictures."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def printed_by(name: str, *arguments: str) -> str:
+def printed_by(name: str, *arguments: str, **variables: str) -> str:
     command = [sys.executable, f"examples/{name}.py", "--quick", *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = os.environ | variables
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -26,7 +28,10 @@ def test_digits(tmp_path: Path) -> None:
 
 def test_hybrid_sweep(tmp_path: Path) -> None:
     storage = tmp_path / "sweep.journal"
-    text = printed_by("hybrid_sweep", "--storage", str(storage), "--pictures", str(tmp_path))
+    # A sweep of few steps compiles for most of its time.
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    place = ("--storage", str(storage), "--pictures", str(tmp_path))
+    text = printed_by("hybrid_sweep", *place, **quickly)
     assert "4 trials: 4 complete" in text
     assert "fresh seeds: test loss" in text
     assert f"optuna-dashboard {storage}" in text
