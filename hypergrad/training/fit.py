@@ -33,7 +33,7 @@ from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.length import lengths
 from hypergrad.training.progress import FitProgress
 from hypergrad.training.signals import Signals, Stopped
-from hypergrad.training.updates import compiled_update, owned, strongly_typed
+from hypergrad.training.updates import compiled_update, owned, refuse_spread, strongly_typed
 from hypergrad.trees import Batch, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
@@ -171,6 +171,7 @@ def fit(
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
+        refuse_spread(state)
         about = describe(tuner, state, steps) | {"data": fixed(train=train, valid=valid)}
         resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
