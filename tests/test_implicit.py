@@ -41,16 +41,6 @@ class TestRichardson(EstimatorContract):
     oracle = staticmethod(ridge)
 
 
-class TestFresh(EstimatorContract):
-    estimator = hg.Implicit(hg.Neumann(200, 0.2), batches="fresh")
-    oracle = staticmethod(ridge)
-
-
-class TestPreconditioned(EstimatorContract):
-    estimator = hg.Implicit(hg.Preconditioned(hg.BiCGSTAB()))
-    oracle = staticmethod(ridge)
-
-
 class TestFixedPoint(EstimatorContract):
     estimator = hg.Implicit(hg.GMRES(), of="fixed_point")
     oracle = staticmethod(ridge)
