@@ -45,6 +45,7 @@ ROOMS = {
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",
+    "settings": "",
     "cli": "",
     "__main__": "",
 }

@@ -137,7 +137,7 @@ class Cohort:
         length = self.programs.lengths.of(team[0].choices)
         # By their numbers, so that a trial trains alike in whatever team it is.
         numbers = jnp.asarray([p.number for p in team])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
+        keys = _keys(jax.random.key(self.seed), numbers)
         state = program.members.init(hypers, keys, width)
         if self.keeper is not None:
             state = self.keeper.restored(state, team)
@@ -286,8 +286,8 @@ class Cohort:
                 attrs["undone"] = bool(2 * not_finite > report.reasons[i].sum())
             if tested is not None:
                 attrs["held_out"] = float(self.programs.goals.score(tested)[i])
-                attrs["test_metrics"] = _named(tested, i)
-            attrs["metrics"] = _named(report, i)
+                attrs |= _named("test_metrics", tested, i)
+            attrs |= _named("metrics", report, i)
             if self.exploit is not None:
                 mine = (copy for copy in group.copies if copy[0] == proposal.number)
                 attrs["copied"] = [(step, parent) for _, step, parent in mine]
@@ -323,6 +323,10 @@ class Cohort:
         return Standings(steps, trials, best[0].score if best else None, why)
 
 
+# Compiled, as each operation of its own would be dispatched, and compiled, alone.
+_keys = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
+
 def _shrunk(group: Group, kept: set[int], most: int) -> Group:
     """The group with those members only whose numbers are `kept`, in as few slots as hold them."""
     slots = [i for i, p in enumerate(group.proposals) if p.number in kept]
@@ -346,9 +350,10 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.7g}") for value in values]
 
 
-def _named(report: PopulationReport, slot: int) -> dict[str, float]:
-    """The metrics of one member."""
-    return {name: float(v[slot]) for name, v in dict(report.metrics or {}).items()}
+def _named(name: str, report: PopulationReport, slot: int) -> dict[str, dict[str, float]]:
+    """The metrics of one member as an attribute; none without, as each costs a write."""
+    found = {metric: float(v[slot]) for metric, v in dict(report.metrics or {}).items()}
+    return {name: found} if found else {}
 
 
 def _moved(report: PopulationReport, slot: int) -> dict[str, bool]:
