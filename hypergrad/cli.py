@@ -116,6 +116,8 @@ def _called(options: argparse.Namespace, level: int = logging.INFO, **given: Any
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hypergrad").setLevel(level)
     _quiet_optuna()
+    if getattr(options, "config", None) or getattr(options, "set", None):
+        function = _configured(function, options)
     try:
         result = function(**{key: value for key, value in given.items() if value is not None})
     except Exception as error:
@@ -125,6 +127,15 @@ def _called(options: argparse.Namespace, level: int = logging.INFO, **given: Any
             f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."
         )
     return result
+
+
+def _configured(function: Any, options: argparse.Namespace) -> Any:
+    from hypergrad.settings import settings_of, with_settings
+
+    try:
+        return with_settings(function, settings_of(options.config or os.devnull, options.set))
+    except (ValueError, OSError) as error:
+        raise _Ended(f"--config {options.config}: {_short(error)}") from error
 
 
 class _NothingMore:
@@ -304,6 +315,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", type=int, help="in all, over all workers")
     sweep.add_argument("--name", help="of the study")
     sweep.add_argument("--seed", type=int, help="of the sampler and of training")
+    sweep.add_argument("--config", help="a TOML file: tables sweep, space.NAME, scheduler")
+    change = "a value of it, such as space.rate.high=0.5; as often as needed"
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
     sweep.add_argument("--timeout", type=float, help="seconds, after which nothing more begins")
     show = commands.add_parser("show", help="print a sweep's table")
     show.set_defaults(run=_show)

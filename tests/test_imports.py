@@ -37,14 +37,15 @@ ROOMS = {
     " ranking study",
     "plotting": "panels attributed runs colors parallel sweeps tuned report",
     "knowledge": "positions priors warm local samplers",
-    "costs": "lengths programs",
-    "results": "layout saved goals programs result",
+    "costs": "lengths programs spending",
+    "results": "layout saved kept goals programs result",
     "scheduling": "curves",
-    "search": "schedulers arguments recipe spending standings stopping cohort telling endings"
+    "search": "schedulers arguments recipe standings stopping cohort telling endings"
     " limits sweep ahead candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",
+    "settings": "",
     "cli": "",
     "__main__": "",
 }

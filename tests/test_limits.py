@@ -10,8 +10,8 @@ import optuna
 import pytest
 
 import hypergrad as hg
+from hypergrad.costs.spending import evaluations_per_step
 from hypergrad.search.limits import Limits
-from hypergrad.search.spending import evaluations_per_step
 
 X = jnp.linspace(-1.0, 1.0, 32)
 DATA = hg.Splits(X[:16], X[16:24], X[24:])

@@ -20,11 +20,11 @@ from hypergrad.study.ranking import (
     MARK,
     confirmed,
     failed_trials,
+    in_line,
     objective_names,
     ranked,
     reason_of,
     short,
-    shown,
     states,
 )
 from hypergrad.study.remarks import AT_BOUND, BOUND_NOTE, at_bounds, audits
@@ -113,7 +113,7 @@ def _audited(study: optuna.Study) -> str:
     text = ""
     if kept:
         best, since = kept
-        values = html.escape(shown(best.hyper, space))
+        values = html.escape(in_line(best.hyper, space))
         stale = f", before {since} more trials had trained" if since else ""
         text = (
             f"<p>Confirmed{stale}: trial #{best.number}, its values frozen and trained again, "

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.costs.lengths import Length
+from hypergrad.costs.spending import evaluations_per_step
 from hypergrad.data.batches import num_examples
 from hypergrad.population.held import WEIGHTS
 from hypergrad.population.member import PopulationReport, PopulationState, on_test
 from hypergrad.population.population import width_for
+from hypergrad.results.kept import Keeper
 from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
-from hypergrad.search.spending import evaluations_per_step
 from hypergrad.search.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
 from hypergrad.search.stopping import Judge
 from hypergrad.study.ranking import MOVED
@@ -58,6 +59,7 @@ class Cohort:
       watch: gets `training` several times a rung, where anybody looks.
       may: says whether so many gradient evaluations more may begin; what may not is left as it is.
       judge: says which of the trials at a rung go on, where a bracket's are not ranked together.
+      keeper: keeps states of trials that go on, for those who run them when this process has died.
     """
 
     programs: Programs
@@ -68,6 +70,7 @@ class Cohort:
     watch: Callable[[int, float, int], None] | None = None
     may: Callable[[float], bool] = lambda more: True
     judge: Judge | None = None
+    keeper: Keeper | None = None
     spent: int = 0
     examples: int = 0
     evaluations: float = 0.0
@@ -103,9 +106,13 @@ class Cohort:
             self._partial = len(going) * done / self.programs.lengths.num_steps
             if reached.trials or not self._cut:
                 yield reached
+            groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
+            if self.keeper is not None:
+                self.keeper.forget(s.proposal for s in reached.trials if s.fate != "goes on")
+                for group in groups:
+                    self.keeper.keep(group.state, group.proposals)
             if self._cut:
                 return
-            groups = [g for group in groups if (g := _shrunk(group, going, most)).proposals]
 
     def _start(
         self, teams: Sequence[Sequence[Proposal]], most: int
@@ -130,8 +137,15 @@ class Cohort:
         length = self.programs.lengths.of(team[0].choices)
         # By their numbers, so that a trial trains alike in whatever team it is.
         numbers = jnp.asarray([p.number for p in team])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
+        keys = _keys(jax.random.key(self.seed), numbers)
         state = program.members.init(hypers, keys, width)
+        if self.keeper is not None:
+            state = self.keeper.restored(state, team)
+            self.evaluations += (
+                int(state.trail.seen.sum())
+                * self._rate(program)
+                * (program.members.steps_per_update)
+            )
         return Group(program, state, tuple(team), length=length)
 
     def _weights(self, proposal: Proposal) -> dict[str, np.ndarray]:
@@ -188,25 +202,37 @@ class Cohort:
         stride = self._stride(until - done) // members.steps_per_update * members.steps_per_update
         while done < until:
             steps = min(max(stride, members.steps_per_update), until - done)
-            state = members.advance(group.state, steps // members.steps_per_update)
+            updates = self._updates(group, done + steps, steps)
+            state = members.advance(group.state, updates)
             # An error of the device comes up here, where it is known whose it is.
             group = group._replace(state=jax.block_until_ready(state))
             done += steps
-            self.spent += steps * here
-            self.examples += steps * here * length.batch_size
-            self.evaluations += steps * here * self._rate(group.program)
+            trained = int(updates[:here].sum()) * members.steps_per_update
+            self.spent += trained
+            self.examples += trained * length.batch_size
+            self.evaluations += trained * self._rate(group.program)
             self._partial += steps * here / length.num_steps
+            if self.keeper is not None and self.keeper.is_due and done < until:
+                self.keeper.keep(group.state, group.proposals)
             if self.watch is not None:
                 self.watch(*self.training)
             if self.exploit is not None and here > 1 and done < until:
                 group = self._exploited(group, done)
         return group
 
+    def _updates(self, group: Group, until: int, most: int) -> np.ndarray:
+        """Updates of each slot up to `until` steps; one that is kept may have come further."""
+        k = group.program.members.steps_per_update
+        seen = 0 if self.keeper is None else np.asarray(group.state.trail.seen)
+        counts = most // k if self.keeper is None else np.clip(until // k - seen, 0, most // k)
+        return np.broadcast_to(counts, group.state.active.shape).astype(np.int32)
+
     def _stride(self, steps: int) -> int:
         """Steps to train before somebody looks or copies."""
         if self.exploit is not None:
             return self.exploit.every
-        return steps if self.watch is None else -(-steps // _PARTS)
+        nobody = self.watch is None and self.keeper is None
+        return steps if nobody else -(-steps // _PARTS)
 
     def _exploited(self, group: Group, done: int) -> Group:
         """The group after one round of population based training."""
@@ -260,8 +286,8 @@ class Cohort:
                 attrs["undone"] = bool(2 * not_finite > report.reasons[i].sum())
             if tested is not None:
                 attrs["held_out"] = float(self.programs.goals.score(tested)[i])
-                attrs["test_metrics"] = _named(tested, i)
-            attrs["metrics"] = _named(report, i)
+                attrs |= _named("test_metrics", tested, i)
+            attrs |= _named("metrics", report, i)
             if self.exploit is not None:
                 mine = (copy for copy in group.copies if copy[0] == proposal.number)
                 attrs["copied"] = [(step, parent) for _, step, parent in mine]
@@ -297,6 +323,10 @@ class Cohort:
         return Standings(steps, trials, best[0].score if best else None, why)
 
 
+# Compiled, as each operation of its own would be dispatched, and compiled, alone.
+_keys = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
+
 def _shrunk(group: Group, kept: set[int], most: int) -> Group:
     """The group with those members only whose numbers are `kept`, in as few slots as hold them."""
     slots = [i for i, p in enumerate(group.proposals) if p.number in kept]
@@ -320,9 +350,10 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.7g}") for value in values]
 
 
-def _named(report: PopulationReport, slot: int) -> dict[str, float]:
-    """The metrics of one member."""
-    return {name: float(v[slot]) for name, v in dict(report.metrics or {}).items()}
+def _named(name: str, report: PopulationReport, slot: int) -> dict[str, dict[str, float]]:
+    """The metrics of one member as an attribute; none without, as each costs a write."""
+    found = {metric: float(v[slot]) for metric, v in dict(report.metrics or {}).items()}
+    return {name: found} if found else {}
 
 
 def _moved(report: PopulationReport, slot: int) -> dict[str, bool]:

@@ -30,6 +30,7 @@ from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
 from hypergrad.population.refine import Refine
 from hypergrad.results.goals import goals_of
+from hypergrad.results.kept import Keeper
 from hypergrad.results.programs import MakeProblem, Programs
 from hypergrad.results.result import SweepResult
 from hypergrad.search.arguments import check_types, checked_points
@@ -86,6 +87,7 @@ def sweep(
     timeout: float | None = None,
     max_evaluations: float | None = None,
     callbacks: Sequence[SweepCallback] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
     warm_from: Iterable[Any] = (),
     seed: int = 0,
     name: str = "hypergrad",
@@ -145,13 +147,15 @@ def sweep(
       max_evaluations: gradient evaluations in all, over all processes and restarts that share the
         storage (trials that died excepted): no group of trials begins a rung that would exceed it.
         A training step counts 1 (of the largest batch), its way back 2, a validation gradient
-        n_valid / batch_size (`hypergrad.search.spending`); the trials' attribute `evaluations` says
+        n_valid / batch_size (`hypergrad.costs.spending`); the trials' attribute `evaluations` says
         what each has cost.
       callbacks: functions of the study and of a trial that has ended, as Optuna's own are. One ends
         the sweep by `study.stop()`, or by raising `hypergrad.callbacks.Stop`.
       warm_from: storages or studies of earlier sweeps, on other data or of another space: points
         that ranked high there, and where the others' trials say so, are tried first, up to a fifth
         of the trials (`hypergrad.knowledge.warm`).
+      checkpoint: a folder, which all processes of the sweep may share: a trial that its process
+        lost or handed back goes on from its last rung, or from 30 seconds before.
       seed: of the sampler and of training.
       name: the study's.
       progress: a live view (trials, best score, running population, speed, training steps, time
@@ -201,6 +205,12 @@ def sweep(
         raise ValueError(
             f"polish={polish} with num_trials={num_trials}: give fewer than all trials, as there "
             "must be something to polish."
+        )
+    keeper = None if checkpoint is None else Keeper(checkpoint, name)
+    if keeper is not None and exploit is not None:
+        raise ValueError(
+            f"checkpoint={os.fspath(checkpoint)!r} with {scheduler!r}: members that copy each "
+            "other cannot go on alone. Give checkpoint=None, or another scheduler."
         )
     num_steps = lengths.num_steps
     ladders = [
@@ -255,6 +265,7 @@ def sweep(
                 view.show if progress else None,
             )
             cohort.judge = judge_of(scheduler, opened.study, cohort.sign, num_steps)
+            cohort.keeper = keeper
             cohort.may = lambda more: limits.allow(opened.study, cohort.evaluations, more)
             alike = AllAlike(space)
             _look_back(view, opened, cohort)

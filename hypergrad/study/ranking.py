@@ -148,7 +148,7 @@ def table(study: optuna.Study, count: int = 10) -> str:
         found, since = kept
         stale = f", before {since} more had trained" if since else ""
         lines.append(f"confirmed, its values frozen{stale}:\n{_row(found, space)}")
-    lines += [f"audit: {audit_line(one)}  {shown(one['hyper'], space)}" for one in audits(study)]
+    lines += [f"audit: {audit_line(one)}  {in_line(one['hyper'], space)}" for one in audits(study)]
     return "\n".join(lines)
 
 
@@ -156,10 +156,10 @@ def _row(best: Best, space: Space) -> str:
     scores = ", ".join(f"{value:.4g}" for value in (best.score, *best.values[1:]))
     score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
     test = f"test {best.held_out:<9.4g}"
-    return f"#{best.number:<5} score {score:<9}  {test}  {shown(best.hyper, space)}"
+    return f"#{best.number:<5} score {score:<9}  {test}  {in_line(best.hyper, space)}"
 
 
-def shown(hyper: Mapping[str, Any], space: Space) -> str:
+def in_line(hyper: Mapping[str, Any], space: Space) -> str:
     """Values in a line, those at a bound marked."""
     edge = at_bounds(space, hyper)
     return "  ".join(

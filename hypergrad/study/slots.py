@@ -80,7 +80,7 @@ def _is_lost(trial: FrozenTrial) -> bool:
     return failed and _LOST in trial.system_attrs and ERROR not in trial.user_attrs
 
 
-def _lineage(trial: FrozenTrial) -> tuple[int, int]:
+def lineage(trial: FrozenTrial) -> tuple[int, int]:
     """Return the number of the slot's first trial, and which attempt at it this trial is."""
     return trial.system_attrs.get(_ROOT, trial.number), trial.system_attrs.get(_ATTEMPT, 0)
 
@@ -96,7 +96,7 @@ def _is_duplicate(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
     Two workers that find the same dead one may, in a narrow race, both queue a successor.
     """
     return _ROOT in trial.system_attrs and any(
-        _lineage(other) == _lineage(trial)
+        lineage(other) == lineage(trial)
         and _ROOT in other.system_attrs
         and _CANCELLED not in other.system_attrs
         for other in trials[: trial.number]
@@ -174,7 +174,7 @@ class Slots:
         """Return the grid's point for a trial, the same one for all its successors."""
         assert self.points is not None
         trials = self._study.get_trials(deepcopy=False)
-        return self.points[self._ledger.count(trials, _lineage(trial)[0])[1]]
+        return self.points[self._ledger.count(trials, lineage(trial)[0])[1]]
 
     def _take_waiting(self, trials: list[FrozenTrial], wanted: Mapping[str, Any]) -> int | None:
         """Make one queued trial ours, or return None."""
@@ -183,7 +183,7 @@ class Slots:
             if any(name in wanted and asked[name] != wanted[name] for name in asked):
                 continue
             trial_id = id_of(trial)
-            slots, _ = self._ledger.count(trials, _lineage(trial)[0])
+            slots, _ = self._ledger.count(trials, lineage(trial)[0])
             if self._num_trials is not None and slots >= self._num_trials:
                 # A point queued by hand may wait for a larger num_trials. One queued again was
                 # queued by two processes; a successor had no right to its slot: its worker died
@@ -251,7 +251,7 @@ class Slots:
         """Queue again what dead workers ran; `held` are the numbers of our own running trials."""
         workers = read_workers(self._storage, self._worker.study_id)
         trials = self._study.get_trials(deepcopy=False)
-        succeeded = {(root, attempt - 1) for root, attempt in map(_lineage, trials) if attempt}
+        succeeded = {(root, attempt - 1) for root, attempt in map(lineage, trials) if attempt}
 
         def gone(worker: str) -> bool:
             # A trial that we claim and do not hold is one whose ask has failed.
@@ -266,7 +266,7 @@ class Slots:
                 is_left = bool(claims) and all(map(gone, claims)) and self.lose(trial)
             else:
                 # Whoever declared it lost was to queue its successor, and may be about to.
-                is_orphan = _is_lost(trial) and _lineage(trial) not in succeeded
+                is_orphan = _is_lost(trial) and lineage(trial) not in succeeded
                 is_left = is_orphan and gone(marks[_LOST])
             if is_left and self.queue_successor(trial):
                 found.append(trial.number)
@@ -284,7 +284,7 @@ class Slots:
         with suppress(UpdateFinishedTrialError):
             # The mark before the state: nothing can be written afterwards.
             self._storage.set_trial_system_attr(trial_id, _LOST, self._worker.id)
-            if self._max_retries is not None and _lineage(trial)[1] >= self._max_retries:
+            if self._max_retries is not None and lineage(trial)[1] >= self._max_retries:
                 error = f"its process died {self._max_retries + 1} times while it ran"
                 self._storage.set_trial_user_attr(trial_id, ERROR, error)
             if self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
@@ -294,7 +294,7 @@ class Slots:
 
     def queue_successor(self, trial: FrozenTrial) -> bool:
         """Queue a lost trial again; False where it had its retries."""
-        root, attempt = _lineage(trial)
+        root, attempt = lineage(trial)
         # Again, as whoever lost the trial may have allowed more retries than we do.
         if self._max_retries is not None and attempt >= self._max_retries:
             return False
