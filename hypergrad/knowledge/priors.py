@@ -18,8 +18,9 @@ from hypergrad.knowledge.positions import distance, position, value_at
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
 
-# The standard deviation of what is drawn, in ranges, and the believed choice's probability.
-_SPREAD, _SURE = 0.1, 0.7
+# The standard deviation of what is drawn, in ranges; every other time a small one, for beliefs that
+# are exact. And the believed choice's probability.
+_SPREAD, _SMALL, _SURE = 0.1, 0.03, 0.7
 # So large a share of the first trials follows the belief, and at the most twice that; after so many
 # trials half of it.
 _SHARE, _HALF_LIFE = 0.3, 20
@@ -71,7 +72,8 @@ class PriorSampler(BaseSampler):
         self.base, self._beliefs, self._distributions = base, dict(beliefs), dict(distributions)
         # Of its own, so that `base` draws what it draws alone.
         self._random = np.random.RandomState([seed % 2**32, 1])
-        self._following: set[int] = set()
+        # The spread of each trial that follows the beliefs.
+        self._following: dict[int, float] = {}
 
     def reseed_rng(self) -> None:
         """Draw anew, and differently, as a process that joins others must."""
@@ -82,7 +84,7 @@ class PriorSampler(BaseSampler):
         """Decide whether this trial follows the beliefs."""
         self.base.before_trial(study, trial)
         if self._random.uniform() < self.share(study):
-            self._following.add(trial.number)
+            self._following[trial.number] = _SPREAD if self._random.uniform() < 0.5 else _SMALL
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -108,7 +110,8 @@ class PriorSampler(BaseSampler):
     ) -> Any:
         """One value, around its belief where the trial follows it."""
         if trial.number in self._following and param_name in self._beliefs:
-            return self._draw(self._beliefs[param_name], param_distribution)
+            spread = self._following[trial.number]
+            return self._draw(self._beliefs[param_name], param_distribution, spread)
         return self.base.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
@@ -119,7 +122,7 @@ class PriorSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """Let `base` learn."""
-        self._following.discard(trial.number)
+        self._following.pop(trial.number, None)
         self.base.after_trial(study, trial, state, values)
 
     def share(self, study: optuna.Study) -> float:
@@ -150,14 +153,14 @@ class PriorSampler(BaseSampler):
         ]
         return float(np.exp(-0.5 * np.mean(np.square(far))))
 
-    def _draw(self, belief: Any, distribution: BaseDistribution) -> Any:
+    def _draw(self, belief: Any, distribution: BaseDistribution, spread: float) -> Any:
         if isinstance(distribution, CategoricalDistribution):
             others = [choice for choice in distribution.choices if choice != belief]
             if not others or self._random.uniform() < _SURE:
                 return belief
             return others[self._random.randint(len(others))]
         place = position(distribution, belief)
-        while not 0 <= (drawn := self._random.normal(place, _SPREAD)) <= 1:
+        while not 0 <= (drawn := self._random.normal(place, spread)) <= 1:
             pass
         return value_at(distribution, drawn)
 
