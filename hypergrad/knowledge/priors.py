@@ -129,7 +129,7 @@ class PriorSampler(BaseSampler):
         """Of the next trials, the share that follows the beliefs.
 
         It falls with the number of trials, and rises or falls with how those near rank: with an
-        average rank at the top it is twice, in the middle once, from three quarters on zero.
+        average rank at the top it is twice, in the middle once, from two thirds on zero.
         """
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.values]
@@ -139,7 +139,7 @@ class PriorSampler(BaseSampler):
         favour = 1 - 2 * relative_ranks(study, trials)
         # One more, of no favour: a single trial says little.
         evidence = float(np.sum(near * favour) / (1 + near.sum()))
-        share = _SHARE * (1 + (evidence if evidence > 0 else 2 * evidence))
+        share = _SHARE * (1 + (evidence if evidence > 0 else 3 * evidence))
         return max(share, 0.0) * _HALF_LIFE / (_HALF_LIFE + len(trials))
 
     def _nearness(self, trial: FrozenTrial) -> float:
