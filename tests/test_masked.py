@@ -58,9 +58,7 @@ def mse(outputs: Any, y: Any) -> jax.Array:
 
 
 def optimizer(hyper: Any) -> Any:
-    return optax.chain(
-        optax.clip_by_global_norm(0.5), optax.adamw(hyper["rate"], weight_decay=hyper["decay"])
-    )
+    return optax.adamw(hyper["rate"], weight_decay=hyper["decay"])
 
 
 def masked_problem() -> hg.Problem:
@@ -83,9 +81,9 @@ def masked_problem() -> hg.Problem:
     return first._replace(init=lambda hyper, key: problem(hyper).init(hyper, key))
 
 
-@pytest.mark.parametrize(("width", "depth"), [(1, 1), (3, 2), (8, 3)])
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (3, 2)])
 def test_a_masked_network_is_the_narrow_one(x64: None, width: int, depth: int) -> None:
-    """Value, gradient, five steps of clipped AdamW under a penalty, and their hypergradient."""
+    """Value, gradient, three steps of AdamW under a penalty, and their hypergradient."""
     x, y = X.astype(float), Y.astype(float)
     hyper = {"rate": jnp.float64(0.02), "decay": jnp.float64(1e-2)}
     shape = {"width": jnp.int32(width), "depth": jnp.int32(depth)}
@@ -118,7 +116,7 @@ def test_a_masked_network_is_the_narrow_one(x64: None, width: int, depth: int) -
     if (width, depth) != (3, 2):
         return  # one hypergradient is enough, and takes its time to compile
     started = hg.bilevel(lambda key: begun, given.train_loss, given.valid_loss, optimizer)
-    train = jax.tree.map(lambda a: jnp.broadcast_to(a, (5, *a.shape)), (x, y))
+    train = jax.tree.map(lambda a: jnp.broadcast_to(a, (3, *a.shape)), (x, y))
     runs = [hg.hypergradient(p, hyper, None, train, (x, y), key) for p in (started, narrow)]
     # What is off moves by the 1e-16 of `nonzero_gradient`.
     np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-7)

@@ -23,7 +23,7 @@ from hypergrad.study.distributions import Coordinates
 _SPREAD, _SMALL, _SURE = 0.1, 0.03, 0.7
 # So large a share of the first trials follows the belief, and at the most twice that; after so many
 # trials half of it.
-_SHARE, _HALF_LIFE = 0.3, 20
+_SHARE, _HALF_LIFE = 0.3, 10
 
 
 def prior_point(space: Space) -> dict[str, Any]:
