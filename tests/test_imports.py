@@ -26,7 +26,7 @@ ROOMS = {
     " recompute structure mixed",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled forward conditions implicit evolution difference",
+    "estimators": "memory base unrolled ahead forward conditions implicit evolution difference",
     "single_loop": "penalty saba",
     "choice": "auto hypergradient choose",
     "tuners": "base estimates trust refusals alternating restarting learned",
@@ -41,7 +41,7 @@ ROOMS = {
     "results": "layout saved kept goals programs result",
     "scheduling": "curves",
     "search": "schedulers arguments recipe standings stopping cohort telling endings"
-    " limits sweep ahead candidates tuned tune",
+    " limits sweep candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",
     "analysis": "attribution",

@@ -17,8 +17,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.estimators.ahead import Ahead
 from hypergrad.problem.compressed import compressed
-from hypergrad.search.ahead import Ahead
 from hypergrad.search.candidates import Workshop
 
 SPACE = hg.Space(

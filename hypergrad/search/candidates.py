@@ -14,13 +14,13 @@ import numpy as np
 
 from hypergrad.data.batches import Minibatches, num_examples
 from hypergrad.data.splits import Splits
+from hypergrad.estimators.ahead import Ahead
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
 from hypergrad.population.refine import plain, replaying
 from hypergrad.problem.compressed import compressed
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
-from hypergrad.search.ahead import Ahead
 from hypergrad.space.space import Space
 from hypergrad.training.fit import FitResult, fit
 from hypergrad.trees import Batch, Hyper, InnerState, Params

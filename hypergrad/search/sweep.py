@@ -209,7 +209,7 @@ def sweep(
     keeper = None if checkpoint is None else Keeper(checkpoint, name)
     if keeper is not None and exploit is not None:
         raise ValueError(
-            f"checkpoint={os.fspath(checkpoint)!r} with {scheduler!r}: members that copy each "
+            f"checkpoint={str(checkpoint)!r} with {scheduler!r}: members that copy each "
             "other cannot go on alone. Give checkpoint=None, or another scheduler."
         )
     num_steps = lengths.num_steps
