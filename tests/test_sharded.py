@@ -19,7 +19,7 @@ def loss(w, hyper, batch, key):
     return jnp.mean(jnp.tanh(batch @ w) ** 2) + hyper["l2"] * jnp.sum(w * w)
 
 init = lambda key: jax.random.normal(key, SHAPE)
-problem = hg.bilevel(init, loss, loss, lambda h: optax.adam(h["lr"]))
+problem = hg.bilevel(init, loss, loss, lambda h: optax.sgd(h["lr"], momentum=0.9))
 
 def compiled(function, *args):
     return jax.jit(function).lower(*args).compile()
@@ -51,6 +51,8 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     assert collectives(update) == plain, (kind, collectives(update))
     if kind is AxisType.Explicit:
         continue
+    tuner = hg.alternating(problem, SPACE, hg.Unrolled(window=1))
+    state = place(mesh, tuner.init(START, KEY))
     # A batch that is drawn on the mesh, examples split over it, against the same steps by hand.
     rows = jax.device_put(draw.reshape(96, 32), NamedSharding(mesh, P("d")))
     draws = hg.Minibatches(rows, 16, 5)
@@ -74,7 +76,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     begin, more["sharding"] = tuner.init(START, KEY), None
     alone = hg.fit(tuner, begin, batches, batches, 4, **more)
     np.testing.assert_allclose(alone.state.inner.params, np.asarray(weights), rtol=1e-4, atol=1e-6)
-    assert np.abs(np.asarray(weights - first.inner.params)).max() > 0.01
+    assert np.abs(np.asarray(weights - first.inner.params)).max() > 1e-4
     from hypergrad.data.streams import open_source
     placed = open_source("train", batches, 3, None, split).take()
     assert placed.shape == (3, 16, 32) and placed.sharding.spec == P(None, None, "d")
