@@ -70,10 +70,10 @@ class Report(NamedTuple):
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))  # noqa: E731
         title = f"validation loss {self.loss:.6g}; hypergradient in raw and in unit coordinates"
-        lines = [title, *(line(row).rstrip() for row in [head, *cells])]
         if self.metasmoothness is not None:
-            lines.append(str(judged_smoothness(self.metasmoothness)))
-        return "\n".join(lines)
+            smooth = judged_smoothness(self.metasmoothness)
+            title += f"; metasmoothness {smooth.value:.3f}, {smooth.verdict}"
+        return "\n".join([title, *(line(row).rstrip() for row in [head, *cells])])
 
 
 def check_hypergradient(
