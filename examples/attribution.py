@@ -8,10 +8,27 @@ predicted to matter most are left out, and the network is trained again, all els
 
   python examples/attribution.py [--quick] [--relu] [--out attribution.png]
 
-RESULT
-With --relu the same training is not smooth in its weights: `metasmoothness` says so before anything
-is differentiated, `attribution` warns, and the predictions fail. 64 random subsets, three more
-networks and three rivals: `python -m benchmarks.attribution`.
+prints
+
+metasmoothness 0.964, smooth: hypergradients of whole runs can predict what retraining does
+12 training images left out
+┏━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━┓
+┃ test image     ┃ left out     ┃ predicted change of its loss ┃ true change ┃
+┡━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━┩
+│ a 5, loss 4.50 │ most helpful │                       +1.212 │      +2.500 │
+│ a 5, loss 4.50 │ most harmful │                       -1.384 │      -2.361 │
+│ a 9, loss 4.42 │ most helpful │                       +1.938 │      +3.673 │
+│ a 9, loss 4.42 │ most harmful │                       -1.509 │      -2.232 │
+│ a 8, loss 3.70 │ most helpful │                       +1.272 │      +2.247 │
+│ a 8, loss 3.70 │ most harmful │                       -1.117 │      -1.885 │
+│ a 8, loss 3.30 │ most helpful │                       +1.341 │      +2.145 │
+│ a 8, loss 3.30 │ most harmful │                       -1.465 │      -1.954 │
+└────────────────┴──────────────┴──────────────────────────────┴─────────────┘
+
+Signs and order hold; sizes are about half, as twelve images at once are no small change. With
+--relu metasmoothness is 0.758, "rough", before anything is differentiated, and `attribution` warns:
+predictions there lie between half and twice the truth. Random subsets, two more networks and three
+rivals: `python -m benchmarks.attribution`; 28 recipes: `python -m benchmarks.metasmoothness`.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Attribution is what jax.grad and retraining say; metasmoothness tells where it predicts."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from benchmarks import attribution as benchmark
 from hypergrad.smoothness import REMEDIES, sign_agreement
 
 KEY = jax.random.key(0)
@@ -214,3 +217,16 @@ def test_choose_and_check_tell_metasmoothness(capsys: Any) -> None:
         assert len(report.rows) == 1 and report.metasmoothness is not None
         assert report.metasmoothness > 0.9
         assert "metasmoothness " in str(report)
+
+
+def test_the_benchmark_measures_small(tmp_path: Path, capsys: Any) -> None:
+    """100 digits, 60 steps: the hypergradient ranks subsets well, and every rival has a row."""
+    out = tmp_path / "rows.json"
+    benchmark.main(argv=["--quick", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert set(row["lds"]) == {"hypergradient", "influence", "TracIn", "TRAK-like"}
+    assert row["lds"]["hypergradient"]["0.05"]["mean"] > 0.8
+    assert row["verdict"] == "smooth" and row["examples"] == 100
+    assert "TRAK-like" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--tasks conv: give --data FOLDER with MNIST's"):
+        benchmark.main(argv=["--quick", "--tasks", "conv"])
