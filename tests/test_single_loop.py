@@ -124,8 +124,9 @@ def test_f2sas_multiplier_follows_its_schedule() -> None:
     window = hg.Window(problem, problem.init(hyper, key), train, valid, key)
     state = estimator.init(window, hyper)
     seen = []
+    run = jax.jit(lambda state: estimator.estimate(window, hyper, state))
     for _ in range(2):
-        estimate, state = estimator.estimate(window, hyper, state)
+        estimate, state = run(state)
         seen.append(float(estimate.info["multiplier"]))
     assert seen == [10.0, 20.0]
 

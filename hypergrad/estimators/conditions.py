@@ -203,14 +203,13 @@ def _examples(
 def _fresh(
     train: Train, key: Key, offset: jax.typing.ArrayLike, index: jax.Array | int
 ) -> tuple[Batch, Key]:
-    """A batch that is not training's own, without repeats in an epoch, and a key for it."""
-    own = jax.random.fold_in(jax.random.fold_in(key, SOLVER), offset)
+    """A random batch and a key for it, independent of all others."""
+    # Drawn without repeats, products of two would not have the mean's product for their mean.
+    own = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, SOLVER), offset), index)
     if isinstance(train, Minibatches):
-        batch = train.batch(index, own)
-    else:  # these K there are, from the last one back
-        last = num_steps(train) - 1
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[(last - index) % (last + 1)], train)
-    return batch, jax.random.fold_in(own, index)
+        return train.batch(0, own), own
+    i = jax.random.randint(own, (), 0, num_steps(train))
+    return jax.tree.map(lambda x: jnp.asarray(x)[i], train), own
 
 
 def moments_of(inner: InnerState) -> Vector:
