@@ -137,7 +137,10 @@ def test_log_under_several_seeds_windows_and_minibatches() -> None:
 
     def grads(checkpoint: Any) -> Any:
         estimator = hg.Unrolled(11, checkpoint)
-        run = lambda key: hg.hypergradient(problem, hyper, None, train, data[:4], key, estimator)
+
+        def run(key):
+            return hg.hypergradient(problem, hyper, None, train, data[:4], key, estimator)
+
         return jax.jit(jax.vmap(run))(jax.random.split(KEY, 2)).grad
 
     assert relative_error(grads("log"), grads("none")) < 1e-4
