@@ -19,16 +19,21 @@ _TRUSTED = tuple(str(Path(str(package.__file__)).parent / "_")[:-1] for package 
 class Traced:
     """A function as its program, whose Python runs once, however often it is differentiated.
 
-    Called with arguments of the shapes that it was traced for.
+    Called with arguments of the shapes that it was traced for; of other dtypes (mixed mode widens
+    bfloat16 parameters) it is the function itself.
     """
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         self.program: Any = closed.jaxpr
         self.consts, self._out = closed.consts, jax.tree.structure(shapes)
+        self._function = function
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
+        pairs = zip(jax.tree.leaves(args), self.program.invars, strict=True)
+        if any(jax.typeof(x).dtype != v.aval.dtype for x, v in pairs):
+            return self._function(*args)
         return self.under(self.consts, *args)
 
     def under(self, consts: Sequence[Any], *args: Any) -> Any:
