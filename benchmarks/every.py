@@ -24,6 +24,8 @@ NAMES = (
     "choice",
     "optimizers",
     "data_cleaning",
+    "attribution",
+    "metasmoothness",
     "study",
     "crash",
     "populations",
