@@ -230,8 +230,7 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
             # d/de at 0 of the gradient of L(p + e c, h) + e <outputs, cfloats>
             def tilted(e: jax.Array) -> Any:
                 def tilted_loss(p: list[Any], h: list[Any]) -> jax.Array:
-                    moved = [x + (e * y).astype(x.dtype) for x, y in zip(p, c, strict=True)]
-                    value_aux = loss(moved, h, rest)
+                    value_aux = loss([x + e * y for x, y in zip(p, c, strict=True)], h, rest)
                     return value_aux[0] + e * inner_product(split_inexact(value_aux)[0], cfloats)
 
                 return jax.grad(tilted_loss, (0, 1))(p, h)
