@@ -84,7 +84,9 @@ class Mixed:
         _require_one_shape(results)
 
         def mix(*values: jax.Array) -> jax.Array:
-            shares = weights.astype(jnp.result_type(jnp.bfloat16, *values))
+            # of the arrays' own dtypes: a weak type would give way to a narrower one
+            dtype = jnp.result_type(*(jnp.asarray(value).dtype for value in values))
+            shares = weights.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else weights
             return sum(share * value for share, value in zip(shares, values, strict=True))
 
         return jax.tree.map(mix, *results.values())
