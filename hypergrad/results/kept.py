@@ -42,8 +42,12 @@ class Keeper:
     """
 
     def __init__(self, folder: str | os.PathLike[str], study: str) -> None:
+        try:
+            path = checked_folder(folder)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {error}") from None
         # A name that is one part of a path, whatever the study is called.
-        self._place = checked_folder(folder) / quote(study, safe="")
+        self._place = path / quote(study, safe="")
         self._last = time.monotonic()
 
     @property

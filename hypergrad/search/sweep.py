@@ -207,7 +207,7 @@ def sweep(
             "must be something to polish."
         )
     keeper = None if checkpoint is None else Keeper(checkpoint, name)
-    if keeper is not None and exploit is not None:
+    if checkpoint is not None and exploit is not None:
         raise ValueError(
             f"checkpoint={str(checkpoint)!r} with {scheduler!r}: members that copy each "
             "other cannot go on alone. Give checkpoint=None, or another scheduler."
