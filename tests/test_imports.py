@@ -38,9 +38,9 @@ ROOMS = {
     "plotting": "panels attributed runs colors parallel sweeps tuned report",
     "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs spending",
-    "results": "layout saved kept goals programs result",
+    "results": "layout saved kept standings goals programs result",
     "scheduling": "curves",
-    "search": "schedulers arguments recipe standings stopping cohort telling endings"
+    "search": "schedulers arguments recipe stopping cohort telling endings"
     " limits sweep candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",

@@ -19,8 +19,8 @@ from hypergrad.population.member import PopulationReport, PopulationState, on_te
 from hypergrad.population.population import width_for
 from hypergrad.results.kept import Keeper
 from hypergrad.results.programs import ProblemError, Program, Programs
+from hypergrad.results.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
-from hypergrad.search.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
 from hypergrad.search.stopping import Judge
 from hypergrad.study.ranking import MOVED
 from hypergrad.study.study import Proposal

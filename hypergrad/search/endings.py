@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, Self
 
 from hypergrad.results.programs import ProblemError
-from hypergrad.search.standings import Failure, Standings
+from hypergrad.results.standings import Failure, Standings
 from hypergrad.space.space import Space
 
 _log = logging.getLogger("hypergrad")

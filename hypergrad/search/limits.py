@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from hypergrad.checks import WrongTypeError, function, positive
-from hypergrad.search.standings import EVALUATIONS, Failure, Standings
+from hypergrad.results.standings import EVALUATIONS, Failure, Standings
 from hypergrad.study.optuna_private import stop_is_asked, stoppable
 from hypergrad.training.callbacks import Stop
 

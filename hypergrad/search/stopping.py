@@ -6,9 +6,9 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from hypergrad.results.standings import Standing
 from hypergrad.scheduling.curves import FEWEST_POINTS, extrapolated
 from hypergrad.search.schedulers import ASHA, LearningCurves, Scheduler
-from hypergrad.search.standings import Standing
 
 # Of the trials at a rung, the numbers of those that go on.
 Judge = Callable[[int, Sequence[Standing]], set[int]]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from optuna.exceptions import UpdateFinishedTrialError
 
 from hypergrad.checks import printable
-from hypergrad.search.standings import EVALUATIONS, Failure, Standings
+from hypergrad.results.standings import EVALUATIONS, Failure, Standings
 from hypergrad.study.study import OpenStudy, Proposal
 
 _log = logging.getLogger("hypergrad")
