@@ -13,7 +13,7 @@ import hypergrad as hg
 from hypergrad.costs.spending import evaluations_per_step
 from hypergrad.search.limits import Limits
 
-X = jnp.linspace(-1.0, 1.0, 32)
+X = jnp.asarray(np.linspace(-1.0, 1.0, 32, dtype=np.float32))  # the same bits in any process
 DATA = hg.Splits(X[:16], X[16:24], X[24:])
 SPACE = hg.Space(
     {"power": hg.Categorical([2, 4]), "rate": hg.Float(1e-3, 0.3, scale="log")},
