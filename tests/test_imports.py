@@ -35,7 +35,7 @@ ROOMS = {
     " updates fit",
     "study": "optuna_private distributions signature workers storage slots sampler remarks"
     " ranking study",
-    "plotting": "panels attributed runs colors parallel sweeps tuned report",
+    "plotting": "panels runs training_examples colors parallel sweeps tuned report",
     "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs spending",
     "results": "layout saved kept standings goals programs result",

@@ -345,10 +345,14 @@ def test_parallel_coordinates_in_the_users_units(study: Any):
 def test_importance_is_optunas_under_our_names(study: Any):
     axis = pictures.plot_importance(study)
     names = [t.get_text() for t in axis.get_yticklabels()]
-    found = optuna.importance.get_param_importances(study)
+    found = optuna.importance.get_param_importances(pictures._by_starts(study))
     assert set(names) == set(MIXED)
     widths = [bar.get_width() for bar in axis.patches]
     np.testing.assert_allclose(widths, sorted(found.values()))
+    # Of refined trials the starts count: their ends are alike.
+    assert "where they started" in axis.get_xlabel()
+    ends = optuna.importance.get_param_importances(study)
+    assert abs(ends["rate"] - found["rate"]) > 0.01
     assert widths[names.index("momentum")] == found["1 - momentum"]
 
 

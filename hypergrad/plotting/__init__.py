@@ -1,6 +1,5 @@
 """Pictures: of a run here, of a sweep in `hypergrad.plotting.sweeps`, which loads Optuna."""
 
-from hypergrad.plotting.attributed import plot_attribution
 from hypergrad.plotting.runs import (
     plot_losses,
     plot_norms,
@@ -8,3 +7,4 @@ from hypergrad.plotting.runs import (
     plot_schedule,
     plot_trajectories,
 )
+from hypergrad.plotting.training_examples import plot_attribution

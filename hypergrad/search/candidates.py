@@ -127,15 +127,6 @@ class Workshop:
         updates, start = self.num_steps // steps, tuner.init(hyper, key)
         return fit(tuner, start, train, self._guide, updates, progress=False).state.inner
 
-    def test_loss(self, hyper: Hyper, seed: int) -> float:
-        """The loss on the test split after such a run; infinite if it diverged."""
-        try:
-            params = judged_params(self.problem, self.plain_run(hyper, seed))
-        except FloatingPointError:
-            return float("inf")
-        loss = float(self._judge(params, hyper, self.data.test)[0])
-        return loss if np.isfinite(loss) else float("inf")
-
     def cost(self, steps: int, updates: int = 0) -> float:
         """Gradient evaluations of a run of so many steps with so many hypergradients through all.
 
