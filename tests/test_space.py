@@ -1,6 +1,7 @@
 """Spaces: unit coordinates, conditions, and what is refused."""
 
 import dataclasses
+import inspect
 import math
 import pickle
 import re
@@ -513,3 +514,8 @@ def test_spaces_are_values():
     given["other"] = Float()
     assert list(space) == ["rate"]
     assert re.fullmatch(r"Space\(\{\s+'rate': Float\(\),\s+\}\)", repr(space))
+
+
+def test_what_help_shows_are_the_arguments() -> None:
+    assert str(inspect.signature(Float)).startswith("(low: 'float | None' = None, high:")
+    assert [*inspect.signature(Int).parameters][:2] == ["low", "high"]

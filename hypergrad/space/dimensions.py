@@ -7,6 +7,7 @@ scale, in [0, 1].
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
@@ -254,6 +255,13 @@ class Int:
         """Say whether `value` is a whole number between the bounds, and on the step's grid."""
         inside = checks.is_integer(value) and self.low <= value <= self.high
         return inside and (value - self.low) % (self.step or 1) == 0
+
+
+# What help() and editors show: not what __new__ takes, which only refuses `log`.
+for _kind in (Float, Int):
+    _of_init = inspect.signature(_kind.__init__)
+    _, *_parameters = _of_init.parameters.values()
+    setattr(_kind, "__signature__", _of_init.replace(parameters=_parameters))  # noqa: B010
 
 
 @dataclass(frozen=True, repr=False, init=False)
