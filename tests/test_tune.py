@@ -59,9 +59,13 @@ def _problem(optimizer: Any = None) -> hg.Problem:
     return hg.bilevel(_init, _penalised, _square, optimizer or (lambda h: optax.sgd(h["rate"])))
 
 
+# One for all: calls with the same problem share what they compile.
+PROBLEM = _problem()
+
+
 def _tune(problem: Any = None, start: Any = START, data: Any = DATA, **options: Any) -> Any:
     options = {"num_steps": STEPS, "batch_size": BATCH, "progress": False} | options
-    return hg.tune(problem or _problem(), SPACE, data, start, **options)
+    return hg.tune(problem or PROBLEM, SPACE, data, start, **options)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +203,7 @@ def test_bad_data_and_wrong_names_are_named() -> None:
         _tune(_problem(lambda h: optax.sgd(h["learning_rate"])), budget=1)
 
 
-@pytest.mark.parametrize("num_steps", [8, 13, 16, 37])
+@pytest.mark.parametrize("num_steps", [8, 13, 37])
 def test_few_steps_are_enough_for_every_kind_of_run(num_steps: int) -> None:
     result = _tune(num_steps=num_steps, budget=30)
     kinds = {candidate.kind for candidate in result.candidates}
@@ -245,13 +249,13 @@ def test_a_run_that_looks_ahead_trains_by_its_window_alone() -> None:
     np.testing.assert_allclose(found.inner.params["w"], now.inner.params["w"], rtol=1e-5)
 
 
-def test_a_large_budget_looks_ahead() -> None:
+def test_a_large_budget_looks_ahead(found: Any) -> None:
     result = _tune(budget=30)
     ahead = next(c for c in result.candidates if c.kind == "ahead")
     # each of 40 steps in two windows and once by itself; 8 validation gradients of 24 / 8
     assert ahead.evaluations <= 7 * STEPS + 8 * 3 and np.isfinite(ahead.score)
     assert result.evaluations <= 30 * STEPS
-    assert "ahead" not in {c.kind for c in _tune(budget=12).candidates}
+    assert "ahead" not in {c.kind for c in found.candidates}
 
 
 def test_a_compressed_run_goes_through_the_whole_decay() -> None:
