@@ -230,3 +230,10 @@ def test_the_benchmark_measures_small(tmp_path: Path, capsys: Any) -> None:
     assert "TRAK-like" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--tasks conv: give --data FOLDER with MNIST's"):
         benchmark.main(argv=["--quick", "--tasks", "conv"])
+
+
+def test_one_array_is_no_list_of_batches() -> None:
+    loss = lambda w, hyper, batch, key: jnp.mean(hyper["a"] * (w - batch) ** 2)  # noqa: E731
+    problem = hg.bilevel(lambda key: jnp.zeros(2), loss, loss, lambda h: optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"tests is a .*list of batches"):
+        hg.attribution(problem, {"a": 1.0}, jnp.ones((3, 2)), jnp.ones((4, 2)), jax.random.key(0))

@@ -22,14 +22,14 @@ ROOMS = {
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "program": "",
-    "problem": "eager rules inner_gradient skips mistakes optimizer problem compressed noise"
+    "problem": "eager rules inner_gradient skips mistakes optimizer problem noise"
     " recompute structure mixed",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled ahead forward conditions implicit evolution difference",
     "single_loop": "penalty saba",
     "choice": "auto hypergradient choose",
-    "tuners": "base estimates trust refusals alternating restarting learned",
+    "tuners": "base compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " updates fit",

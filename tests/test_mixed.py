@@ -69,3 +69,11 @@ def test_dtypes_and_trees_are_kept() -> None:
     assert first.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(first, float), 1.5)
     np.testing.assert_allclose(np.asarray(second["b"], float), 0.0)
+
+
+def test_a_choice_takes_one_row_of_finite_logits() -> None:
+    mixed = hg.Mixed({"tanh": jnp.tanh, "sin": jnp.sin})
+    with pytest.raises(ValueError, match=r"shape \(3, 2\).*one row"):
+        mixed.choice(jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="not finite"):
+        mixed.choice(jnp.array([jnp.nan, 1.0]))

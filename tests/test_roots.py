@@ -281,3 +281,20 @@ def test_other_mistakes_are_refused_by_name() -> None:
         hg.custom_fixed_point(lambda w, l2: (w, w))(lambda init, l2: init)(ZEROS, L2)
     with pytest.raises(ValueError, match="complex128"):
         hg.custom_root(lambda w, l2: w)(lambda init, l2: init * 1j)(ZEROS, L2)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("argument", [2.0, jnp.array(2.0), jnp.float32(2.0)], ids=str)
+def test_python_numbers_keep_their_digits(argument: Any) -> None:
+    root = hg.custom_root(lambda w, square: w**2 - square)(lambda init, square: jnp.sqrt(square))
+    tolerance = 1e-6 if getattr(argument, "dtype", None) == jnp.float32 else 1e-14
+    assert abs(float(root(0.0, argument)) - 2**0.5) < tolerance
+    for slope in (jax.grad, jax.jacfwd):
+        found = slope(lambda square: root(0.0, square))(argument)
+        assert abs(float(found) - 0.5 / 2**0.5) < tolerance
+    fixed = hg.custom_fixed_point(lambda w, a: jnp.cos(a * w))(
+        lambda init, a: jax.lax.fori_loop(0, 200, lambda i, w: jnp.cos(a * w), init)
+    )
+    w = fixed(jnp.array(0.5), 1.0)
+    exact = -w * jnp.sin(w) / (1 + jnp.sin(w))
+    assert abs(float(jax.grad(lambda a: fixed(jnp.array(0.5), a))(1.0) - exact)) < 1e-10

@@ -18,8 +18,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.estimators.ahead import Ahead
-from hypergrad.problem.compressed import compressed
 from hypergrad.search.candidates import Workshop
+from hypergrad.tuners.compressed import compressed
 
 SPACE = hg.Space(
     {

@@ -117,11 +117,16 @@ def _derivatives(
     return jax.vmap(derivative)(tests)
 
 
+# Iterable, but not over batches.
+_NO_LISTS = (str, dict, np.ndarray, jax.Array)
+
+
 def _chunks(tests: Iterable[Batch], size: int) -> Iterator[tuple[int, Batch]]:
     """(index of the first, up to `size` tests stacked), as long as their shapes are the same."""
-    if not isinstance(tests, Iterable) or isinstance(tests, str | dict):
+    if not isinstance(tests, Iterable) or isinstance(tests, _NO_LISTS):
         raise WrongTypeError(
-            f"tests is a {type(tests).__name__}: give a list of batches, one per test loss."
+            f"tests is a {type(tests).__name__}: give a list of batches, one per test loss, such "
+            "as [x[i : i + 1] for i in range(len(x))]."
         )
     stacked = _stacked(tests, size)
     first = next(stacked, None)

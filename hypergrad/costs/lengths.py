@@ -177,7 +177,10 @@ class Lengths:
             raise
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{name}(choices) failed{_under(choices)} ({why}).") from error
+            raise ValueError(
+                f"{name}(choices) failed{_under(choices)} ({why}): give a function of the one dict "
+                f"of choices, which holds {list(self.space.discrete)}."
+            ) from error
         return integer(f"{name}{_under(choices)}", value, remedy=FIXES_A_SHAPE)
 
     def _steps_per_update(self, num_steps: int, choices: Mapping[str, Any]) -> int:

@@ -128,7 +128,7 @@ def _decorator(
             def residual(z: Vector, leaves: Arrays) -> Vector:
                 value = call_with(leaves, optimality, params_at(z))
                 _require_like(name, value, found)
-                return _vector_of(value)[0]
+                return [f.astype(x.dtype) for f, x in zip(_vector_of(value)[0], z, strict=True)]
 
             # what the function closes over moves the root as its arguments do
             closed, constants = jax.closure_convert(residual, z, leaves)
@@ -286,7 +286,8 @@ def _positional_names(function: Callable[..., Any], count: int) -> list[str]:
 def _vector_of(params: Params) -> tuple[Vector, Callable[[Vector], Params]]:
     """The inexact leaves in one dtype of at least float32, and how to put such a vector back."""
     floats, join = split_inexact(params)
-    wide = jnp.result_type(jnp.float32, *floats)
+    # By their dtypes: a weakly typed float64 beside float32 would be taken for one of 32 bits.
+    wide = jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in floats))
     if jnp.issubdtype(wide, jnp.complexfloating):
         raise StructureError(
             f"solve returns params of dtype {wide}, which have no one derivative: give real and "

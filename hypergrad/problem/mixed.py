@@ -75,11 +75,7 @@ class Mixed:
 
     def __call__(self, logits: jax.Array, *args: Any, **kwargs: Any) -> Tree:
         """The mixture; logits `[options]`."""
-        weights = self.weights(logits)
-        if weights.ndim != 1:
-            raise ValueError(
-                f"logits is of shape {weights.shape}: a call takes one row of it, logits[i]."
-            )
+        weights = self._row(logits)
         results = {name: option(*args, **kwargs) for name, option in self.options.items()}
         _require_one_shape(results)
 
@@ -93,7 +89,18 @@ class Mixed:
 
     def choice(self, logits: jax.Array) -> str:
         """The name of the option with the largest weight, of logits `[options]` with values."""
-        return list(self.options)[int(jnp.argmax(self.weights(logits)))]
+        weights = self._row(logits)
+        if not bool(jnp.isfinite(weights).all()):
+            raise ValueError(f"logits={logits!r} is not finite, so that no option is the largest.")
+        return list(self.options)[int(jnp.argmax(weights))]
+
+    def _row(self, logits: jax.Array) -> jax.Array:
+        weights = self.weights(logits)
+        if weights.ndim != 1:
+            raise ValueError(
+                f"logits is of shape {weights.shape}: a call takes one row of it, logits[i]."
+            )
+        return weights
 
 
 def _named(options: Sequence[Callable[..., Tree]]) -> dict[str, Callable[..., Tree]]:

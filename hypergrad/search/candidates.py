@@ -18,7 +18,6 @@ from hypergrad.estimators.ahead import Ahead
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
 from hypergrad.population.refine import plain, replaying
-from hypergrad.problem.compressed import compressed
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
@@ -26,6 +25,7 @@ from hypergrad.training.fit import FitResult, fit
 from hypergrad.trees import Batch, Hyper, InnerState, Params
 from hypergrad.tuners.alternating import alternating, horizon, steady_adam
 from hypergrad.tuners.base import Tuner
+from hypergrad.tuners.compressed import compressed
 from hypergrad.tuners.learned import settled_schedule
 from hypergrad.tuners.restarting import restarting
 

@@ -97,7 +97,8 @@ def best_of(study: optuna.Study) -> Best:
     found = ranked(study)
     if not found:
         raise ValueError(
-            "No trial has trained in full: see the trials' user attribute 'error' "
+            "No trial has trained in full: give more room where timeout= or max_evaluations= ended "
+            "the sweep; of trials that failed, the user attribute 'error' has the reason "
             "(result.study.trials)."
         )
     return found[0]
