@@ -4,14 +4,14 @@ import importlib
 from typing import Any
 
 from hypergrad.analysis.attribution import attribution
-from hypergrad.choice.choose import choose_estimator
-from hypergrad.choice.hypergradient import hypergradient
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimate, Estimator, Window
+from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.linear.direct import Cholesky, Nystrom

@@ -26,9 +26,9 @@ ROOMS = {
     " recompute structure mixed",
     "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory base unrolled ahead forward conditions implicit evolution difference",
+    "estimators": "memory base unrolled ahead forward conditions implicit evolution difference"
+    " auto hypergradient choose",
     "single_loop": "penalty saba",
-    "choice": "auto hypergradient choose",
     "tuners": "base compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
@@ -39,8 +39,7 @@ ROOMS = {
     "knowledge": "positions priors warm local samplers",
     "costs": "lengths programs spending",
     "results": "layout saved kept standings goals programs result",
-    "scheduling": "curves",
-    "search": "schedulers arguments recipe stopping cohort telling endings"
+    "search": "curves schedulers arguments recipe stopping cohort telling endings"
     " limits sweep candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
     "testing": "contract causes check",

@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 import hypergrad as hg
-from hypergrad.scheduling.curves import extrapolated
+from hypergrad.search.curves import extrapolated
 
 X = jnp.arange(8.0)
 STEPS = np.arange(1, 7) * 10.0

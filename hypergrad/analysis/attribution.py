@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.checks import WrongTypeError, flag, integer, random_key
-from hypergrad.choice.hypergradient import as_estimator
 from hypergrad.data.contents import refuse_text
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem

@@ -1,8 +1,10 @@
-"""Hypergradients, one file each."""
+"""Hypergradients, one file each, and which one to take."""
 
 from hypergrad.estimators.base import Estimate, Estimator, Window
+from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
+from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.unrolled import Unrolled

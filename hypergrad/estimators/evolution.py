@@ -101,7 +101,7 @@ class Evolution(Estimator):
     (ES-Single: bias and variance).
 
     >>> import jax, jax.numpy as jnp
-    >>> from hypergrad.choice.hypergradient import hypergradient
+    >>> from hypergrad.estimators.hypergradient import hypergradient
     >>> from hypergrad.problem import bilevel
     >>> import optax
     >>> def loss(w, hyper, batch, key):

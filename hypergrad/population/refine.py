@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad.checks import instance, integer_field, optimizer, positive
-from hypergrad.choice.hypergradient import as_estimator
 from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.problem import Problem, rollout, run_key
 from hypergrad.problem.structure import naming_missing
@@ -28,7 +28,7 @@ class Refine:
 
     Args:
       estimator: as of `alternating`, "auto" included, which fits one member into the memory: under
-        "vmap" give `hypergrad.choice.auto.Auto(memory_limit=...)` a member's share.
+        "vmap" give `hypergrad.estimators.auto.Auto(memory_limit=...)` a member's share.
       outer_optimizer: any optax optimiser over unit coordinates; None for `alternating`'s.
       steps_per_update: K, the training steps between two outer steps; None for what the length of
         the run says (`hypergrad.tuners.alternating.horizon`).

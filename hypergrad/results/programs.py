@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.choice.auto import Auto
-from hypergrad.choice.hypergradient import as_estimator
 from hypergrad.costs.lengths import Length, Lengths
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.contents import bad_examples
 from hypergrad.data.splits import Splits, check_splits
+from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.population.held import WEIGHTS, given
 from hypergrad.population.population import Population
 from hypergrad.population.refine import Refine

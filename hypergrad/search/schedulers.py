@@ -76,7 +76,7 @@ class LearningCurves:
     """Stops a trial whose extrapolated curve is unlikely to end below the best full run.
 
     At each of `points` rungs, evenly spaced from `min_steps` on, the trial's scores so far are
-    extrapolated to its end by an ensemble of curves (`hypergrad.scheduling.curves`); it goes on if
+    extrapolated to its end by an ensemble of curves (`hypergrad.search.curves`); it goes on if
     that beats the best full run with at least this `probability`, so that the spread of the
     prediction decides (Domhan 2015). Before four scores, and before any full run, all go on. It
     waits for nobody, as `ASHA`. Raises ValueError for values out of range.

@@ -7,7 +7,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hypergrad.results.standings import Standing
-from hypergrad.scheduling.curves import FEWEST_POINTS, extrapolated
+from hypergrad.search.curves import FEWEST_POINTS, extrapolated
 from hypergrad.search.schedulers import ASHA, LearningCurves, Scheduler
 
 # Of the trials at a rung, the numbers of those that go on.

@@ -9,8 +9,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hypergrad.checks import instance, integer, positive, random_key
-from hypergrad.choice.hypergradient import checked_hyper
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
+from hypergrad.estimators.hypergradient import checked_hyper
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem, judged_params

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hypergrad.choice.hypergradient import hypergradient
 from hypergrad.estimators.base import Estimator
+from hypergrad.estimators.hypergradient import hypergradient
 from hypergrad.problem.problem import Problem, bilevel, rollout
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Params, Train, Tree
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from hypergrad.checks import integer, random_key
-from hypergrad.choice.hypergradient import as_estimator
 from hypergrad.data.batches import num_steps
 from hypergrad.estimators.base import Estimator, Window
+from hypergrad.estimators.hypergradient import as_estimator
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_outside_jit
 from hypergrad.problem.problem import Problem, run_key

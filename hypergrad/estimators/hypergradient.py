@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from hypergrad.checks import having, numbers, random_key
-from hypergrad.choice.auto import Auto
+from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, checked_estimate
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each

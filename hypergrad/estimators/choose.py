@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.checks import instance, positive
-from hypergrad.choice.auto import (
+from hypergrad.estimators.auto import (
     CG,
     Choice,
     NothingFitsError,

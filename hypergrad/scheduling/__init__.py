@@ -1,1 +1,0 @@
-"""Which runs are worth going on with: curves that are extrapolated."""
