@@ -29,7 +29,7 @@ ROOMS = {
     "estimators": "memory base unrolled ahead forward conditions implicit evolution difference"
     " auto hypergradient choose",
     "single_loop": "penalty saba",
-    "tuners": "base compressed estimates trust refusals alternating restarting learned",
+    "tuners": "base averaged compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
     " updates fit",

@@ -19,11 +19,12 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.optim.schedules import Schedule
 from hypergrad.population.refine import plain, replaying
 from hypergrad.problem.eager import compiled_for_each
-from hypergrad.problem.problem import Problem, judged_params, validation_loss
+from hypergrad.problem.problem import Inner, Problem, judged_params, validation_loss
 from hypergrad.space.space import Space
 from hypergrad.training.fit import FitResult, fit
 from hypergrad.trees import Batch, Hyper, InnerState, Params
 from hypergrad.tuners.alternating import alternating, horizon, steady_adam
+from hypergrad.tuners.averaged import Averaged, averaging
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.compressed import compressed
 from hypergrad.tuners.learned import settled_schedule
@@ -54,11 +55,13 @@ class Candidate(NamedTuple):
         retrained) or "whole runs" (values by whole-run steps, retrained).
       start: where the run that found its values began, in the user's units.
       horizon: training steps between two outer steps of that run; 0 where nothing was tuned.
-      score: the validation loss of the network; infinite if it diverged.
+      score: the validation loss of the network that was kept of this run: its last weights or
+        their running mean, whichever has the lower one; infinite if it diverged.
       std_error: of the score, from the spread over parts of the validation split.
       evaluations: gradient evaluations of this training and, in it, of its hypergradients.
       hyper: the values it was trained with; of a schedule those of its run's `best`.
       schedule: the same as a schedule.
+      last: the validation loss of the last weights.
     """
 
     kind: str
@@ -69,6 +72,12 @@ class Candidate(NamedTuple):
     evaluations: float
     hyper: Hyper
     schedule: Schedule
+    last: float
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the network that was kept is the running mean of its weights."""
+        return self.score < self.last
 
     @property
     def is_constant(self) -> bool:
@@ -116,8 +125,8 @@ class Workshop:
             self._guide = Minibatches(self.data.valid, self._guide_size)
 
     def lowest_constant(self) -> Candidate:
-        """Of the networks trained under constant values, the one with the lowest score."""
-        return min((c for c in self.candidates if c.is_constant), key=lambda c: c.score)
+        """Of the networks trained under constant values, the best by its last weights."""
+        return min((c for c in self.candidates if c.is_constant), key=lambda c: c.last)
 
     def plain_run(self, hyper: Hyper, seed: int) -> InnerState:
         """The training state of a whole run under constant values; no candidate."""
@@ -167,7 +176,7 @@ class Workshop:
     def replay(self, schedule: Schedule, hyper: Hyper, start: Hyper) -> Candidate:
         """A whole run under a learned schedule, as a candidate."""
         steps = schedule.steps_per_update
-        tuner = self._tuner("replay", lambda: replaying(self.problem, self.space))
+        tuner = self._tuner("replay", lambda: self._averaging(replaying(self.problem, self.space)))
         result = self._fit(tuner, schedule.values, steps, self.num_steps // steps)
         cost = self.plain_cost()
         return self._add("settled", start, steps, cost, hyper, schedule, result)
@@ -185,7 +194,8 @@ class Workshop:
             rate = _RATES[updates]
             problem, outer = compressed(self.problem, stride), steady_adam(rate)
             how: Any = Ahead(Unrolled(validate_at=0.3), k) if ahead else Unrolled(validate_at=0.8)
-            return alternating(problem, self.space, how, outer, max_move=2 * rate)
+            tuner = alternating(problem, self.space, how, outer, max_move=2 * rate)
+            return tuner if stride > 1 else self._averaging(tuner)
 
         tuner = self._tuner(("alternating", updates, stride, ahead), make)
         result = self._fit(tuner, start, k, steps // k)
@@ -226,9 +236,15 @@ class Workshop:
         return jax.device_get(self.space.from_unit(self.space.project(result.state.now.unit)))
 
     def _plain(self) -> tuple[Tuner, int]:
-        """Training under constant values, and the steps between two of its checkpoints."""
-        steps = max(n for n in range(1, 101) if self.num_steps % n == 0)
-        return self._tuner("plain", lambda: plain(self.problem, self.space)), steps
+        """Training under constant values, and the steps of one of its updates."""
+        # Twenty or more, that a mean over them says something.
+        longest = min(100, max(1, self.num_steps // UPDATES[0]))
+        steps = max(n for n in range(1, longest + 1) if self.num_steps % n == 0)
+        return self._tuner("plain", lambda: self._averaging(plain(self.problem, self.space))), steps
+
+    def _averaging(self, tuner: Tuner) -> Tuner:
+        """`tuner` with a mean of its weights, unless the problem says itself what is judged."""
+        return tuner if self.problem.evaluate is not None else averaging(tuner)
 
     def _tuner(self, name: Any, make: Callable[[], Tuner]) -> Tuner:
         if name not in self._tuners:
@@ -270,14 +286,18 @@ class Workshop:
         result: FitResult | None,
     ) -> Candidate:
         self.spent += cost
-        score, error = np.inf, np.nan
+        last, score, error = np.inf, np.inf, np.nan
         if result is not None:
-            inner = result.state.inner
-            last = jax.tree.map(lambda x: x[-1], schedule.values)
-            score, error = self._scored(judged_params(self.problem, inner), last)
+            values = jax.tree.map(lambda x: x[-1], schedule.values)
+            networks = [result.state.inner]
+            if isinstance(result.state, Averaged) and isinstance(result.state.inner, Inner):
+                networks.append(result.state.averaged)
+            scored = [(*self._scored(judged_params(self.problem, n), values), n) for n in networks]
+            last = scored[0][0]
+            score, error, network = min(scored, key=lambda entry: entry[0])
             if score < self._lowest:
-                self._lowest, self.best, self.remarks = score, inner, result.remarks
-        found = Candidate(kind, start, k, score, error, cost, hyper, schedule)
+                self._lowest, self.best, self.remarks = score, network, result.remarks
+        found = Candidate(kind, start, k, score, error, cost, hyper, schedule, last)
         self.candidates.append(found)
         self._say(f"{kind}: validation loss {score:.4g}, {self.spent / self.num_steps:.2f} runs")
         return found

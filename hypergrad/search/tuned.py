@@ -27,9 +27,10 @@ class TuneResult:
 
     Attributes:
       params: the parameters to keep: those of `state`, or what `problem.evaluate` makes of it.
-      state: the training state of the network with the lowest validation loss.
-      hyper: the values to keep: of the constant ones that were trained, those whose network has
-        the lowest validation loss.
+      state: the training state of the network with the lowest validation loss; with the running
+        mean of its run's weights as parameters, where that mean is the better network.
+      hyper: the values to keep: of the constant ones that were trained, those whose last weights
+        have the lowest validation loss.
       schedule: the values that `state` was trained with, to replay or as optax schedules; with one
         entry where they stood still.
       score: the validation loss of `state`: the lowest of several, so that it flatters a little.
@@ -88,9 +89,10 @@ class TuneResult:
             f"{'kind':12}{'horizon':>8}{'valid loss':>12}{'± s.e.':>10}{'runs':>7}  trained with"
         ]
         for c in sorted(self.candidates, key=lambda candidate: candidate.score):
+            mean = "; the mean of its weights" if c.is_averaged else ""
             lines.append(
                 f"{c.kind:12}{c.horizon or '':>8}{c.score:12.4g}{c.std_error:10.2g}"
-                f"{c.evaluations / unit:7.2f}  {_shown(c)}"
+                f"{c.evaluations / unit:7.2f}  {_shown(c)}{mean}"
             )
         return "\n".join([*lines, f"{self.evaluations / unit:.2f} runs in all"])
 
