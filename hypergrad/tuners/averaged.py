@@ -19,8 +19,8 @@ from hypergrad.trees import (
 )
 from hypergrad.tuners.base import Tuner
 
-# The weight of an update grows with its number's square: half of the mean is of the last fifth.
-_POWER = 2.0
+# The weight of an update grows with its number: half of the mean is of the last three tenths.
+_POWER = 1.0
 
 
 class Averaged(NamedTuple):
