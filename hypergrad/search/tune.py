@@ -50,7 +50,8 @@ def tune(
 
     No kind of run is best everywhere, so several compete: the start as it is; alternating runs,
     one from what a short one found; the values that they leave, retrained; steps over whole short
-    runs. Validation tells which network is kept, and the untuned start is always among them.
+    runs; of each the last weights and their running mean. Validation tells which network is kept,
+    and the untuned start is always among them.
 
     Args:
       problem: what is trained and judged.
@@ -73,7 +74,7 @@ def tune(
     Cost: at most `budget * num_steps` gradient evaluations, and the compilation of up to five
     programs, which on tiny models takes longer than the runs: there plain black-box search
     (`hypergrad.sweep`) is quicker on the clock. Memory: two training states for each alternating
-    run, and the best network.
+    run, a mean of its parameters, and the best network.
 
     Raises:
       ValueError: a budget below one run, too few steps for any horizon, a start outside of the
