@@ -254,6 +254,11 @@ def test_nnx_model_and_optimizer_go_in_and_come_out() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     moved = fresh.norm.mean[...] - statistics(inner.params)["mean"]
     assert float(jnp.max(jnp.abs(moved))) > 0.1
+    alone = NNXNet(nnx.Rngs(5))
+    hg.nn.to_nnx(end, alone)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(nnx.as_pure(nnx.state(m, values)) for m in (alone, fresh))
+    )
 
 
 def test_a_running_state_of_another_optimiser_is_refused_by_name() -> None:

@@ -196,13 +196,16 @@ def from_nnx(model: nnx.Module, optimizer: nnx.Optimizer) -> Inner:
     return Inner(variables, nnx.as_pure(optimizer.opt_state), step, zero_loss(variables))
 
 
-def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+def to_nnx(inner: Inner, model: nnx.Module, optimizer: nnx.Optimizer | None = None) -> None:
     """Writes the variables, optimiser state and step count of `inner` into both, in place.
 
-    `optimizer.tx` still holds the rates that it was built with, cf. `to_train_state`.
+    `optimizer.tx` still holds the rates that it was built with, cf. `to_train_state`. None for a
+    model that is only to be used.
     """
     require_inner(inner)
     nnx.update(model, *inner.params.values())
+    if optimizer is None:
+        return
     nnx.update(optimizer.opt_state, nnx.state(inner.opt_state))
     optimizer.step[...] = jnp.asarray(inner.step, optimizer.step[...].dtype)
 
