@@ -149,7 +149,8 @@ def _spend(shop: Workshop, starts: list[Hyper], budget: float) -> None:
         if not affords(shop.alternating_cost(updates, ahead=ahead)):
             continue
         found = shop.alternate(place, updates, ahead=ahead)
-        won = shop.candidates[-1].score == min(c.score for c in shop.candidates)
+        # By last weights, as the values that it leaves are judged.
+        won = shop.candidates[-1].last == min(c.last for c in shop.candidates)
         # A later one is followed where its network won: else the budget is better spent on another.
         if found is not None and (won or number == 0):
             if affords(plain):
