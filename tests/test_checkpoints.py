@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def content(folder: Path) -> dict[str, bytes]:
     """All files but the lock, whose owner changes."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != ".lock"}
+
+
+def test_the_values_to_keep_stand_beside_the_records(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for num_updates in (3, 6):
+        result = run(num_updates, folder)
+        kept = tomllib.loads((folder / "hyper.toml").read_text())
+        assert kept["updates"] == num_updates and kept["loss"] == result.history[-1].loss
+        assert kept["hyper"] == {"rate": pytest.approx(float(result.hyper["rate"]), rel=1e-6)}
+    assert kept["hyper"]["rate"] > 1.01e-3
+    assert not list(folder.glob("*.tmp"))
 
 
 # As orbax raises them, or tells them in the words of tensorstore.

@@ -1,5 +1,6 @@
 """What a search leaves: networks trained again, saved and loaded; what was confirmed; marks."""
 
+import dataclasses
 import pickle
 import shutil
 import tomllib
@@ -16,7 +17,7 @@ import pytest
 from flax.core import FrozenDict
 
 import hypergrad as hg
-from hypergrad.files.toml import toml_of
+from hypergrad.files.toml import readable, toml_of
 from hypergrad.results.layout import arranged, arrays_of, layout
 from hypergrad.results.saved import Saved, write
 from hypergrad.training.checkpoints import take_apart
@@ -233,12 +234,39 @@ def test_toml_is_read_as_it_was_written() -> None:
         "yes": True,
         "list": [1.0, [2.0], "x"],
         "odd key.": {"a b": {"c": 0.1}, "d-e": 2},
+        "tables in a list": [{"a b": 1.0, "c": [{}]}, {}],
+        "numpy": [np.float64(0.25), np.float64("-inf")],
         "plain": {"none": None, "x": 1},
     }
     read = tomllib.loads(toml_of(table))
     assert read == {**table, "plain": {"x": 1}}
     with pytest.raises(TypeError, match=r"a\.b is a object"):
         toml_of({"a": {"b": object()}})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    rate: Any
+
+
+def test_any_pytree_can_be_read_by_people() -> None:
+    """A dict in a list, a class and a truth value of NumPy ended a run that was trained."""
+    tree = {
+        "layers": ({"l2": jnp.float32(0.1)}, {"l2": 0.5}),
+        "class": Layer(np.arange(2)),
+        "yes": np.bool_(True),
+        "many": np.zeros((9, 9)),
+        "none": jnp.zeros(0),
+    }
+    read = tomllib.loads(toml_of(readable(tree, "network/")))
+    assert read == {
+        "layers": [{"l2": 0.1}, {"l2": 0.5}],
+        "class": {"rate": [0, 1]},
+        "yes": True,
+        "many": "float64[9, 9], see network/",
+        "none": [],
+    }
 
 
 def accuracy(params: Any, hyper: Any, batch: Any, key: Any) -> Any:

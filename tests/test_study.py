@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 import hypergrad as hg
 from hypergrad.space.description import fingerprint, first_difference
 from hypergrad.study import workers
 from hypergrad.study.distributions import Coordinates
+from hypergrad.study.optuna_private import backend_of, note
 from hypergrad.study.slots import counted
 from hypergrad.study.storage import open_storage
 from hypergrad.study.study import open_study
@@ -715,6 +717,26 @@ def test_attributes_come_back_whatever_their_size_and_value(storage):
             assert trial.user_attrs["metrics"]["loss"] == math.inf
             assert math.isnan(trial.intermediate_values[10])
             assert (trial.intermediate_values[20], trial.value) == (math.inf, -math.inf)
+
+
+def test_what_a_trial_leaves_is_one_transaction(tmp_path):
+    """Each waits for the disk: ten of them were more than all that Optuna does for a trial."""
+    commits = []
+    attrs = {"steps": 5, "trajectory": {"rate": [0.1, 0.2]}, "held_out": 0.5}
+    storage = f"sqlite:///{tmp_path}/a.db"
+    with open_study(FLAT, storage, "random", seed=0, beat_every=900.0, grace=1800.0) as opened:
+        proposals = [opened.ask(record=False) for _ in range(2)]
+        engine = backend_of(opened.storage).engine
+        sqlalchemy.event.listen(engine, "commit", lambda connection: commits.append(1))
+        note(proposals[0].trial, {}, attrs)
+        assert len(commits) == 1
+        # What stands there already (a tell that was cut short) is written over, one by one.
+        assert opened.finish(proposals[0], 1.0, {"rate": 0.25}, {**attrs, "steps": 6})
+        assert opened.finish(proposals[1], 1.0, {"rate": 0.5}, attrs)
+        one, other = reopen(opened).trials
+    assert (one.params["rate"], other.params["rate"]) == (0.25, 0.5)
+    assert one.user_attrs == {"start": proposals[0].start, **attrs, "steps": 6}
+    assert other.user_attrs == {"start": proposals[1].start, **attrs}
 
 
 @pytest.fixture

@@ -175,10 +175,11 @@ class Population:
         An int or one per slot `[n]`, traced, so that all lengths are one program.
         """
         width = _width(state)
-        counts = jnp.broadcast_to(jnp.asarray(num_updates, jnp.int32), (width,))
+        # On the host: each operation on the device would be dispatched, and compiled, alone.
+        counts = np.broadcast_to(np.asarray(num_updates, np.int32), (width,))
         counts, state, data = self._place(counts, width), self._place(state, width), self._at(width)
         if self.execution.mode is None and self._place.local(width) > 1:
-            nothing, one = (self._place(jnp.full(width, n, jnp.int32), width) for n in (0, 1))
+            nothing, one = (self._place(np.full(width, n, np.int32), width) for n in (0, 1))
             self.execution.decide(functools.partial(self._advance, state, data), nothing, one)
         return self._advance(state, data, counts, mode=self._mode)
 

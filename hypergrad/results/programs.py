@@ -48,12 +48,12 @@ class Program(NamedTuple):
     batch_size: int
     weighted: bool = False
 
-    def starts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, jax.Array]:
+    def starts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """What members start from, leaves `[points]`: Floats, traced Ints, objectives' weights."""
-        kinds = {**dict.fromkeys(self.space.continuous, jnp.float32)}
-        kinds |= dict.fromkeys(self.held, jnp.int32)
-        kinds |= {WEIGHTS: jnp.float32} if self.weighted else {}
-        return {n: jnp.asarray([p[n] for p in points], kind) for n, kind in kinds.items()}
+        kinds: dict[str, type] = dict.fromkeys(self.space.continuous, np.float32)
+        kinds |= dict.fromkeys(self.held, np.int32)
+        kinds |= {WEIGHTS: np.float32} if self.weighted else {}
+        return {n: np.asarray([p[n] for p in points], kind) for n, kind in kinds.items()}
 
 
 @dataclasses.dataclass(eq=False)

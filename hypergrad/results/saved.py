@@ -3,13 +3,13 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from hypergrad.checks import folder_name, in_one_sentence
-from hypergrad.files.toml import toml_of
+from hypergrad.files.toml import VALUES, readable, write_toml
 from hypergrad.optim.schedules import Schedule
 from hypergrad.results.layout import arranged, arrays_of, layout
 from hypergrad.training.checkpoints import (
@@ -21,14 +21,12 @@ from hypergrad.training.checkpoints import (
     take_apart,
     write_checkpoint,
 )
-from hypergrad.trees import Hyper, InnerState, Params, Tree
+from hypergrad.trees import Hyper, InnerState, Params
 
-# Where a folder holds arrays, and values for people.
-_NETWORK, _VALUES = "network", "hyper.toml"
+# Where a folder holds arrays.
+_NETWORK = "network"
 # Of what is written here; another one is refused.
 _FORMAT = 1
-# Entries up to which an array of hyperparameters stands in the file for people.
-_MANY = 64
 
 
 class Saved(NamedTuple):
@@ -84,7 +82,8 @@ def write(folder: str | os.PathLike[str], saved: Saved) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
         write_checkpoint(place, number, take_apart(arrays_of(tree)), about)
-        (path / _VALUES).write_text(_for_people(saved), encoding="utf-8")
+        values = readable(saved.hyper, f"{_NETWORK}/")
+        write_toml(path / VALUES, {"score": float(saved.score), "hyper": values})
     except Exception as error:
         found = cannot_now(error, place)
         if not isinstance(found, OSError):
@@ -156,26 +155,6 @@ def _like(state: InnerState, like: InnerState) -> InnerState:
             "problem.init(hyper, key) of the problem that was trained."
         )
     return structure.unflatten(leaves)
-
-
-def _for_people(saved: Saved) -> str:
-    return toml_of({"score": float(saved.score), "hyper": _plain(saved.hyper)})
-
-
-def _plain(tree: Tree) -> Any:
-    """Hyperparameters as TOML knows them; in the place of a large array, its size."""
-    if isinstance(tree, dict):
-        return {str(name): _plain(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
-    if tree is None or isinstance(tree, str | bool | int | float):
-        return tree
-    array = np.asarray(tree)
-    if array.size > _MANY:
-        return f"{array.dtype}{list(array.shape)}, see {_NETWORK}/"
-    # To the digits of its own type: 0.1 of a float32 is not 0.10000000149.
-    digits = np.vectorize(lambda x: float(str(x)) if array.dtype.kind not in "iu" else int(x))
-    return digits(array).tolist() if array.size else []
 
 
 def _remove(place: Path, numbers: list[int]) -> None:

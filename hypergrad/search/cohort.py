@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.costs.lengths import Length
@@ -136,7 +135,7 @@ class Cohort:
         hypers = program.starts([{**p.choices, **p.start, **self._weights(p)} for p in team])
         length = self.programs.lengths.of(team[0].choices)
         # By their numbers, so that a trial trains alike in whatever team it is.
-        numbers = jnp.asarray([p.number for p in team])
+        numbers = np.asarray([p.number for p in team])
         keys = _keys(jax.random.key(self.seed), numbers)
         state = program.members.init(hypers, keys, width)
         if self.keeper is not None:

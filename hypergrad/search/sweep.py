@@ -310,6 +310,8 @@ def _queue_best(opened: OpenStudy, count: int, polish: int, num_trials: int, ref
 
     Without refinement the best point so far with one coordinate moved, one at a time.
     """
+    if not polish:
+        return
     progress = opened.progress()
     left = num_trials - progress.finished - progress.running - progress.waiting
     wanted = min(left, count - progress.waiting)

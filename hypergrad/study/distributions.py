@@ -85,6 +85,11 @@ class Coordinates:
             if study_name in params
         }
 
+    def internal(self, params: Mapping[str, Any]) -> dict[str, tuple[float, BaseDistribution]]:
+        """Return parameters of the study as storages keep them, each with its distribution."""
+        kept = {n: d for _, n, d in self.parameters() if n in params}
+        return {name: (d.to_internal_repr(params[name]), d) for name, d in kept.items()}
+
     def value(self, name: str, parameter: Any) -> Any:
         """Return the value of `name` in the user's units for one parameter of the study."""
         dimension = self.space[name]

@@ -4,15 +4,16 @@ No other file reads one (a test sees to it), so that a new release of Optuna is 
 """
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial
@@ -59,6 +60,63 @@ def propose(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     return trial.study.sampler.sample_independent(
         trial.study, trial._get_latest_trial(), name, distribution
     )
+
+
+def note(
+    trial: Trial,
+    params: Mapping[str, tuple[float, BaseDistribution]],
+    user_attrs: Mapping[str, Any],
+) -> None:
+    """Write parameters (as Optuna represents them) and user attributes of a running trial.
+
+    On a database in one transaction: it waits for the disk at the end of each, which is most of
+    what a trial costs there.
+    """
+    storage, trial_id = trial.storage, id_of(trial)
+    backend = backend_of(storage)
+    written = isinstance(backend, RDBStorage) and _written(backend, trial_id, params, user_attrs)
+    if not written:
+        for name, param in params.items():
+            storage.set_trial_param(trial_id, name, *param)
+        for key, attr in user_attrs.items():
+            storage.set_trial_user_attr(trial_id, key, attr)
+    frozen(trial).user_attrs.update(user_attrs)
+
+
+def _written(
+    database: RDBStorage,
+    trial_id: int,
+    params: Mapping[str, tuple[float, BaseDistribution]],
+    user_attrs: Mapping[str, Any],
+) -> bool:
+    """Write all in one transaction; False, and nothing is, where some of it stands there."""
+    import sqlalchemy
+    from optuna.storages._rdb import models, storage
+
+    rows: dict[Any, list[dict[str, Any]]] = {
+        models.TrialParamModel: [
+            {
+                "param_name": name,
+                "param_value": value,
+                "distribution_json": distribution_to_json(distribution),
+            }
+            for name, (value, distribution) in params.items()
+        ],
+        models.TrialUserAttributeModel: [
+            {"key": key, "value_json": json.dumps(attr)} for key, attr in user_attrs.items()
+        ],
+    }
+    try:
+        with storage._create_scoped_session(database.scoped_session) as session:
+            trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
+            database.check_trial_is_updatable(trial_id, trial.state)  # type: ignore[arg-type]
+            for table, own in rows.items():
+                if own:
+                    named = [{"trial_id": trial_id, **row} for row in own]
+                    session.execute(sqlalchemy.insert(table), named)
+    except sqlalchemy.exc.IntegrityError:
+        return False
+    return True
 
 
 class FixedChoices(PartialFixedSampler):

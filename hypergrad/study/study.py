@@ -21,7 +21,15 @@ from optuna.trial import TrialState, create_trial
 from hypergrad import checks
 from hypergrad.space.space import Space
 from hypergrad.study.distributions import Coordinates
-from hypergrad.study.optuna_private import FixedChoices, fix, frozen, id_of, propose, suggest
+from hypergrad.study.optuna_private import (
+    FixedChoices,
+    fix,
+    frozen,
+    id_of,
+    note,
+    propose,
+    suggest,
+)
 from hypergrad.study.sampler import SavedRandomness, make_sampler
 from hypergrad.study.signature import check_same, checked_directions, grid_seed
 from hypergrad.study.slots import ASKED, ERROR, REASON, Slots, TrialCounts, trial_counts
@@ -359,10 +367,10 @@ class OpenStudy:
         try:
             # The state comes last: nothing can be written to a finished trial.
             if not proposal.recorded:
-                self._record(proposal, refined)
                 attrs = {"start": dict(proposal.start), **(attrs or {})}
-            for key, attr in (attrs or {}).items():
-                trial.set_user_attr(key, attr)
+            # The Floats that the sampler is to learn from, for which there is one chance.
+            params = proposal.unrecorded if refined is None else self._coordinates.to_study(refined)
+            note(trial, self._coordinates.internal(params), attrs or {})
             self.study.tell(trial, value, state=state)
         except (UpdateFinishedTrialError, ValueError):
             # Somebody thought that this process was dead, and has queued the trial again: `tell`
@@ -374,15 +382,6 @@ class OpenStudy:
             self._held.discard(proposal.number)
         self._randomness.save_if_moved()
         return True
-
-    def _record(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
-        """Write the Floats that the sampler is to learn from, for which there is one chance."""
-        trial_id = id_of(proposal.trial)
-        params = proposal.unrecorded if refined is None else self._coordinates.to_study(refined)
-        for name, parameter, distribution in self._coordinates.parameters():
-            if name in proposal.start:
-                internal = distribution.to_internal_repr(params[parameter])
-                self.storage.set_trial_param(trial_id, parameter, internal, distribution)
 
     def _check_refined(self, proposal: Proposal, refined: Mapping[str, float] | None) -> None:
         if refined is None:

@@ -248,7 +248,7 @@ class Saver:
         self._running: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        with _writing(self.folder, "made"):
+        with writing(self.folder, "made"):
             self.folder.mkdir(exist_ok=True)
         self._lock.__enter__()
         # Of killed processes: orbax gives a checkpoint its name when it is complete.
@@ -279,7 +279,7 @@ class Saver:
         self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
-        with _writing(self.folder, f"given update {update}"):
+        with writing(self.folder, f"given update {update}"):
             write_checkpoint(self.folder, update, [*take_apart(state), *columns.values()], about)
         # Not before the new one is whole.
         for old in saved_updates(self.folder)[self._keep :]:
@@ -287,7 +287,7 @@ class Saver:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path, done: str) -> Iterator[None]:
+def writing(folder: Path, done: str) -> Iterator[None]:
     """What keeps somebody from writing is one sentence, which says what is kept."""
     try:
         yield

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,11 @@ from hypergrad.data.streams import (
     refuse_missing_axis,
     refuse_split_batch,
 )
+from hypergrad.files.toml import VALUES, readable, write_toml
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.arguments import check_types_of_run
 from hypergrad.training.callbacks import Stop, check
-from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore
+from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore, writing
 from hypergrad.training.doubts import Doubts, remarks_of
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
@@ -34,7 +36,7 @@ from hypergrad.training.length import lengths
 from hypergrad.training.progress import FitProgress
 from hypergrad.training.signals import Signals, Stopped
 from hypergrad.training.updates import compiled_update, owned, refuse_spread, strongly_typed
-from hypergrad.trees import Batch, State, Train, all_finite
+from hypergrad.trees import Batch, Hyper, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
@@ -112,7 +114,8 @@ def fit(
         run (`hypergrad.callbacks.EarlyStopping`).
       checkpoint: a folder, or a `hypergrad.Checkpoint`: every 100 updates, at the end, and on
         SIGTERM the whole state, the history and the position in the data are saved, and the same
-        command goes on from there, to the same bits.
+        command goes on from there, to the same bits. At the end `hyper.toml` there holds the values
+        to keep, for people and for `tomllib`.
       progress: on a terminal and in a notebook (with ipywidgets) a bar, elsewhere a line a minute
         (`hypergrad.training.progress`).
       sharding: where batches of an iterable go, a `jax.sharding.Sharding` of their leaves
@@ -341,9 +344,17 @@ class _Run:
         if 0 < len(self.history) == self.bad_in_a_row:
             raise self._not_finite("no update had a finite loss and hypergradient")
         self.doubts.say()
+        if self.saver is not None:
+            self._write_values(self.saver.folder, hyper)
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
         remarks = remarks_of(self.tuner, self.state, self.history)
         return FitResult(self.state, hyper, self.history, schedule, remarks)
+
+    def _write_values(self, folder: Path, hyper: Hyper) -> None:
+        """The values to keep as a file for people, beside the records."""
+        about = {"updates": self.done, "loss": self.history[-1].loss if self.history else None}
+        with writing(folder, f"given {VALUES}"):
+            write_toml(folder / VALUES, about | {"hyper": readable(hyper, str(self.done))})
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)
