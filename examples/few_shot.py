@@ -20,6 +20,7 @@ prints
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -93,7 +94,7 @@ METHODS = (
 def new_network(sizes: tuple[int, ...], key: jax.Array) -> Any:
     """Small uniform weights: with larger ones a task's descent diverges on inputs up to 5."""
     draw = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    shapes = list(zip(sizes, sizes[1:], strict=False))
+    shapes = list(itertools.pairwise(sizes))
     keys = jax.random.split(key, len(shapes))
     return [(draw(k, shape), jnp.zeros(shape[1])) for k, shape in zip(keys, shapes, strict=True)]
 
