@@ -20,6 +20,8 @@ NAMES = (
     "horizon",
     "solvers",
     "implicit",
+    "bilevel",
+    "self_tuning",
     "evolution",
     "choice",
     "optimizers",

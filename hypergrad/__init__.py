@@ -42,6 +42,7 @@ from hypergrad.problem.noise import dropout
 from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient, rollout
 from hypergrad.single_loop.penalty import F2SA
 from hypergrad.single_loop.saba import SABA
+from hypergrad.single_loop.self_tuning import SelfTuning
 from hypergrad.smoothness import metasmoothness
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
@@ -80,6 +81,7 @@ __all__ = [
     "Refine",
     "Richardson",
     "Schedule",
+    "SelfTuning",
     "Space",
     "Splits",
     "Trust",

@@ -28,7 +28,7 @@ ROOMS = {
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled ahead forward conditions implicit evolution difference"
     " auto hypergradient choose",
-    "single_loop": "penalty saba",
+    "single_loop": "penalty saba self_tuning",
     "tuners": "base averaged compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
     "training": "arguments history doubts length identity checkpoints progress callbacks signals"
@@ -58,7 +58,7 @@ ORDER = [
 ESTIMATORS = [
     f"estimators.{file}"
     for file in ("base", "unrolled", "forward", "conditions", "implicit", "evolution", "difference")
-] + ["single_loop.penalty", "single_loop.saba"]
+] + ["single_loop.penalty", "single_loop.saba", "single_loop.self_tuning"]
 HIDDEN_FROM_ESTIMATORS = (
     "space.*",
     "tuners",

@@ -368,6 +368,15 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         given(hg.F2SA, step_size=0.1),
         {"step_size": NOT_POSITIVE, "multiplier": NOT_POSITIVE},
     ),
+    "SelfTuning": (
+        given(hg.SelfTuning, optimizer=optax.sgd(0.1)),
+        {
+            "optimizer": (None, 3, "adam", optax.adam),
+            "std": NOT_POSITIVE,
+            "samples": NOT_INTEGERS,
+            "form": ("rows", 3, None),
+        },
+    ),
     "Neumann": (hg.Neumann, {"terms": NOT_INTEGERS, "step_size": NOT_POSITIVE}),
     "ConjugateGradient": (
         hg.ConjugateGradient,

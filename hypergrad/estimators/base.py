@@ -234,12 +234,12 @@ class Estimator(abc.ABC):
     def check_structure(self, window: Window, hyper: Hyper) -> None:
         """Raises where a gradient would be missing by structure; traces once, runs nothing."""
         if not self.perturbs:
-            _require_smooth_losses(window, hyper)
+            require_smooth_losses(window, hyper)
         check = require_use if self.perturbs else require_reach
         check(lambda hyper: window.objective(hyper)[0], hyper)
 
 
-def _require_smooth_losses(window: Window, hyper: Hyper) -> None:
+def require_smooth_losses(window: Window, hyper: Hyper) -> None:
     """Refuses an accuracy where a loss belongs; traces both losses once."""
     problem, key = window.problem, window.key
     inner = jax.eval_shape(window.start, hyper)

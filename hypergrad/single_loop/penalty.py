@@ -19,6 +19,19 @@ from hypergrad.problem.problem import steps_done
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, norm
 
 
+def steps_data(
+    window: Window, offset: jax.typing.ArrayLike
+) -> Callable[[jax.Array, Batch], tuple[Batch, Key]]:
+    """`(t, entry of step_inputs) -> (batch, key)`: what training itself has at step t."""
+
+    def data_of(t: jax.Array, batch: Batch) -> tuple[Batch, Key]:
+        if isinstance(window.train, Minibatches):
+            batch = window.train.batch(t + offset, jax.random.fold_in(window.key, SHUFFLE))
+        return batch, jax.random.fold_in(window.key, t + offset)
+
+    return data_of
+
+
 class PenaltyState(NamedTuple):
     """The parameters that are pulled towards a low validation loss, and the estimates done."""
 
@@ -87,11 +100,7 @@ class F2SA(Estimator):
         multiplier = jnp.asarray(given(state.estimates) if callable(given) else given)
         _, inner_at = vector_of(start.inner, "stationary", offset)
         train_step = window.one_step(hyper, offset)
-
-        def data_of(t: jax.Array, batch: Batch) -> tuple[Batch, Key]:  # as training's own
-            if isinstance(window.train, Minibatches):
-                batch = window.train.batch(t + offset, jax.random.fold_in(window.key, SHUFFLE))
-            return batch, jax.random.fold_in(window.key, t + offset)
+        data_of = steps_data(window, offset)
 
         def f(y: Vector, hyper: Hyper) -> Scalar:
             return window.loss(inner_at(y).params, hyper, offset)
