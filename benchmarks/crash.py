@@ -13,8 +13,8 @@ trials are read by Optuna alone.
 Columns: finished trials of the 60; lost: finished trials that a later reading lacks or that
 changed; doubled: finished trials beyond one per slot; zombies: trials left RUNNING or WAITING;
 restarted: trials that died with their process and ran again; seconds; with `checkpoint=` (rows of
-"kept") gone on: restarted trials that had a rung behind them, and the most rungs that one of them
-lost beside the one under way. PostgreSQL is installed and
+"kept") gone on: attempts that followed one with a finished rung, and the most finished rungs that
+one death has cost a trial, beside the one under way. PostgreSQL is installed and
 started where that can be (`benchmarks/postgresql.py`), else left out with the reason. Then what
 else may befall a sweep, tried and survived: `benchmarks/mishaps.py`.
 """
@@ -245,19 +245,27 @@ def crash(
 
 
 def rungs_lost(storage: str, lines: list[str]) -> list[int]:
-    """Of each trial that was run again after a rung: how many rungs of its own it trained anew.
+    """How many finished rungs each death of a trial's process has cost it.
 
-    `lines` are what the processes have logged.
+    `lines` are what the processes have logged. An attempt that died before it began counts with the
+    one before it.
     """
     said = [_GOES_ON.search(line) for line in lines]
     went_on = {int(m[1]): STEPS_PER_UPDATE * int(m[2]) for m in said if m}
     trials, result = _trials(storage), []
-    for trial in with_result(trials):
-        root = trial.system_attrs.get("hypergrad:root")
-        before = [t for t in trials if t.system_attrs.get("hypergrad:root", t.number) == root]
-        told = {step for t in before if t.number < trial.number for step in t.intermediate_values}
-        if told:
-            result.append(sum(step > went_on.get(trial.number, 0) for step in told))
+    finished = {trial.number for trial in with_result(trials)}
+    attempts: dict[int, list[FrozenTrial]] = {}
+    for trial in trials:
+        root = trial.system_attrs.get("hypergrad:root", trial.number)
+        attempts.setdefault(root, []).append(trial)
+    for slot in attempts.values():
+        behind: set[int] = set()
+        for trial in slot:
+            begin, own = went_on.get(trial.number, 0), set(trial.intermediate_values)
+            if begin or own or trial.number in finished:
+                if behind:
+                    result.append(sum(step > begin for step in behind))
+                behind = own | ({begin} if begin else set())
     return result
 
 
