@@ -12,7 +12,9 @@ trials are read by Optuna alone.
 
 Columns: finished trials of the 60; lost: finished trials that a later reading lacks or that
 changed; doubled: finished trials beyond one per slot; zombies: trials left RUNNING or WAITING;
-restarted: trials that died with their process and ran again; seconds. PostgreSQL is installed and
+restarted: trials that died with their process and ran again; seconds; with `checkpoint=` (rows of
+"kept") gone on: attempts that followed one with a finished rung, and the most finished rungs that
+one death has cost a trial, beside the one under way. PostgreSQL is installed and
 started where that can be (`benchmarks/postgresql.py`), else left out with the reason. Then what
 else may befall a sweep, tried and survived: `benchmarks/mishaps.py`.
 """
@@ -23,6 +25,7 @@ import logging
 import os
 import queue
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = "imported"
 # What a process may take to get from one sign of life to the next, in seconds.
 PATIENCE = 300
+STEPS_PER_UPDATE = 5
+_GOES_ON = re.compile(r"#(\d+) goes on from update (\d+) of")
 
 
 class Outcome(NamedTuple):
@@ -61,6 +66,8 @@ class Outcome(NamedTuple):
     restarted: int
     kills: int
     seconds: float
+    gone_on: int = 0
+    most_lost: int = 0
 
 
 def make_problem(choices: dict[str, Any]) -> hg.Problem:
@@ -75,7 +82,14 @@ def make_problem(choices: dict[str, Any]) -> hg.Problem:
     return hg.bilevel(lambda key: jnp.zeros(4), loss, loss, optimizer)
 
 
-def sweep(storage: str, num_trials: int, hyperband: bool, programs: int, population: int) -> None:
+def sweep(
+    storage: str,
+    num_trials: int,
+    hyperband: bool,
+    programs: int,
+    population: int,
+    checkpoint: str | None = None,
+) -> None:
     """Run the sweep that is killed: the same call every time."""
     random_state = np.random.RandomState(0)
     inputs = random_state.normal(size=(60, 4)).astype(np.float32)
@@ -95,10 +109,11 @@ def sweep(storage: str, num_trials: int, hyperband: bool, programs: int, populat
         num_trials=num_trials,
         num_steps=20,
         batch_size=8,
-        refine=hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=5),
+        refine=hg.Refine(hg.Unrolled(), optax.adam(0.1), steps_per_update=STEPS_PER_UPDATE),
         scheduler=hg.Hyperband(min_steps=5, eta=2) if hyperband else None,
         storage=storage,
         population=population,
+        checkpoint=checkpoint,
     )
 
 
@@ -172,6 +187,7 @@ def crash(
     population: int = 2,
     processes: int = 1,
     seed: int = 0,
+    checkpoint: bool = False,
 ) -> Outcome:
     """Kill the sweep `kills` times, let it end, and count.
 
@@ -182,10 +198,13 @@ def crash(
       RuntimeError: a process failed by itself.
     """
     command = command_of(storage, num_trials, programs, population, hyperband)
+    if checkpoint:
+        command += ["--checkpoint", str(folder / f"kept-{seed}")]
     rng = random.Random(seed)
     begin, done, lost = time.monotonic(), 0, 0
     known: dict[int, Any] = {}
     alive = [start(command, folder) for _ in range(processes)]
+    begun = list(alive)
     try:
         for i in range(kills):
             victim = alive[i % processes]
@@ -210,6 +229,7 @@ def crash(
             lost += sum(now.get(number) != trial for number, trial in known.items())
             known = now
             alive = [start(command, folder) if p in dying else p for p in alive]
+            begun += [process for process in alive if process not in begun]
         for process in alive:
             process.finish()
     finally:
@@ -217,7 +237,36 @@ def crash(
             process.kill()
     now = finished_trials(storage)
     lost += sum(now.get(number) != trial for number, trial in known.items())
-    return count_of(storage)._replace(lost=lost, kills=done, seconds=time.monotonic() - begin)
+    found = count_of(storage)._replace(lost=lost, kills=done, seconds=time.monotonic() - begin)
+    if checkpoint:
+        rungs = rungs_lost(storage, [line for process in begun for line in process.output])
+        found = found._replace(gone_on=len(rungs), most_lost=max(rungs, default=0))
+    return found
+
+
+def rungs_lost(storage: str, lines: list[str]) -> list[int]:
+    """How many finished rungs each death of a trial's process has cost it.
+
+    `lines` are what the processes have logged. An attempt that died before it began counts with the
+    one before it.
+    """
+    said = [_GOES_ON.search(line) for line in lines]
+    went_on = {int(m[1]): STEPS_PER_UPDATE * int(m[2]) for m in said if m}
+    trials, result = _trials(storage), []
+    finished = {trial.number for trial in with_result(trials)}
+    attempts: dict[int, list[FrozenTrial]] = {}
+    for trial in trials:
+        root = trial.system_attrs.get("hypergrad:root", trial.number)
+        attempts.setdefault(root, []).append(trial)
+    for slot in attempts.values():
+        behind: set[int] = set()
+        for trial in slot:
+            begin, own = went_on.get(trial.number, 0), set(trial.intermediate_values)
+            if begin or own or trial.number in finished:
+                if behind:
+                    result.append(sum(step > begin for step in behind))
+                behind = own | ({begin} if begin else set())
+    return result
 
 
 def command_of(
@@ -316,11 +365,13 @@ def main(
     names = kinds.split(",") if kinds else ["journal", "sqlite"] + ([] if quick else ["postgresql"])
     rows = {}
     columns = "".join(f"{name:>10}" for name in Outcome._fields)
-    print(f"{'storage':12}{'scheduler':12}{'processes':10}{columns}", flush=True)
+    print(f"{'storage':12}{'scheduler':17}{'processes':10}{columns}", flush=True)
     with tempfile.TemporaryDirectory() as name, places(Path(name), names) as found:
         for kind, pattern in found.items():
-            for hyperband, processes in ((False, 1), (True, 1), (True, 2))[2 * quick :]:
+            ways = ((False, 1, False), (True, 1, False), (True, 2, False), (True, 1, True))
+            for hyperband, processes, checkpoint in ways[2 * quick :]:
                 label = f"{kind}-{'hyperband' if hyperband else 'none'}-{processes}"
+                label += "-kept" * checkpoint
                 if "{}" not in pattern:
                     _empty(pattern)
                 outcome = crash(
@@ -331,13 +382,14 @@ def main(
                     hyperband=hyperband,
                     processes=processes,
                     seed=len(rows),
+                    checkpoint=checkpoint,
                 )
-                scheduler = "Hyperband" if hyperband else "-"
+                scheduler = ("Hyperband" if hyperband else "-") + ", kept" * checkpoint
                 values = "".join(f"{value:10.0f}" for value in outcome)
-                print(f"{kind:12}{scheduler:12}{processes:<10}{values}", flush=True)
+                print(f"{kind:12}{scheduler:17}{processes:<10}{values}", flush=True)
                 rows[label] = outcome
                 wrong = outcome.lost or outcome.doubled or outcome.zombies
-                if outcome.finished != num_trials or wrong:
+                if outcome.finished != num_trials or wrong or outcome.most_lost > 1:
                     raise AssertionError(f"{label}: {outcome}")
         mishaps.show(mishaps.of_sweeps(Path(name), quick))
     return rows
@@ -356,6 +408,7 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=0)
     parser.add_argument("--sweep", help="be the sweep that is killed, on this storage")
     parser.add_argument("--hyperband", action="store_true")
+    parser.add_argument("--checkpoint", help="where the sweep keeps its unfinished trials")
     parser.add_argument("--programs", type=int, default=2)
     parser.add_argument("--population", type=int, default=2)
     options = parser.parse_args()
@@ -369,6 +422,7 @@ if __name__ == "__main__":
             options.hyperband,
             options.programs,
             options.population,
+            options.checkpoint,
         )
     else:
         main(options.quick, options.storage, options.kills, options.trials)
