@@ -164,17 +164,19 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
         )
     tail = window.judging(estimator.validate_at, within=length)
     inputs = step_inputs(window.train)
-    before = jax.tree.map(lambda x: x[: steps - length], inputs)
-    within = jax.tree.map(lambda x: x[steps - length :], inputs)
-    first_bad_step = jnp.int32(-1)
-    offset = steps_done(window.inner)
-    if length < steps:
-        ahead = window.begin(hyper)
-        offset = steps_done(ahead.inner)
-        ahead = scan(window.one_step(hyper, offset), ahead, before)
-        tail = dataclasses.replace(tail, inner=ahead.inner)
-        first_bad_step = ahead.first_bad_step
-    return _Tail(tail, within, length, offset, first_bad_step)
+    if length == steps:
+        return _Tail(tail, inputs, length, steps_done(window.inner), jnp.int32(-1))
+    ahead = window.begin(hyper)
+    offset = steps_done(ahead.inner)
+    ahead = window.trained(hyper, ahead, offset, steps - length)
+    limit, first = window.limit, steps - length
+    if limit is not None and tail.averaged == 1:
+        # The last steps that are taken; of one none stands still.
+        first = jnp.clip(limit - length, 0, first)
+        limit = None if length == 1 else limit
+    tail = dataclasses.replace(tail, inner=ahead.inner, limit=limit)
+    within = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length), inputs)
+    return _Tail(tail, within, length, offset, ahead.first_bad_step)
 
 
 # In order of cost.
