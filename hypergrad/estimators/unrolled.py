@@ -105,9 +105,11 @@ class Unrolled(Estimator):
         info = summary(loss, grad, end.first_bad_step)
         # maximum and division keep NaN: an adjoint that is not finite must not look calm. Only one
         # that is 0 all along (a perfect fit) has not grown, where the division would say NaN.
-        most = jnp.max(squares.steps)
-        still = (most == 0) & (squares.end == 0)
-        info["growth"] = jnp.sqrt(jnp.where(still, 0.0, most / jnp.where(still, 1.0, squares.end)))
+        # Where the last parameters are judged, their adjoint is the last step's: read once.
+        last = tail.window.averaged == 1 and window.problem.evaluate is None
+        most, first = jnp.max(squares.steps), squares.steps[-1] if last else squares.end
+        still = (most == 0) & (first == 0)
+        info["growth"] = jnp.sqrt(jnp.where(still, 0.0, most / jnp.where(still, 1.0, first)))
         return Estimate(loss, grad, end.inner, info), state
 
     def resolve(self, window: Window, hyper: Hyper) -> Estimator:
