@@ -143,7 +143,7 @@ class Window:
         """`(progress, (t, batch)) -> progress`; `offset` is the steps done before the window."""
         step = training_steps(self.problem, hyper, self.train, self.key, offset)
         if self.limit is not None:
-            step = self._up_to_limit(hyper, offset)
+            step = self._up_to(self.limit, hyper, offset)
         first_averaged = self.num_steps - self.averaged
 
         def advance(progress: Progress, x: tuple[jax.Array, Batch]) -> Progress:
@@ -163,11 +163,13 @@ class Window:
 
         return advance
 
-    def _up_to_limit(self, hyper: Hyper, offset: jax.typing.ArrayLike) -> Callable[..., Any]:
-        """`training_steps` that stand still after `limit`."""
+    def _up_to(
+        self, limit: jax.Array, hyper: Hyper, offset: jax.typing.ArrayLike
+    ) -> Callable[[Any, jax.Array, Any], Any]:
+        """`training_steps` that stand still after `limit` of them."""
 
         def run(inner: InnerState, t: jax.Array, batch: Batch) -> Any:
-            goes = t < self.limit
+            goes = t < limit
             # Not a shorter scan: its length is static, and every one would be a program of its own.
             # Not a branch: it would hold the state twice, and a GPU would wait for it in each step.
             now, under = while_true(goes, (inner, hyper))
