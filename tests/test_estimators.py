@@ -173,6 +173,28 @@ def test_window_one_is_t1_t2() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_run_cut_short_is_differentiated_where_it_ends(length: int) -> None:
+    """Training stood still in the window, so that its gradient was a zero that looked calm."""
+    oracle, estimator = momentum_quadratic(8), hg.Unrolled(window=length)
+    inner = oracle.problem.init(oracle.hyper, oracle.key)
+    steps = jax.tree.leaves(oracle.train)[0].shape[0]
+
+    def found(train: Any, limit: int | None) -> hg.Estimate:
+        window = hg.Window(oracle.problem, inner, train, oracle.valid, oracle.key)
+        limited = None if limit is None else jnp.int32(limit)
+        window = dataclasses.replace(window, limit=limited)
+        return estimator.estimate(window, oracle.hyper, ())[0]
+
+    whole = found(oracle.train, None)
+    assert relative_error(found(oracle.train, steps).grad, whole.grad) == 0
+    cut = found(oracle.train, steps - 2)
+    shorter = found(jax.tree.map(lambda x: x[: steps - 2], oracle.train), None)
+    assert relative_error(cut.grad, shorter.grad) < 1e-6
+    assert relative_error(cut.inner.params, shorter.inner.params) < 1e-6
+    assert relative_error(cut.grad, whole.grad) > 1e-3
+
+
 def test_truncation_keeps_the_last_terms_only() -> None:
     """A window of 5 is the full unroll of the last 5 steps, from where the first ones led."""
     oracle = momentum_quadratic(12)

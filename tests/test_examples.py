@@ -150,7 +150,26 @@ def test_tiny_transformer(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["mnist_schedule", "tiny_transformer"])
+def test_data_scorer(tmp_path: Path) -> None:
+    """On sentences of three words, so that a few steps tell what is corrupted."""
+    rng = np.random.default_rng(0)
+    text = " ".join(rng.choice(["thou", "speakest", "lord"], 3000))
+    (tmp_path / "tinyshakespeare.txt").write_text(text)
+    picture = tmp_path / "scorer.png"
+    text = printed_by("data_scorer", "--data", str(tmp_path), "--out", str(picture))
+
+    def kept(method: str) -> list[int]:
+        row = re.search(method + r"\W+(\d+)%\W+(\d+)%\W+(\d+)%\W+(\d+)%", text)
+        assert row is not None, text
+        return [int(share) for share in row.groups()]
+
+    assert kept("oracle")[0] > 90
+    assert kept("learned scorer")[0] > kept("learned scorer")[2]
+    assert kept("loss of a reference")[0] > 2 * kept("loss of a reference")[2]
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["data_scorer", "mnist_schedule", "tiny_transformer"])
 def test_missing_data_is_named(name: str, tmp_path: Path) -> None:
     command = [sys.executable, f"examples/{name}.py", "--data", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

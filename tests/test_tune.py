@@ -1,5 +1,6 @@
 """`hg.tune`: the budget is kept, the untuned start competes, what is found is what was trained."""
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -247,6 +248,19 @@ def test_a_run_that_looks_ahead_trains_by_its_window_alone() -> None:
     jax.tree.map(np.testing.assert_array_equal, found.grad, later.grad)
     assert int(found.inner.step) == 4
     np.testing.assert_allclose(found.inner.params["w"], now.inner.params["w"], rtol=1e-5)
+
+
+def test_a_tuner_looks_ahead_as_far_as_its_estimator() -> None:
+    """The steps beyond the window stood still, as if the run had been cut short there."""
+    key, train = jax.random.key(1), hg.Minibatches(DATA.train, BATCH, 4)
+    tuner = hg.alternating(_problem(), SPACE, Ahead(hg.Unrolled(), 5))
+    state = tuner.init(START, key)
+    _, info = jax.jit(tuner.update)(state, train, DATA.valid)
+    later = dataclasses.replace(train, num_steps=9)
+    expected = hg.hypergradient(_problem(), START, state.inner, later, DATA.valid, key)
+    slope = jax.vjp(SPACE.from_unit, state.now.unit)[1](expected.grad)[0]
+    for name in SPACE:
+        np.testing.assert_allclose(info.grad[name], slope[name], rtol=1e-4)
 
 
 def test_a_large_budget_looks_ahead(found: Any) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from hypergrad.data.batches import Minibatches
 from hypergrad.estimators.base import Estimate, Estimator, Window
 from hypergrad.problem.problem import steps_done
@@ -27,8 +29,11 @@ class Ahead(Estimator):
         train = window.train
         assert isinstance(train, Minibatches)
         longer = dataclasses.replace(train, num_steps=train.num_steps + self.steps)
-        ahead = dataclasses.replace(window, train=longer)
+        limit = window.limit
+        if limit is not None:  # a run that is not cut short is not cut short by its window's end
+            limit = jnp.where(limit < train.num_steps, limit, longer.num_steps)
+        ahead = dataclasses.replace(window, train=longer, limit=limit)
         estimate, state = self.estimator.estimate(ahead, hyper, state)
         start = window.begin(hyper)
-        reached = window.through(hyper, start, steps_done(start.inner))
+        reached = window.trained(hyper, start, steps_done(start.inner))
         return estimate._replace(inner=reached.inner), state

@@ -14,6 +14,7 @@ from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inpu
 from hypergrad.data.streams import refuse_missing_axis
 from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.problem.eager import naming_closures
+from hypergrad.problem.inner_gradient import while_true
 from hypergrad.problem.problem import (
     Inner,
     Problem,
@@ -22,7 +23,7 @@ from hypergrad.problem.problem import (
     training_steps,
     validation_loss,
 )
-from hypergrad.problem.recompute import scan
+from hypergrad.problem.recompute import row, scan
 from hypergrad.problem.structure import naming_missing, require_reach, require_slope, require_use
 from hypergrad.trees import (
     Batch,
@@ -36,6 +37,7 @@ from hypergrad.trees import (
     Tree,
     all_finite,
     is_inexact,
+    select,
     widen,
 )
 
@@ -62,7 +64,7 @@ Step = Callable[[Progress, tuple[jax.Array, Batch]], Progress]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inner", "train", "valid", "key"],
+    data_fields=["inner", "train", "valid", "key", "limit"],
     meta_fields=["problem", "averaged"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Window:
       valid: one batch, or a `Minibatches`.
       key: step t of the run uses `jax.random.fold_in(key, t)`.
       averaged: how many of the last parameter vectors are judged, by their mean; see `judging`.
+      limit: int32, after how many of the K steps training stands still; None: after none.
     """
 
     problem: Problem
@@ -89,6 +92,7 @@ class Window:
     valid: Batch
     key: Key
     averaged: int = 1
+    limit: jax.Array | None = None
 
     @property
     def num_steps(self) -> int:
@@ -138,6 +142,8 @@ class Window:
     def one_step(self, hyper: Hyper, offset: jax.typing.ArrayLike) -> Step:
         """`(progress, (t, batch)) -> progress`; `offset` is the steps done before the window."""
         step = training_steps(self.problem, hyper, self.train, self.key, offset)
+        if self.limit is not None:
+            step = self._up_to(self.limit, hyper, offset)
         first_averaged = self.num_steps - self.averaged
 
         def advance(progress: Progress, x: tuple[jax.Array, Batch]) -> Progress:
@@ -157,9 +163,43 @@ class Window:
 
         return advance
 
+    def _up_to(
+        self, limit: jax.Array, hyper: Hyper, offset: jax.typing.ArrayLike
+    ) -> Callable[[Any, jax.Array, Any], Any]:
+        """`training_steps` that stand still after `limit` of them."""
+
+        def run(inner: InnerState, t: jax.Array, batch: Batch) -> Any:
+            goes = t < limit
+            # Not a shorter scan: its length is static, and every one would be a program of its own.
+            # Not a branch: it would hold the state twice, and a GPU would wait for it in each step.
+            now, under = while_true(goes, (inner, hyper))
+            step = training_steps(self.problem, under, self.train, self.key, offset)
+            return select(goes, step(now, t, batch), inner)
+
+        return run
+
     def through(self, hyper: Hyper, progress: Progress, offset: jax.typing.ArrayLike) -> Progress:
         """All K steps from `progress`."""
         return scan(self.one_step(hyper, offset), progress, step_inputs(self.train))
+
+    def trained(
+        self,
+        hyper: Hyper,
+        progress: Progress,
+        offset: jax.typing.ArrayLike,
+        steps: int | None = None,
+    ) -> Progress:
+        """The first `steps` of the K steps from `progress`, None for all, without a derivative.
+
+        Under a `limit` these are as many rounds of a loop, and no step is taken in vain.
+        """
+        steps = self.num_steps if steps is None else steps
+        inputs = jax.tree.map(lambda x: x[:steps], step_inputs(self.train))
+        if self.limit is None:
+            return scan(self.one_step(hyper, offset), progress, inputs)
+        step = dataclasses.replace(self, limit=None).one_step(hyper, offset)
+        taken = jnp.minimum(self.limit, steps)
+        return jax.lax.fori_loop(0, taken, lambda t, p: step(p, row(inputs, t)), progress)
 
     def judged(self, progress: Progress) -> Params:
         """The parameters that are validated: the last, or the mean over the last `averaged`."""

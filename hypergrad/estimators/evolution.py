@@ -148,7 +148,7 @@ class Evolution(Estimator):
             moved, own = unravel(flat + move), dataclasses.replace(window, inner=inner)
             # The unperturbed run's offset for all: a count per particle would draw the same
             # minibatch once per particle.
-            end = own.through(moved, own.begin(moved), offset)
+            end = own.trained(moved, own.begin(moved), offset)
             return own.loss(own.judged(end), moved, offset), end.inner, end.first_bad_step
 
         # The unperturbed run is one more member of the same vmap: a program of its own would double

@@ -124,7 +124,7 @@ class Implicit(Estimator):
         """One value and gradient of the validation loss; see the class."""
         start = window.begin(hyper)
         offset = steps_done(start.inner)
-        end = window.through(hyper, start, offset)
+        end = window.trained(hyper, start, offset)
         condition = condition_of(self.of, self.batches, window, hyper, end.inner, offset)  # F
         z = condition.z
 

@@ -22,7 +22,7 @@ from hypergrad.estimators.base import (
 )
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.problem import steps_done
-from hypergrad.problem.recompute import scan, store_all, store_few, store_roots, store_states
+from hypergrad.problem.recompute import store_all, store_few, store_roots, store_states
 from hypergrad.trees import Batch, Hyper, InnerState, Scalar, State, Tree, inner_product, path_name
 
 Checkpoint = Literal["none", "step", "sqrt", "log", "auto"]
@@ -105,9 +105,11 @@ class Unrolled(Estimator):
         info = summary(loss, grad, end.first_bad_step)
         # maximum and division keep NaN: an adjoint that is not finite must not look calm. Only one
         # that is 0 all along (a perfect fit) has not grown, where the division would say NaN.
-        most = jnp.max(squares.steps)
-        still = (most == 0) & (squares.end == 0)
-        info["growth"] = jnp.sqrt(jnp.where(still, 0.0, most / jnp.where(still, 1.0, squares.end)))
+        # Where the last parameters are judged, their adjoint is the last step's: read once.
+        last = tail.window.averaged == 1 and window.problem.evaluate is None
+        most, first = jnp.max(squares.steps), squares.steps[-1] if last else squares.end
+        still = (most == 0) & (first == 0)
+        info["growth"] = jnp.sqrt(jnp.where(still, 0.0, most / jnp.where(still, 1.0, first)))
         return Estimate(loss, grad, end.inner, info), state
 
     def resolve(self, window: Window, hyper: Hyper) -> Estimator:
@@ -164,17 +166,21 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
         )
     tail = window.judging(estimator.validate_at, within=length)
     inputs = step_inputs(window.train)
-    before = jax.tree.map(lambda x: x[: steps - length], inputs)
-    within = jax.tree.map(lambda x: x[steps - length :], inputs)
-    first_bad_step = jnp.int32(-1)
-    offset = steps_done(window.inner)
-    if length < steps:
-        ahead = window.begin(hyper)
-        offset = steps_done(ahead.inner)
-        ahead = scan(window.one_step(hyper, offset), ahead, before)
-        tail = dataclasses.replace(tail, inner=ahead.inner)
-        first_bad_step = ahead.first_bad_step
-    return _Tail(tail, within, length, offset, first_bad_step)
+    if length == steps:
+        return _Tail(tail, inputs, length, steps_done(window.inner), jnp.int32(-1))
+    ahead = window.begin(hyper)
+    offset = steps_done(ahead.inner)
+    limit, before = window.limit, window
+    first: jax.typing.ArrayLike = steps - length
+    if limit is not None and tail.averaged == 1:
+        # The last steps that are taken; of one none stands still.
+        first = jnp.clip(limit - length, 0, first)
+        before = dataclasses.replace(window, limit=first)
+        limit = None if length == 1 else limit
+    ahead = before.trained(hyper, ahead, offset, steps - length)
+    tail = dataclasses.replace(tail, inner=ahead.inner, limit=limit)
+    within = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length), inputs)
+    return _Tail(tail, within, length, offset, ahead.first_bad_step)
 
 
 # In order of cost.

@@ -96,9 +96,9 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             """From the last stored state on, to where the next one is to be stored."""
             end, top, at, stored = carry
             steps = left_of_next(end - at[top], places - top)
-            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, _row(stored, top))
+            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, row(stored, top))
             at = at.at[top + 1].set(at[top] + steps)
-            return end, top + 1, at, _with_row(stored, top + 1, there)
+            return end, top + 1, at, _withrow(stored, top + 1, there)
 
         def has_room(carry: Any) -> jax.Array:
             end, top, at, _ = carry
@@ -110,7 +110,7 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             _, top, at, stored = jax.lax.while_loop(
                 has_room, to_next_place, (t + 1, top, at, stored)
             )
-            before = jax.lax.fori_loop(at[top], t, advance, _row(stored, top))
+            before = jax.lax.fori_loop(at[top], t, advance, row(stored, top))
             floats, join = split_inexact(before)
 
             def after(hyper: Hyper, floats: Any, probe: jax.Array) -> Any:
@@ -168,9 +168,10 @@ def repetitions(length: int) -> int:
     return times
 
 
-def _row(stored: Tree, i: jax.Array) -> Tree:
+def row(stored: Tree, i: jax.typing.ArrayLike) -> Any:
+    """The i-th entries along the leading axis."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stored)
 
 
-def _with_row(stored: Tree, i: jax.Array, row: Tree) -> Tree:
+def _withrow(stored: Tree, i: jax.Array, row: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stored, row)

@@ -1,6 +1,5 @@
 """Hyperparameters tuned while the one training run goes on (Luketina et al. 2016)."""
 
-import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
@@ -204,12 +203,9 @@ def alternating(
         key = run_key(state.key, now.inner, state.updates)
         hyper = space.from_unit(now.unit)
         window = Window(problem, now.inner, train, valid, key)
-        # For the problem as it is: a shortened one is a new object, and would be compiled anew.
         chosen = estimator.resolve(window, hyper)
-        limited = shorten(problem, now.inner, state.trust, steps)
-        window = dataclasses.replace(window, problem=limited)
         estimate, estimator_state = unit_estimate(
-            chosen, window, space, now.unit, now.estimator_state
+            chosen, shorten(window, state.trust), space, now.unit, now.estimator_state
         )
         refused = judge(trust, state.trust, norm(estimate.grad), estimate.info)
         outer = outer_update(

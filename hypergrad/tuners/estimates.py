@@ -8,32 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.estimators.base import Estimate, Estimator, Window, checked_estimate
-from hypergrad.problem.inner_gradient import while_true
-from hypergrad.problem.problem import Problem, steps_done
+from hypergrad.problem.problem import Problem
 from hypergrad.space.space import Space
-from hypergrad.trees import Batch, Hyper, InnerState, Key, State, Unit, select
+from hypergrad.trees import Hyper, InnerState, Key, State, Unit
 from hypergrad.tuners.base import TrustState
 
 
-def shorten(problem: Problem, inner: InnerState, state: TrustState, steps: int) -> Problem:
-    """`problem` with training standing still after a quarter, a sixteenth, ... of `steps` steps.
-
-    Works where the training state counts its steps (`inner.step`, as `bilevel`'s does); without a
-    count the horizon stays whole.
-    """
-    start = steps_done(inner)
-    last = start + jnp.maximum(steps >> (2 * state.shortened), 1)
-
-    def step(inner: InnerState, hyper: Hyper, batch: Batch, key: Key) -> InnerState:
-        if not hasattr(inner, "step"):
-            return problem.step(inner, hyper, batch, key)
-        goes = inner.step < last
-        # Not a shorter scan: its length is static, and every one would be a program of its own. Not
-        # a branch: it would hold the state twice, and a GPU would wait for it in every step.
-        moved = problem.step(*while_true(goes, (inner, hyper)), batch, key)
-        return select(goes, moved, inner)
-
-    return problem._replace(step=step)
+def shorten(window: Window, state: TrustState) -> Window:
+    """`window` with training standing still after a quarter, a sixteenth, ... of its steps."""
+    taken = jnp.maximum(window.num_steps >> (2 * state.shortened), 1)
+    return dataclasses.replace(window, limit=taken)
 
 
 def unit_state(

@@ -107,8 +107,7 @@ def restarting(
             untrained = validation_loss(
                 problem, judged_params(problem, start), hyper, valid, key, 0
             )
-            limited = shorten(problem, start, state.trust, steps)
-            window = Window(limited, None, train, valid, key)
+            window = shorten(Window(problem, None, train, valid, key), state.trust)
             estimate, memory = unit_estimate(chosen, window, space, now.unit, memory)
             return estimate._replace(inner=()), memory, untrained
 
