@@ -184,6 +184,16 @@ class SelfTuning(Estimator):
         def trained(hyper: Hyper) -> Scalar:
             return total_of(window.objective(hyper)[1].inner.params)
 
+        def judged(hyper: Hyper) -> Scalar:
+            return window.loss(start.params, hyper, steps_done(start))
+
+        for direct in reaches(judged, hyper):
+            if direct.used and (not direct.differentiable or direct.compared_with_noise):
+                raise StructureError(
+                    f"The hyperparameter {direct.name!r} reaches valid_loss itself by a path "
+                    "without a derivative, which SelfTuning does not sample (it samples training): "
+                    "use Evolution or FiniteDifference."
+                )
         for seen, by_training in zip(reaches(slope, hyper), reaches(trained, hyper), strict=True):
             if by_training.used and not seen.used:
                 raise StructureError(
