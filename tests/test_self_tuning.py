@@ -90,10 +90,11 @@ def test_frozen_parameters_do_not_answer(form: Any) -> None:
 
 def test_a_hyperparameter_of_the_validation_loss_alone_has_its_own_slope() -> None:
     problem, train, _, _ = quadratic()
+    train = hg.Minibatches(train.arrays, 8, 1500)
     priced = problem._replace(valid_loss=lambda w, h, b, key: jnp.sum(w**2) + h["price"] ** 2)
     arguments = {"h": jnp.ones(3), "price": 1.5}, None, train, None, jax.random.key(0)
     estimate = hg.hypergradient(priced, *arguments, hg.SelfTuning(optax.sgd(0.1)))
-    np.testing.assert_allclose(estimate.grad["price"], 3.0, rtol=1e-5)
+    np.testing.assert_allclose(estimate.grad["price"], 3.0, rtol=1e-4)
     assert np.all(np.asarray(estimate.grad["h"]) != 0)
 
 
