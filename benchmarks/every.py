@@ -20,6 +20,7 @@ NAMES = (
     "horizon",
     "solvers",
     "implicit",
+    "ranking",
     "bilevel",
     "self_tuning",
     "evolution",

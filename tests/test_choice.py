@@ -113,6 +113,27 @@ def test_a_path_without_derivative_is_for_evolution(capsys: Any) -> None:
     assert "the path of 'b1' has no derivative (sign)" in capsys.readouterr().out
 
 
+def test_single_loop_methods_are_named_where_they_would_do(capsys: Any) -> None:
+    """A hard mask in the loss; and penalties for which nothing fits. Never for the optimiser's."""
+
+    def train_loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        keep = jax.random.uniform(key, batch[0].shape) >= hyper["drop"]
+        return squares(w, (jnp.where(keep, batch[0], 0), batch[1]))
+
+    valid_loss = regression(lambda h: optax.sgd(0.1)).valid_loss
+    noisy = hg.bilevel(lambda key: jnp.zeros(6), train_loss, valid_loss, lambda h: optax.sgd(0.1))
+    found = choose({"drop": hg.Float(0.0, 0.8)}, {"drop": 0.2}, noisy, 10)
+    assert isinstance(found, hg.Evolution)
+    assert "in alternating, SelfTuning sees it too" in capsys.readouterr().out
+
+    for space, hyper in (({"l2": L2}, {"l2": jnp.full(6, 0.1)}), ({"rate": RATE}, {"rate": 0.1})):
+        problem = regression(lambda h: optax.sgd(h.get("rate", 0.1)))
+        with pytest.raises(ValueError, match="memory_limit=10 bytes is too little") as error:
+            choose(space, hyper, problem, 20, memory_limit=10)
+        notes = " ".join(getattr(error.value, "__notes__", ()))
+        assert ("hypergrad.F2SA(step_size) takes no second derivative" in notes) == ("l2" in space)
+
+
 @pytest.mark.parametrize("make", [hg.alternating, hg.restarting])
 def test_auto_in_the_tuners(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="hypergrad")

@@ -110,15 +110,41 @@ def test_per_weight_l2(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-def test_mnist_schedule(tmp_path: Path) -> None:
-    """On ten blurred prototypes in MNIST's file format."""
+def test_few_shot() -> None:
+    """A learned start beats a random one on new sinusoids, by every method that looks ahead."""
+    # Small programs that compile for most of their time.
+    text = printed_by("few_shot", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    found = {name: float(score) for name, score in re.findall(r"│ ([\w -]+?) +│ ([\d.]+) \(", text)}
+    assert len(found) == 6, text
+    assert found["MAML"] < 0.9 * found["random start"], text
+    assert found["first-order MAML"] < 0.9 * found["random start"], text
+
+
+def write_digits(folder: Path) -> None:
+    """Ten blurred prototypes in MNIST's file format."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 500).astype(np.uint8)
     prototypes = rng.integers(0, 256, (10, 7, 7)).repeat(4, 1).repeat(4, 2)
     images = np.clip(100 + prototypes[labels] / 9 + rng.normal(0, 60, (500, 28, 28)), 0, 255)
     for name, array in (("images-idx3", images.astype(np.uint8)), ("labels-idx1", labels)):
         header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + array.tobytes())
+        (folder / f"t10k-{name}-ubyte").write_bytes(header + array.tobytes())
+
+
+def test_relaxed_choices(tmp_path: Path) -> None:
+    """Both steps choose a kernel and an activation for each layer, and what they chose learns."""
+    write_digits(tmp_path)
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    text = printed_by("relaxed_choices", "--data", str(tmp_path), **quickly)
+    row = r" +│ +([\d.]+) │ +[\d.]+ │ +([\d.]+) │ +1.8 │ [135] \w+, [135] \w+ "
+    for name in (r"window=1\)", "differences"):
+        found = re.search(name + row, text)
+        assert found is not None and float(found[1]) < 2.3, text
+
+
+def test_mnist_schedule(tmp_path: Path) -> None:
+    """On ten blurred prototypes in MNIST's file format."""
+    write_digits(tmp_path)
     picture = tmp_path / "schedule.png"
     text = printed_by("mnist_schedule", "--data", str(tmp_path), "--out", str(picture))
     number = r"\W+([\d.]+)"
@@ -169,7 +195,9 @@ def test_data_scorer(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["data_scorer", "mnist_schedule", "tiny_transformer"])
+@pytest.mark.parametrize(
+    "name", ["data_scorer", "mnist_schedule", "relaxed_choices", "tiny_transformer"]
+)
 def test_missing_data_is_named(name: str, tmp_path: Path) -> None:
     command = [sys.executable, f"examples/{name}.py", "--data", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -88,6 +88,16 @@ def test_frozen_parameters_do_not_answer(form: Any) -> None:
     np.testing.assert_allclose(kernel, response, rtol=1e-3)
 
 
+def test_a_hyperparameter_of_the_validation_loss_alone_has_its_own_slope() -> None:
+    problem, train, _, _ = quadratic()
+    train = hg.Minibatches(train.arrays, 8, 1500)
+    priced = problem._replace(valid_loss=lambda w, h, b, key: jnp.sum(w**2) + h["price"] ** 2)
+    arguments = {"h": jnp.ones(3), "price": 1.5}, None, train, None, jax.random.key(0)
+    estimate = hg.hypergradient(priced, *arguments, hg.SelfTuning(optax.sgd(0.1)))
+    np.testing.assert_allclose(estimate.grad["price"], 3.0, rtol=1e-4)
+    assert np.all(np.asarray(estimate.grad["h"]) != 0)
+
+
 def test_a_hard_dropout_mask_has_a_response() -> None:
     """On the inputs of a linear model a mask is a penalty in the mean: its slope is known."""
     rng = np.random.default_rng(1)
@@ -138,6 +148,9 @@ def test_what_it_cannot_see_is_refused_by_name() -> None:
     accuracy = problem._replace(valid_loss=lambda w, h, b, key: jnp.mean(jnp.sign(w)))
     with pytest.raises(ValueError, match="valid_loss is piecewise constant"):
         estimate(accuracy)
+    cut = lambda w, h, b, key: jnp.sum(w**2) * (1 + (h["cut"] > 0.5))  # noqa: E731
+    with pytest.raises(ValueError, match="'cut' reaches valid_loss itself by a path without"):
+        estimate(problem._replace(valid_loss=cut), cut=0.3)
 
 
 def test_it_tunes_inside_alternating() -> None:

@@ -117,6 +117,31 @@ def test_f2sa_is_the_penalty_methods_closed_form(multiplier: float) -> None:
     )
 
 
+@pytest.mark.usefixtures("x64")
+def test_f2sa_leaves_frozen_parameters_where_they_are() -> None:
+    """They were pulled towards the validation data, and the pull stood in the hypergradient."""
+
+    def loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        fit = jnp.sum((params["w"] + params["b"] - batch) ** 2)
+        return fit + hyper["l2"] * jnp.sum(params["w"] ** 2)
+
+    def valid_loss(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.sum((params["w"] + params["b"] - batch) ** 2)
+
+    problem = hg.bilevel(
+        lambda key: {"w": jnp.zeros(2), "b": jnp.ones(2)},
+        loss,
+        valid_loss,
+        lambda hyper: optax.sgd(0.2),
+        trainable="w",
+    )
+    train, valid = jnp.full((400, 2), 3.0), jnp.full(2, 2.5)
+    arguments = {"l2": 0.5}, None, train, valid, jax.random.key(0)
+    estimate = hg.hypergradient(problem, *arguments, hg.F2SA(0.2, 1e4))
+    w = 2 / 1.5  # (1 + l2) w = 3 - b
+    np.testing.assert_allclose(estimate.grad["l2"], 2 * 2 * (w - 1.5) * -w / 1.5, rtol=1e-3)
+
+
 def test_f2sas_multiplier_follows_its_schedule() -> None:
     problem, train, valid, _ = quadratic()
     estimator = hg.F2SA(0.1, lambda t: 10.0 * (t + 1))

@@ -16,11 +16,12 @@ from hypergrad.estimators.auto import (
     evaluations_of,
 )
 from hypergrad.estimators.base import Estimator, ValidateAt, Window, compiled_estimate
+from hypergrad.estimators.conditions import condition_of, total_of
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.mistakes import refuse_no_problem
-from hypergrad.problem.problem import Problem, judged_params
-from hypergrad.problem.structure import require_use
+from hypergrad.problem.problem import Problem, judged_params, steps_done
+from hypergrad.problem.structure import reaches, require_use
 from hypergrad.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.space.space import Space
 from hypergrad.trees import (
@@ -62,6 +63,10 @@ def choose_estimator(
     3. Where all hyperparameters act through the training loss, and the run is so long that
        `Implicit` is cheaper, it is tried on the same point, and taken if the system was solved and
        its gradient agrees to 5%, or, where nothing exact fits, if the point is stationary.
+
+    `SABA`, `F2SA` and `SelfTuning` are never chosen: each wants a step size of its own, which no
+    probe here can find, and says nothing true in its first estimates. Where one of them would do
+    what the choice cannot, the reason (or the error's note, where nothing fits) names it.
 
     Args:
       problem: as in `hypergradient`.
@@ -106,8 +111,13 @@ def _examined(
 ) -> Choice:
     try:
         exact = cheapest_exact(window, hyper, validate_at, limit)
-    except NothingFitsError:
+    except NothingFitsError as error:
         implicit = _implicit(window, space, hyper, limit, None)
+        if implicit is None and _through_the_loss(window, hyper):
+            error.add_note(
+                "All hyperparameters act through train_loss: hypergrad.F2SA(step_size) takes no "
+                "second derivative and holds two more copies of the parameters."
+            )
         if implicit is None:
             raise
         return implicit
@@ -160,8 +170,17 @@ def _without_derivative(window: Window, hyper: Hyper, validate_at: ValidateAt) -
     for reach in require_use(lambda hyper: window.objective(hyper)[0], hyper):
         if not reach.differentiable:
             why = f"the path of {reach.name!r} has no derivative ({', '.join(reach.cut_by)})"
+            if _through_the_loss(window, hyper):
+                why += "; in alternating, SelfTuning sees it too, by 3 gradient evaluations a step"
             return Choice(_evolution(window, validate_at), why)
     return None
+
+
+def _through_the_loss(window: Window, hyper: Hyper) -> bool:
+    """Whether training sees every hyperparameter in the gradient of its loss, smoothly or not."""
+    start = window.start(hyper)
+    at = condition_of("stationary", "last", window, hyper, start, steps_done(start))
+    return all(reach.used for reach in reaches(lambda hyper: total_of(at(at.z, hyper)), hyper))
 
 
 def _evolution(window: Window, validate_at: ValidateAt) -> Evolution:

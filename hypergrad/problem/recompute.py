@@ -98,7 +98,7 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             steps = left_of_next(end - at[top], places - top)
             there = jax.lax.fori_loop(at[top], at[top] + steps, advance, row(stored, top))
             at = at.at[top + 1].set(at[top] + steps)
-            return end, top + 1, at, _withrow(stored, top + 1, there)
+            return end, top + 1, at, _with_row(stored, top + 1, there)
 
         def has_room(carry: Any) -> jax.Array:
             end, top, at, _ = carry
@@ -173,5 +173,5 @@ def row(stored: Tree, i: jax.typing.ArrayLike) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stored)
 
 
-def _withrow(stored: Tree, i: jax.Array, row: Tree) -> Tree:
+def _with_row(stored: Tree, i: jax.Array, row: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stored, row)

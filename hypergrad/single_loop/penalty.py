@@ -16,7 +16,8 @@ from hypergrad.estimators.implicit import Implicit
 from hypergrad.linear.base import axpy
 from hypergrad.linear.krylov import GMRES
 from hypergrad.problem.problem import steps_done
-from hypergrad.trees import Batch, Hyper, Key, Scalar, State, norm
+from hypergrad.problem.structure import keeps, reaches
+from hypergrad.trees import Batch, Hyper, InnerState, Key, Scalar, State, norm
 
 
 def steps_data(
@@ -30,6 +31,27 @@ def steps_data(
         return batch, jax.random.fold_in(window.key, t + offset)
 
     return data_of
+
+
+def moving(
+    window: Window,
+    inner_at: Callable[[Vector], InnerState],
+    z: Vector,
+    hyper: Hyper,
+    batch: Batch,
+    key: Key,
+) -> list[bool]:
+    """Which parts of z follow the training loss: not frozen parameters, nor batch statistics."""
+
+    # What the step also reads is passed, not closed over: else all would depend on z alone.
+    def stepped(z: Vector, hyper: Hyper, batch: Batch, key: Key) -> Vector:
+        return vector_of(window.problem.step(inner_at(z), hyper, batch, key), "stationary", 0)[0]
+
+    def loss(z: Vector) -> Scalar:
+        return window.problem.train_loss(inner_at(z).params, hyper, batch, key)
+
+    kept = keeps(stepped, z, hyper, batch, key)
+    return [reach.used and not k for reach, k in zip(reaches(loss, z), kept, strict=True)]
 
 
 class PenaltyState(NamedTuple):
@@ -101,6 +123,8 @@ class F2SA(Estimator):
         _, inner_at = vector_of(start.inner, "stationary", offset)
         train_step = window.one_step(hyper, offset)
         data_of = steps_data(window, offset)
+        t = jnp.int32(window.num_steps - 1)
+        last = data_of(t, last_batch(window.train, window.key, offset))
 
         def f(y: Vector, hyper: Hyper) -> Scalar:
             return window.loss(inner_at(y).params, hyper, offset)
@@ -112,12 +136,14 @@ class F2SA(Estimator):
             progress, y = carry
             pull, down = jax.grad(f)(y, hyper), jax.grad(g)(y, hyper, *data_of(*x))
             y = axpy(-self.step_size, axpy(1 / multiplier, pull, down), y)
-            return (train_step(progress, x), y), None
+            progress = train_step(progress, x)
+            z, _ = vector_of(progress.inner, "stationary", offset)
+            y = [new if moves else old for moves, new, old in zip(follows, y, z, strict=True)]
+            return (progress, y), None
 
+        follows = moving(window, inner_at, state.pulled, hyper, *last)
         (end, y), _ = jax.lax.scan(step, (start, state.pulled), step_inputs(window.train))
         z, _ = vector_of(end.inner, "stationary", offset)
-        t = jnp.int32(window.num_steps - 1)
-        last = data_of(t, last_batch(window.train, window.key, offset))
 
         def penalised(hyper: Hyper) -> Scalar:  # Kwon et al. 2023, eq. 4
             return f(y, hyper) + multiplier * (g(y, hyper, *last) - g(z, hyper, *last))

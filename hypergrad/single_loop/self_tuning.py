@@ -1,7 +1,6 @@
 """Self-tuning networks: how the parameters answer to hyperparameters, learned beside them."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
@@ -23,8 +22,8 @@ from hypergrad.estimators.base import (
 from hypergrad.estimators.conditions import Vector, total_of, vector_of
 from hypergrad.linear.base import axpy
 from hypergrad.problem.problem import steps_done
-from hypergrad.problem.structure import StructureError, keeps, reaches
-from hypergrad.single_loop.penalty import steps_data
+from hypergrad.problem.structure import StructureError, reaches
+from hypergrad.single_loop.penalty import moving, steps_data
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, norm
 
 Form = Literal["full", "units"]
@@ -115,7 +114,7 @@ class SelfTuning(Estimator):
         z0, inner_at = vector_of(start.inner, "stationary", offset)
         train_step, data_of = window.one_step(hyper, offset), steps_data(window, offset)
         batch, key = last_batch(window.train, window.key, offset), window.key
-        moves = _moves(window, inner_at, z0, hyper, batch, key)
+        moves = moving(window, inner_at, z0, hyper, batch, key)
         noise = jax.random.fold_in(jax.random.fold_in(window.key, NOISE), state.estimates)
 
         def slope(answer: Answer, z: Vector, e: jax.Array, batch: Batch, key: Key) -> Vector:
@@ -184,6 +183,16 @@ class SelfTuning(Estimator):
         def trained(hyper: Hyper) -> Scalar:
             return total_of(window.objective(hyper)[1].inner.params)
 
+        def judged(hyper: Hyper) -> Scalar:
+            return window.loss(start.params, hyper, steps_done(start))
+
+        for direct in reaches(judged, hyper):
+            if direct.used and (not direct.differentiable or direct.compared_with_noise):
+                raise StructureError(
+                    f"The hyperparameter {direct.name!r} reaches valid_loss itself by a path "
+                    "without a derivative, which SelfTuning does not sample (it samples training): "
+                    "use Evolution or FiniteDifference."
+                )
         for seen, by_training in zip(reaches(slope, hyper), reaches(trained, hyper), strict=True):
             if by_training.used and not seen.used:
                 raise StructureError(
@@ -213,20 +222,3 @@ def _directions(
     noise: Key, step: jax.typing.ArrayLike, shape: tuple[int, ...], dtype: Any
 ) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(noise, step), shape, dtype)
-
-
-def _moves(
-    window: Window,
-    inner_at: Callable[[Vector], Any],
-    z: Vector,
-    hyper: Hyper,
-    batch: Batch,
-    key: Key,
-) -> list[bool]:
-    """Which parameters training moves: frozen ones answer to nothing."""
-
-    # What the step also reads is passed, not closed over: else all would depend on z alone.
-    def stepped(z: Vector, hyper: Hyper, batch: Batch, key: Key) -> Vector:
-        return vector_of(window.problem.step(inner_at(z), hyper, batch, key), "stationary", 0)[0]
-
-    return [not kept for kept in keeps(stepped, z, hyper, batch, key)]
