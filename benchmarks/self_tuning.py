@@ -1,6 +1,7 @@
 """Measure a learned response against differentiated steps: dropout and decay of a small network.
 
-Run: `python -m benchmarks.self_tuning [--quick]` (two minutes of one core).
+Run: `python -m benchmarks.self_tuning [--quick] [--seeds N] [--methods NAME ...]` (two
+minutes of one core).
 
 digits-200 (`examples/digits200.py`): three L2 coefficients and two dropout rates, learning rate and
 momentum fixed. Every method is one run of 500 steps with an outer step (Adam, .04) each 10, from
@@ -60,15 +61,17 @@ def tuned(estimator: hg.Estimator, data: task.Data, seed: int, steps: int) -> tu
     return float(task.valid_loss(params, None, data.test, jax.random.key(0))), tuner.best(state)
 
 
-def main(quick: bool = False) -> dict[str, Any]:
+def main(quick: bool = False, seeds: int = 3, names: Any = None) -> dict[str, Any]:
     """Print the table; returns the frozen losses by method."""
-    data, seeds, steps = task.load(), 1 if quick else 3, 50 if quick else task.STEPS
+    data, steps = task.load(), 50 if quick else task.STEPS
+    seeds = 1 if quick else seeds
     print("| method | evaluations | its own | frozen | L2 per layer | dropout |")
     print("|---|---|---|---|---|---|")
     start = frozen_loss({k: jnp.asarray(v) for k, v in START.items()}, data)
     print(f"| where they start | 0 | | {start:.3f} | 1e-6 | .05 |")
     found = {}
-    for name, (estimator, cost) in METHODS.items():
+    for name in names or METHODS:
+        estimator, cost = METHODS[name]
         runs = [tuned(estimator, data, 10 + seed, steps) for seed in range(seeds)]
         own, found[name] = [loss for loss, _ in runs], [frozen_loss(h, data) for _, h in runs]
         cells = [f"{np.median(x):.3f} ({np.max(x):.3f})" for x in (own, found[name])]
@@ -82,4 +85,7 @@ def main(quick: bool = False) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    main(parser.parse_args().quick)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, help="all by default")
+    options = parser.parse_args()
+    main(options.quick, options.seeds, options.methods)

@@ -14,9 +14,22 @@ Sinusoids (Finn et al. 2017): amplitude .1 to 5, phase 0 to pi, 5 points each; a
 Digits: 5-way episodes of scikit-learn's digits. The classes trained on are 0 to 4, each turned by
 0, 90, 180 and 270 degrees (20 classes), those reported 5 to 9; an MLP 64-64-64-5.
 
-  python examples/few_shot.py [--quick]
+  python examples/few_shot.py [--quick] [--seeds N]
 
-prints
+prints a table of the scores on 600 new tasks after 20 steps each (a quarter of an hour of one
+core). Measured with one start per method:
+
+                    5-point MSE   1-shot accuracy
+  nearest example          3.85              .717
+  random start             6.22              .567
+  Reptile                  1.41              .663
+  first-order MAML          .89              .506
+  MAML                      .86              .532
+  iMAML                    1.95              .356
+
+On sinusoids the order is the literature's (MAML: about 1 after one step, .8 here after twenty). On
+digits no start is worth its training: 20 classes are too few to learn from, all but Reptile's are
+worse than a random one, and the nearest of the five pixel images is best.
 """
 
 import argparse
@@ -248,9 +261,9 @@ def families() -> list[Family]:
                 partial(episodes, new, shots),
                 entropy,
                 accuracy,
-                rate=0.3,
+                rate=0.1,
                 pull=1.0,
-                tasks=8,
+                tasks=16,
                 updates=1000,
             )
             for shots in (1, 5)
@@ -272,14 +285,16 @@ def scores(family: Family, seeds: int, tests: int) -> dict[str, list[float]]:
 
 def show(found: dict[str, dict[str, list[float]]], seeds: int, tests: int) -> None:
     """One row per method, a column per family."""
-    title = f"{tests} new tasks, {STEPS} steps each: mean (and spread) over {seeds} seeds"
+    title = f"{tests} new tasks, {STEPS} steps each: mean (and spread) of {seeds} starts"
     table = Table(title=title, title_justify="left")
     for name in ("", *found, "evaluations"):
         table.add_column(name, justify="right" if name else "left")
     costs = {method.name: str(method.cost) for method in METHODS}
     for row in next(iter(found.values())):
         values = [family[row] for family in found.values()]
-        cells = [f"{np.mean(scores):.3f} ({np.ptp(scores):.3f})" for scores in values]
+        spread = [f" ({np.ptp(scores):.3f})" if seeds > 1 else "" for scores in values]
+        means = [f"{np.mean(scores):.3f}" for scores in values]
+        cells = [mean + around for mean, around in zip(means, spread, strict=True)]
         table.add_row(row, *cells, costs.get(row, ""))
     Console(width=100).print(table)
 
@@ -288,8 +303,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, sinusoids, few updates")
-    quick = parser.parse_args().quick
-    seeds, tests = (1, 50) if quick else (2, 600)
+    parser.add_argument("--seeds", type=int, default=1, help="starts that are learned")
+    options = parser.parse_args()
+    quick = options.quick
+    seeds, tests = (1, 50) if quick else (options.seeds, 600)
     chosen = families()
     if quick:
         chosen = [chosen[0]._replace(updates=150)]

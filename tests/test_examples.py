@@ -114,7 +114,7 @@ def test_few_shot() -> None:
     """A learned start beats a random one on new sinusoids, by every method that looks ahead."""
     # Small programs that compile for most of their time.
     text = printed_by("few_shot", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    found = {name: float(score) for name, score in re.findall(r"│ ([\w -]+?) +│ ([\d.]+) \(", text)}
+    found = {name: float(score) for name, score in re.findall(r"│ ([\w -]+?) +│ +([\d.]+) │", text)}
     assert len(found) == 6, text
     assert found["MAML"] < 0.9 * found["random start"], text
     assert found["first-order MAML"] < 0.9 * found["random start"], text
