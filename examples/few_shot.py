@@ -27,9 +27,9 @@ core). Measured with one start per method:
   MAML                      .86              .532
   iMAML                    1.95              .356
 
-On sinusoids the order is the literature's (MAML: about 1 after one step, .8 here after twenty). On
-digits no start is worth its training: 20 classes are too few to learn from, all but Reptile's are
-worse than a random one, and the nearest of the five pixel images is best.
+On sinusoids the order is the literature's. On digits no start is worth its training: 20 classes are
+too few to learn from, all but Reptile's are worse than a random one, and the nearest of the five
+images, pixel by pixel, is best.
 """
 
 import argparse

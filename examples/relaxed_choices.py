@@ -9,7 +9,9 @@ and TPE over the 81 networks, by itself and with the relaxed choice as its first
   python examples/relaxed_choices.py --data FOLDER [--quick]
 
 FOLDER holds MNIST's published test split, as for examples/mnist_schedule.py. Choices are retrained
-from 2 fresh starts each. It prints
+from 2 fresh starts each. The table has a row per method: losses and accuracy of the retrained
+networks, the cost in plain runs, and what was chosen by each of 3 seeds. It was not run in full so
+far: --quick (one seed, 20 steps, no sweeps) is what the tests run.
 """
 
 import argparse
