@@ -34,9 +34,9 @@ PROBLEM = task.PROBLEM._replace(
 METHODS: dict[str, tuple[hg.Estimator, int]] = {
     "Unrolled(window=1)": (hg.Unrolled(window=1), WINDOW + 2),
     "Unrolled()": (hg.Unrolled(), 3 * WINDOW),
-    'SelfTuning("full")': (hg.SelfTuning(optax.adam(3e-3)), 3 * WINDOW),
-    'SelfTuning("units")': (hg.SelfTuning(optax.adam(3e-3), form="units"), 3 * WINDOW),
-    "F2SA": (hg.F2SA(0.03, 30.0), 3 * WINDOW),
+    'SelfTuning("full")': (hg.SelfTuning(optax.adam(3e-3)), 3 * WINDOW + 5),
+    'SelfTuning("units")': (hg.SelfTuning(optax.adam(3e-3), form="units"), 3 * WINDOW + 5),
+    "F2SA": (hg.F2SA(0.03, 30.0), 3 * WINDOW + 2),
 }
 
 

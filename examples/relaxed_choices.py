@@ -6,7 +6,7 @@ logits, which `hg.alternating` tunes while the network trains; the largest weigh
 Beside it DARTS' own step, whose second derivatives are finite differences, written as an estimator,
 and TPE over the 81 networks, by itself and with the relaxed choice as its first trial.
 
-  python examples/relaxed_choices.py --data FOLDER [--quick]
+  python examples/relaxed_choices.py --data FOLDER [--quick] [--trials N]
 
 FOLDER holds MNIST's published test split, as for examples/mnist_schedule.py. Choices are retrained
 from 2 fresh starts each. The table has a row per method: losses and accuracy of the retrained
@@ -174,9 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder with MNIST's t10k idx files")
     parser.add_argument("--quick", action="store_true", help="one seed, short runs, no sweeps")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of each sweep; 0 for none")
     options = parser.parse_args()
     logging.getLogger("hypergrad").setLevel(logging.WARNING)
-    seeds, steps, trials, fresh = (1, 20, 0, 1) if options.quick else (3, STEPS, TRIALS, 2)
+    seeds, steps, trials, fresh = (1, 20, 0, 1) if options.quick else (3, STEPS, options.trials, 2)
     data = load(options.data)
     half = lambda x: x.reshape(-1, 14, 2, 14, 2, 1).mean((2, 4))  # noqa: E731
     data = Data(*((half(x), y) for x, y in data))

@@ -65,7 +65,7 @@ class SelfTuning(Estimator):
     `info["residual"]` is the last step's difference of gradients over what it is without R: 0 where
     the response is learned, 1 where nothing is; the noise of dropout, and "units", leave some.
 
-    Cost in gradient evaluations: K (1 + 2 samples) and 1, at any |hyper|; the state holds R and its
+    Cost in gradient evaluations: K (1 + 2 samples) and 5, at any |hyper|; the state holds R and its
     optimiser's memory. Bias: of R that lags, of "units", and O(std^2).
 
     Raises:
