@@ -8,7 +8,7 @@ models under `vmap`, each of which starts anew from time to time. Every seed's h
 brought to length one before they are averaged. Then the scorer is frozen, the better half of the
 data by its score is kept, and a model four times as large is trained on it from scratch.
 
-  python examples/data_scorer.py --data FOLDER [--quick] [--seeds 2] [--out data_scorer.png]
+  python examples/data_scorer.py --data FOLDER [--quick] [--seeds 2] [--steps 2000] [--out FILE]
 
 FOLDER holds tinyshakespeare.txt. The table counts compute in gradient evaluations of the large
 model on a batch: those until its test loss is that of training on everything, and what choosing the
@@ -274,11 +274,11 @@ def by_oracle(data: Data, sizes: Sizes, key: jax.Array) -> Values:
 
 
 METHODS = {
-    "a random half": by_chance,
-    "gradient products": by_products,
-    "loss of a reference model": by_loss,
     "learned scorer": by_scorer,
     "oracle": by_oracle,
+    "loss of a reference model": by_loss,
+    "gradient products": by_products,
+    "a random half": by_chance,
 }
 
 
@@ -294,8 +294,8 @@ class Row(NamedTuple):
     curve: np.ndarray
 
 
-def measure(data: Data, sizes: Sizes, seed: int) -> list[Row]:
-    """All methods; the first row trains on everything."""
+def measure(data: Data, sizes: Sizes, seed: int, console: Console) -> list[Row]:
+    """All methods, one line each as they come; the first row trains on everything."""
     key = jax.random.key(seed)
     everything = curve(data, np.arange(len(data.train)), sizes, key, -np.inf)
     target = float(everything[-4:].mean())
@@ -311,6 +311,9 @@ def measure(data: Data, sizes: Sizes, seed: int) -> list[Row]:
         found = curve(data, best, sizes, key, target)
         steps = len(found) * sizes.every if found[-1] <= target else None
         rows.append(Row(name, shares, cost, steps, float(found[-1]), seconds, found))
+        reached = "not reached" if steps is None else f"reached after {steps} steps"
+        keeps = ", ".join(f"{s:.0%} {kind}" for s, kind in zip(shares, KINDS, strict=True))
+        console.print(f"{name}: {reached}, chosen for {cost:.0f} evaluations; {keeps}")
     return rows
 
 
@@ -353,13 +356,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with tinyshakespeare.txt")
     parser.add_argument("--quick", action="store_true", help="80 steps, 15 updates, one seed")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2000, help="of the large model")
     parser.add_argument("--out", default="data_scorer.png", help="where the picture goes")
     options = parser.parse_args()
-    sizes = Sizes(80, 30, 15, 20) if options.quick else Sizes()
+    sizes = Sizes(80, 30, 15, 20) if options.quick else Sizes(options.steps)
     console = Console(width=max(Console().width, 120))
     begin, runs = time.perf_counter(), []
     for seed in range(1 if options.quick else options.seeds):
-        runs.append(measure(load(options.data, seed), sizes, seed))
+        runs.append(measure(load(options.data, seed), sizes, seed, console))
     show(console, runs, sizes)
     Path(options.out).write_bytes(picture(runs[0], sizes))
     console.print(f"picture: {options.out}; {time.perf_counter() - begin:.0f} s")
