@@ -17,9 +17,9 @@ forward pass a third). Rivals: a small model trained on the same clean text keep
 its lowest loss; gradient products (of a sequence's loss with that of clean text) at a small model
 trained on everything; a random half; and the oracle, which knows what is corrupted.
 
-With --seeds 1 --steps 600 the scorer keeps 68% of the clean sequences and 3% of the replaced ones; the
-large model reaches the loss after 225 steps instead of 475 on a random half, and the scorer costs
-more than that saves. The reference model is the better choice here: docs/data_scorer.md.
+With --seeds 1 --steps 600 the scorer keeps 68% of the clean sequences and 3% of the replaced ones;
+the large model reaches the loss after 225 steps instead of 475 on a random half, and the scorer
+costs more than that saves. The reference model is the better choice here: docs/data_scorer.md.
 """
 
 import argparse
