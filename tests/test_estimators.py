@@ -173,10 +173,10 @@ def test_window_one_is_t1_t2() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("length", [1, 2])
-def test_a_run_cut_short_is_differentiated_where_it_ends(length: int) -> None:
+@pytest.mark.parametrize(("length", "at"), [(1, "last"), (2, "last"), (3, 2), (3, "mean")])
+def test_a_run_cut_short_is_differentiated_where_it_ends(length: int, at: Any) -> None:
     """Training stood still in the window, so that its gradient was a zero that looked calm."""
-    oracle, estimator = momentum_quadratic(8), hg.Unrolled(window=length)
+    oracle, estimator = momentum_quadratic(8), hg.Unrolled(window=length, validate_at=at)
     inner = oracle.problem.init(oracle.hyper, oracle.key)
     steps = jax.tree.leaves(oracle.train)[0].shape[0]
 
@@ -193,6 +193,18 @@ def test_a_run_cut_short_is_differentiated_where_it_ends(length: int) -> None:
     assert relative_error(cut.grad, shorter.grad) < 1e-6
     assert relative_error(cut.inner.params, shorter.inner.params) < 1e-6
     assert relative_error(cut.grad, whole.grad) > 1e-3
+    if length == 3:  # of which the last two stand still, where the first one led
+        alone = hg.Unrolled().estimate(
+            hg.Window(oracle.problem, inner, oracle.train[:1], oracle.valid, oracle.key),
+            oracle.hyper,
+            (),
+        )[0]
+        still = found(oracle.train, 1).grad
+        if at == 2:
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-9), still, alone.grad
+            )
+        assert any(float(jnp.abs(g)) > 1e-3 for g in still.values())
 
 
 def test_truncation_keeps_the_last_terms_only() -> None:

@@ -64,7 +64,7 @@ Step = Callable[[Progress, tuple[jax.Array, Batch]], Progress]
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inner", "train", "valid", "key", "limit"],
+    data_fields=["inner", "train", "valid", "key", "limit", "end"],
     meta_fields=["problem", "averaged"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Window:
       key: step t of the run uses `jax.random.fold_in(key, t)`.
       averaged: how many of the last parameter vectors are judged, by their mean; see `judging`.
       limit: int32, after how many of the K steps training stands still; None: after none.
+      end: int32, after how many of them what is judged ends; None: after all.
     """
 
     problem: Problem
@@ -93,6 +94,7 @@ class Window:
     key: Key
     averaged: int = 1
     limit: jax.Array | None = None
+    end: jax.Array | None = None
 
     @property
     def num_steps(self) -> int:
@@ -144,7 +146,7 @@ class Window:
         step = training_steps(self.problem, hyper, self.train, self.key, offset)
         if self.limit is not None:
             step = self._up_to(self.limit, hyper, offset)
-        first_averaged = self.num_steps - self.averaged
+        first_averaged = (self.num_steps if self.end is None else self.end) - self.averaged
 
         def advance(progress: Progress, x: tuple[jax.Array, Batch]) -> Progress:
             t, batch = x

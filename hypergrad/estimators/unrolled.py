@@ -170,15 +170,15 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
         return _Tail(tail, inputs, length, steps_done(window.inner), jnp.int32(-1))
     ahead = window.begin(hyper)
     offset = steps_done(ahead.inner)
-    limit, before = window.limit, window
+    limit, before, end = window.limit, window, None
     first: jax.typing.ArrayLike = steps - length
-    if limit is not None and tail.averaged == 1:
+    if limit is not None:
         # The last steps that are taken; of one none stands still.
         first = jnp.clip(limit - length, 0, first)
-        before = dataclasses.replace(window, limit=first)
+        before, end = dataclasses.replace(window, limit=first), first + length
         limit = None if length == 1 else limit
     ahead = before.trained(hyper, ahead, offset, steps - length)
-    tail = dataclasses.replace(tail, inner=ahead.inner, limit=limit)
+    tail = dataclasses.replace(tail, inner=ahead.inner, limit=limit, end=end)
     within = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, length), inputs)
     return _Tail(tail, within, length, offset, ahead.first_bad_step)
 
