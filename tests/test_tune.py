@@ -234,6 +234,33 @@ def test_validation_gradients_of_a_large_split_are_cheap() -> None:
     assert 3 * 1000 < shop.alternating_cost() <= 3.1 * 1000
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_hyperparameters_too_large_for_a_history(alone: bool) -> None:
+    """One per input and more, judged in the validation loss, too."""
+
+    def weighted(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return _square(params, hyper, batch, key) + 1e-3 * jnp.mean(hyper["big"] ** 2)
+
+    space = {"big": hg.Float(0.01, 1.0)}
+    start = {"big": np.full(10_001, 0.5, np.float32)}
+    if not alone:
+        space, start = {**SPACE, **space}, {**START, **start}
+    sgd = lambda h: optax.sgd(0.01 if alone else h["rate"])  # noqa: E731
+    result = hg.tune(
+        hg.bilevel(_init, weighted, weighted, sgd),
+        hg.Space(space),
+        DATA,
+        start,
+        num_steps=STEPS,
+        batch_size=BATCH,
+        budget=7,
+        progress=False,
+    )
+    assert {"untuned", "alternating", "frozen"} <= {c.kind for c in result.candidates}
+    assert result.hyper["big"].shape == (10_001,) and np.isfinite(result.score)
+    assert result.candidates[0].is_constant and "alternating" in result.table()
+
+
 def test_a_run_that_looks_ahead_trains_by_its_window_alone() -> None:
     problem, key = _problem(), jax.random.key(1)
     inner, valid = problem.init(START, key), jax.tree.map(jnp.asarray, DATA.valid)

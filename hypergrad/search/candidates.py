@@ -60,7 +60,8 @@ class Candidate(NamedTuple):
       std_error: of the score, from the spread over parts of the validation split.
       evaluations: gradient evaluations of this training and, in it, of its hypergradients.
       hyper: the values it was trained with; of a schedule those of its run's `best`.
-      schedule: the same as a schedule.
+      schedule: the same as a schedule, without what is too large for a history
+        (`hypergrad.training.history.LARGE` numbers).
       last: the validation loss of the last weights.
     """
 
@@ -82,7 +83,7 @@ class Candidate(NamedTuple):
     @property
     def is_constant(self) -> bool:
         """Whether the hyperparameters stood still."""
-        return jax.tree.leaves(self.schedule.values)[0].shape[0] == 1
+        return {x.shape[0] for x in jax.tree.leaves(self.schedule.values)} == {1}
 
 
 @dataclasses.dataclass
@@ -114,7 +115,10 @@ class Workshop:
     def __post_init__(self) -> None:
         self._lowest = np.inf
         self._stages = 0
-        self._tuners = _shared_tuners(self.problem, self.space, self.num_steps)
+        try:
+            self._tuners = _shared_tuners(self.problem, self.space, self.num_steps)
+        except TypeError:  # a problem of callables that have no hash
+            self._tuners = {}
         self._judge = compiled_for_each(self.problem, "tune", _losses)
         size = num_examples(self.data.valid)
         updates = self.num_steps // self.horizon(UPDATES[-1])
@@ -288,7 +292,8 @@ class Workshop:
         self.spent += cost
         last, score, error = np.inf, np.inf, np.nan
         if result is not None:
-            values = jax.tree.map(lambda x: x[-1], schedule.values)
+            # What is too large for a history is not in the schedule.
+            values = {**hyper, **jax.tree.map(lambda x: x[-1], schedule.values)}
             networks = [result.state.inner]
             if isinstance(result.state, Averaged) and isinstance(result.state.inner, Inner):
                 networks.append(result.state.averaged)

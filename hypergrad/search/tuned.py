@@ -32,7 +32,8 @@ class TuneResult:
       hyper: the values to keep: of the constant ones that were trained, those whose last weights
         have the lowest validation loss.
       schedule: the values that `state` was trained with, to replay or as optax schedules; with one
-        entry where they stood still.
+        entry where they stood still. A hyperparameter of more than 10,000 numbers that moved is
+        not in it.
       score: the validation loss of `state`: the lowest of several, so that it flatters a little.
       std_error: of the score, from the spread over parts of the validation split.
       candidates: every trained network, in order, see `hypergrad.search.candidates.Candidate`.
