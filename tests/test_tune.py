@@ -239,7 +239,8 @@ def test_hyperparameters_too_large_for_a_history(alone: bool) -> None:
     """One per input and more, judged in the validation loss, too."""
 
     def weighted(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
-        return _square(params, hyper, batch, key) + 1e-3 * jnp.mean(hyper["big"] ** 2)
+        loss = _square if alone else _penalised
+        return loss(params, hyper, batch, key) + 1e-3 * jnp.mean(hyper["big"] ** 2)
 
     space = {"big": hg.Float(0.01, 1.0)}
     start = {"big": np.full(10_001, 0.5, np.float32)}
