@@ -53,6 +53,7 @@ def show(rows: dict[str, Tried]) -> dict[str, Tried]:
 
 def of_sweeps(folder: Path, quick: bool) -> dict[str, Tried]:
     """The rows of sweeps; `folder` keeps what they leave."""
+    _hear_interrupts()
     stopped = 5.0 if quick else 100.0
     full = 3.0 if quick else 10.0
     return {
@@ -64,6 +65,12 @@ def of_sweeps(folder: Path, quick: bool) -> dict[str, Tried]:
         "journal, Ctrl-C": _sweeps(folder, "interrupt.journal", _interrupt),
         "broken journals": broken_journals(folder),
     }
+
+
+def _hear_interrupts() -> None:
+    """In what a shell starts in the background Ctrl-C is ignored, and so in what that starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _sweeps(
@@ -144,6 +151,7 @@ def broken_journals(folder: Path) -> Tried:
 
 def of_runs(folder: Path, quick: bool) -> dict[str, Tried]:
     """The rows of single runs."""
+    _hear_interrupts()
     return {
         "checkpoints that cannot be read now": unreadable_checkpoints(folder),
         "a second writer": _second_writers(folder, 1 if quick else 5),
