@@ -33,7 +33,7 @@ import optuna
 
 import hypergrad as hg
 from benchmarks.gauntlet_tasks import mnist1d
-from hypergrad.costs.lengths import Lengths
+from hypergrad.knowledge.lengths import Lengths
 from hypergrad.results.programs import Programs
 from hypergrad.search.schedulers import bracket_steps, brackets
 from hypergrad.study.distributions import Coordinates

@@ -4,10 +4,12 @@ import importlib
 from typing import Any
 
 from hypergrad.analysis.attribution import attribution
+from hypergrad.analysis.check import check_hypergradient
+from hypergrad.analysis.choose import choose_estimator
+from hypergrad.analysis.smoothness import metasmoothness
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.splits import Splits
 from hypergrad.estimators.base import Estimate, Estimator, Window
-from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward
@@ -43,10 +45,8 @@ from hypergrad.problem.problem import Inner, Problem, bilevel, nonzero_gradient,
 from hypergrad.single_loop.penalty import F2SA
 from hypergrad.single_loop.saba import SABA
 from hypergrad.single_loop.self_tuning import SelfTuning
-from hypergrad.smoothness import metasmoothness
 from hypergrad.space.dimensions import Categorical, Float, Int
 from hypergrad.space.space import Space
-from hypergrad.testing.check import check_hypergradient
 from hypergrad.tuners.alternating import alternating
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.learned import learned_schedule, replay, settled_schedule

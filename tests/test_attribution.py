@@ -13,7 +13,7 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import attribution as benchmark
-from hypergrad.smoothness import REMEDIES, sign_agreement
+from hypergrad.analysis.smoothness import REMEDIES, sign_agreement
 
 KEY = jax.random.key(0)
 SIZE, STEPS = 12, 30

@@ -70,7 +70,7 @@ def test_no_re_export_of_a_re_export() -> None:
 
 def test_nothing_is_printed_but_what_is_asked_for() -> None:
     """What a command or a check was called for is printed; all else goes through logging."""
-    asked = {"cli.py", "testing/check.py", "estimators/choose.py", "training/progress.py"}
+    asked = {"cli.py", "analysis/check.py", "analysis/choose.py", "training/progress.py"}
     printing = {
         str(path)
         for path, source in SOURCES.items()

@@ -24,10 +24,9 @@ ROOMS = {
     "program": "",
     "problem": "eager rules inner_gradient skips mistakes optimizer problem noise"
     " recompute structure mixed",
-    "smoothness": "",
     "linear": "base series krylov direct preconditioned roots",
     "estimators": "memory base unrolled ahead forward conditions implicit evolution difference"
-    " auto hypergradient choose",
+    " auto hypergradient",
     "single_loop": "penalty saba self_tuning",
     "tuners": "base averaged compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
@@ -36,14 +35,13 @@ ROOMS = {
     "study": "optuna_private distributions signature workers storage slots sampler remarks"
     " ranking study",
     "plotting": "panels runs training_examples colors parallel sweeps tuned report",
-    "knowledge": "positions priors warm local samplers",
-    "costs": "lengths programs spending",
+    "knowledge": "positions priors warm local samplers lengths programs spending",
     "results": "layout saved kept standings goals programs result",
     "search": "curves schedulers arguments recipe stopping cohort telling endings"
     " limits sweep candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
-    "testing": "contract causes check",
-    "analysis": "attribution",
+    "analysis": "smoothness choose causes check attribution",
+    "testing": "contract",
     "settings": "",
     "cli": "",
     "__main__": "",

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.costs.lengths import Length, Lengths
-from hypergrad.costs.programs import count_programs
+from hypergrad.knowledge.lengths import Length, Lengths
+from hypergrad.knowledge.programs import count_programs
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (48, 3))

@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 import hypergrad as hg
-from hypergrad.costs.spending import evaluations_per_step
+from hypergrad.knowledge.spending import evaluations_per_step
 from hypergrad.search.limits import Limits
 
 X = jnp.asarray(np.linspace(-1.0, 1.0, 32, dtype=np.float32))  # the same bits in any process

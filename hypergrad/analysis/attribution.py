@@ -9,6 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.analysis.causes import cause_of_nan
+from hypergrad.analysis.smoothness import (
+    checked_floats,
+    metasmoothness,
+    refuse_streams,
+    refuse_trace,
+)
 from hypergrad.checks import WrongTypeError, flag, integer, random_key
 from hypergrad.data.contents import refuse_text
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
@@ -17,13 +24,6 @@ from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.eager import compiled_for_each
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
-from hypergrad.smoothness import (
-    checked_floats,
-    metasmoothness,
-    refuse_streams,
-    refuse_trace,
-)
-from hypergrad.testing.causes import cause_of_nan
 from hypergrad.trees import Batch, Hyper, Key, Train, leaf_names
 
 

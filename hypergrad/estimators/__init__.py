@@ -1,7 +1,6 @@
-"""Hypergradients, one file each, and which one to take."""
+"""Hypergradients, one file each."""
 
 from hypergrad.estimators.base import Estimate, Estimator, Window
-from hypergrad.estimators.choose import choose_estimator
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.evolution import Evolution
 from hypergrad.estimators.forward import Forward

@@ -1,1 +1,1 @@
-"""What is known before a sweep and between its trials: priors, earlier sweeps, who proposes."""
+"""What is known of a sweep beforehand: priors, earlier sweeps, costs, and who proposes."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.costs.lengths import Length, Lengths
 from hypergrad.data.batches import Minibatches
 from hypergrad.data.contents import bad_examples
 from hypergrad.data.splits import Splits, check_splits
@@ -17,6 +16,7 @@ from hypergrad.estimators.auto import Auto
 from hypergrad.estimators.base import Estimator, Window, require_structure
 from hypergrad.estimators.difference import FiniteDifference
 from hypergrad.estimators.hypergradient import as_estimator
+from hypergrad.knowledge.lengths import Length, Lengths
 from hypergrad.population.held import WEIGHTS, given
 from hypergrad.population.population import Population
 from hypergrad.population.refine import Refine

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from hypergrad.costs.lengths import Length
-from hypergrad.costs.spending import evaluations_per_step
 from hypergrad.data.batches import num_examples
+from hypergrad.knowledge.lengths import Length
+from hypergrad.knowledge.spending import evaluations_per_step
 from hypergrad.population.held import WEIGHTS
 from hypergrad.population.member import PopulationReport, PopulationState, on_test
 from hypergrad.population.population import width_for

@@ -20,12 +20,12 @@ from hypergrad.checks import (
     printable,
     text,
 )
-from hypergrad.costs.lengths import Lengths, Setting
-from hypergrad.costs.programs import tell_of_programs
 from hypergrad.data.batches import num_examples
 from hypergrad.data.contents import refuse_text
 from hypergrad.data.splits import Splits
+from hypergrad.knowledge.lengths import Lengths, Setting
 from hypergrad.knowledge.local import neighbour
+from hypergrad.knowledge.programs import tell_of_programs
 from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
 from hypergrad.population.refine import Refine
@@ -147,8 +147,8 @@ def sweep(
       max_evaluations: gradient evaluations in all, over all processes and restarts that share the
         storage (trials that died excepted): no group of trials begins a rung that would exceed it.
         A training step counts 1 (of the largest batch), its way back 2, a validation gradient
-        n_valid / batch_size (`hypergrad.costs.spending`); the trials' attribute `evaluations` says
-        what each has cost.
+        n_valid / batch_size (`hypergrad.knowledge.spending`); the trials' attribute `evaluations`
+        says what each has cost.
       callbacks: functions of the study and of a trial that has ended, as Optuna's own are. One ends
         the sweep by `study.stop()`, or by raising `hypergrad.callbacks.Stop`.
       warm_from: storages or studies of earlier sweeps, on other data or of another space: points

@@ -1,6 +1,5 @@
-"""Is a hypergradient right? Closed forms, a contract for tests, a check on any problem."""
+"""For tests of estimators: closed forms, and a contract to inherit."""
 
-from hypergrad.testing.check import check_hypergradient
 from hypergrad.testing.contract import (
     EstimatorContract,
     Oracle,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hypergrad.analysis.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.checks import instance, positive
 from hypergrad.estimators.auto import (
     CG,
@@ -22,7 +23,6 @@ from hypergrad.estimators.memory import device_bytes, temporary_bytes
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem, judged_params, steps_done
 from hypergrad.problem.structure import reaches, require_use
-from hypergrad.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.space.space import Space
 from hypergrad.trees import (
     Batch,

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from hypergrad.analysis.causes import cause_of_nan, entries_of, unless_custom_vjp
+from hypergrad.analysis.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.checks import instance, integer, positive, random_key
 from hypergrad.estimators.base import Estimator, Window, checked_estimate
 from hypergrad.estimators.hypergradient import checked_hyper
 from hypergrad.estimators.unrolled import Unrolled
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem, judged_params
-from hypergrad.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.space.space import Space
-from hypergrad.testing.causes import cause_of_nan, entries_of, unless_custom_vjp
 from hypergrad.trees import Batch, Hyper, InnerState, Key, Params, Train, Tree, is_inexact
 
 

@@ -1,1 +1,0 @@
-"""What one choice costs: examples per step, steps of a full run, programs to compile."""
