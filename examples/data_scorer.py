@@ -36,6 +36,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
+from tiny_transformer import read
 
 import hypergrad as hg
 from hypergrad.plotting.panels import PALETTE, new_panels, png
@@ -68,13 +69,7 @@ class Data(NamedTuple):
 
 def load(folder: str, seed: int) -> Data:
     """The text's first 90%, half of its sequences corrupted; 5% clean to tune on, 5% to report."""
-    path = Path(folder) / "tinyshakespeare.txt"
-    if not path.is_file():
-        raise SystemExit(
-            f"--data {folder}: there is no tinyshakespeare.txt in it. It is the text of Karpathy's "
-            "char-rnn, 1.1 MB; any plain text under that name will do."
-        )
-    characters, text = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
+    text, vocabulary = read(folder)
 
     def sequences(begin: float, end: float) -> np.ndarray:
         part = text[round(begin * len(text)) : round(end * len(text))]
@@ -84,12 +79,12 @@ def load(folder: str, seed: int) -> Data:
     rng, clean = np.random.default_rng(seed), sequences(0, 0.9)
     kind = np.where(rng.random(len(clean)) < 0.5, 0, rng.integers(1, 4, len(clean)))
     replaced = np.where(
-        rng.random(clean.shape) < 0.4, rng.integers(0, len(characters), clean.shape), clean
+        rng.random(clean.shape) < 0.4, rng.integers(0, vocabulary, clean.shape), clean
     )
     versions = np.stack([clean, rng.permuted(clean, axis=1), replaced, clean[:, ::-1]])
     train = versions[kind, np.arange(len(clean))]
     valid, test = jnp.asarray(sequences(0.9, 0.95)), jnp.asarray(sequences(0.95, 1))
-    return Data(jnp.asarray(train), kind, valid, test, len(characters))
+    return Data(jnp.asarray(train), kind, valid, test, vocabulary)
 
 
 # ---- the models

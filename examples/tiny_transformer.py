@@ -85,8 +85,8 @@ class Data(NamedTuple):
     vocabulary: int
 
 
-def load(folder: str) -> Data:
-    """The text's first 90% to train on, the next 5% to tune on, the last 5% for the report."""
+def read(folder: str) -> tuple[np.ndarray, int]:
+    """The text as numbers of its characters, and how many characters there are."""
     path = Path(folder) / "tinyshakespeare.txt"
     if not path.is_file():
         raise SystemExit(
@@ -94,14 +94,19 @@ def load(folder: str) -> Data:
             "char-rnn, 1.1 MB; any plain text under that name will do."
         )
     characters, text = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
-    text = text.astype(np.uint8)
+    return text.astype(np.uint8), len(characters)
+
+
+def load(folder: str) -> Data:
+    """The text's first 90% to train on, the next 5% to tune on, the last 5% for the report."""
+    text, vocabulary = read(folder)
 
     def windows(begin: float, end: float, stride: int) -> jax.Array:
         part = text[round(begin * len(text)) : round(end * len(text))]
         return jnp.asarray(np.lib.stride_tricks.sliding_window_view(part, CONTEXT + 1)[::stride])
 
     splits = windows(0, 0.9, 16), windows(0.9, 0.95, CONTEXT), windows(0.95, 1, CONTEXT)
-    return Data(*splits, len(characters))
+    return Data(*splits, vocabulary)
 
 
 class Transformer(nn.Module):

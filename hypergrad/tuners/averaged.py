@@ -15,7 +15,7 @@ from hypergrad.trees import (
     Train,
     cast_like,
     is_inexact,
-    widen,
+    strong,
 )
 from hypergrad.tuners.base import Tuner
 
@@ -61,7 +61,7 @@ def averaging(tuner: Tuner) -> Tuner:
     def init(hyper: Hyper, key: Key) -> Averaged:
         tuned = tuner.init(hyper, key)
         # Of its own buffers: a donated state must not hold one twice.
-        mean = jax.tree.map(lambda x: jnp.copy(_wide(x)), tuned.inner.params)
+        mean = jax.tree.map(jnp.copy, strong(tuned.inner.params))
         return Averaged(tuned, mean, jnp.zeros((), jnp.int32))
 
     def update(state: Averaged, train: Train, valid: Batch) -> tuple[Averaged, Any]:
@@ -69,13 +69,9 @@ def averaging(tuner: Tuner) -> Tuner:
         share = (1 + _POWER) / (state.updates + 1 + _POWER)
 
         def towards(mean: jax.Array, now: jax.Array) -> jax.Array:
-            return mean + share * (widen(now) - mean) if is_inexact(now) else now
+            return mean + share * (now - mean) if is_inexact(now) else now
 
-        mean = jax.tree.map(towards, state.mean, tuned.inner.params)
+        mean = jax.tree.map(towards, state.mean, strong(tuned.inner.params))
         return Averaged(tuned, mean, state.updates + 1), info
 
     return Tuner(init, update, lambda state: tuner.best(state.tuned), tuner.space)
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    return widen(leaf) if is_inexact(leaf) else leaf
