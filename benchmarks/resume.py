@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import mishaps
-from hypergrad.training.checkpoints import saved_updates
+from hypergrad.training.arrays import saved_updates
 from tests.resume_worker import UPDATES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import hypergrad as hg
-from hypergrad.training.checkpoints import saved_updates
+from hypergrad.training.arrays import saved_updates
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log")})

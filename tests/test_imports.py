@@ -30,8 +30,8 @@ ROOMS = {
     "single_loop": "penalty saba self_tuning",
     "tuners": "base averaged compressed estimates trust refusals alternating restarting learned",
     "population": "refine held member placement exploit population",
-    "training": "arguments history doubts length identity checkpoints progress callbacks signals"
-    " updates fit",
+    "training": "arguments history doubts length identity arrays checkpoints progress callbacks"
+    " signals updates fit",
     "study": "optuna_private distributions signature workers storage slots sampler remarks"
     " ranking study",
     "plotting": "panels runs training_examples colors parallel sweeps tuned report",

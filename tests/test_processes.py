@@ -1,56 +1,84 @@
 """One run over two processes on the loopback interface, with weights that neither holds whole."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-WORKER = """
-import sys
 import jax
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
-import jax.numpy as jnp, numpy as np, optax
+import numpy as np
+import optax
+
 import hypergrad as hg
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from hypergrad.training.arrays import saved_updates
 
-SHAPE = (8, 16)
-mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
-
-def loss(w, hyper, batch, key):
-    return jnp.mean(jnp.tanh(batch @ w) ** 2)
-
-init = lambda key: jax.random.normal(key, SHAPE)
-problem = hg.bilevel(init, loss, loss, lambda h: optax.sgd(h["rate"]))
-tuner = hg.alternating(problem, hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log")}))
-start = lambda: tuner.init({"rate": 1e-2}, jax.random.key(0))
-place = lambda x: NamedSharding(mesh, P(None, "d") if x.shape == SHAPE else P())
-state = jax.jit(start, out_shardings=jax.tree.map(place, jax.eval_shape(start)))()
-batches = [np.random.default_rng(i).normal(size=(4, 8)).astype("f4") for i in range(3)]
-more = dict(steps_per_update=3, sharding=NamedSharding(mesh, P()), progress=False)
-try:
-    hg.fit(tuner, state, batches, batches[:1], 3, checkpoint=sys.argv[3], **more)
-except ValueError as error:
-    assert "state's leaf now/inner/params is spread over 2 processes" in str(error), error
-result = hg.fit(tuner, state, batches, batches[:1], 3, **more)
-assert not result.state.inner.params.is_fully_addressable
-assert result.state.inner.params.sharding.spec == P(None, "d")
-print("rate", float(result.hyper["rate"]), result.history[-1].loss)
-if jax.process_index() == 0:
-    alone = hg.fit(tuner, start(), batches, batches[:1], 3, steps_per_update=3, progress=False)
-    print("alone", float(alone.hyper["rate"]), alone.history[-1].loss)
-"""
+ROOT = str(Path(__file__).resolve().parent.parent)
+SHAPE, UPDATES = (8, 16), 40
+BATCHES = [np.random.default_rng(i).normal(size=(4, 8)).astype("f4") for i in range(3)]
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+    """Of all columns."""
+    return (jax.numpy.tanh(batch @ w) ** 2).mean()
+
+
+def tuner_of() -> hg.Tuner:
+    """The same in all processes."""
+    init = lambda key: jax.random.normal(key, SHAPE)  # noqa: E731
+    problem = hg.bilevel(init, loss, loss, lambda h: optax.sgd(h["rate"]))
+    return hg.alternating(problem, hg.Space({"rate": hg.Float(1e-4, 1.0, scale="log")}))
+
+
+def start(tuner: hg.Tuner) -> Any:
+    """Where training begins."""
+    return tuner.init({"rate": 1e-2}, jax.random.key(0))
+
+
+def worker(index: int, port: str, folder: str, stop_at: int) -> None:
+    """One of the two; it sends itself SIGTERM at an update, or says how the run ended."""
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    tuner = tuner_of()
+    begin = lambda: start(tuner)  # noqa: E731
+    place = lambda x: NamedSharding(mesh, P(None, "d") if x.shape == SHAPE else P())  # noqa: E731
+    state = jax.jit(begin, out_shardings=jax.tree.map(place, jax.eval_shape(begin)))()
+
+    def terminate(record: Any) -> None:
+        if record.update == stop_at and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options: dict[str, Any] = {"steps_per_update": 3, "progress": False}
+    result = hg.fit(
+        tuner,
+        state,
+        BATCHES,
+        BATCHES[:1],
+        UPDATES,
+        callbacks=[terminate],
+        checkpoint=hg.Checkpoint(folder, every=7),
+        sharding=NamedSharding(mesh, P()),
+        **options,
+    )
+    params = result.state.inner.params
+    assert not params.is_fully_addressable and params.sharding.spec == P(None, "d")
+    print("rate", float(result.hyper["rate"]), result.history[-1].loss, len(result.history))
+
+
+def both(folder: Path, stop_at: int) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT, "XLA_FLAGS": ""}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(i), port, str(tmp_path / "run")],
+            [sys.executable, __file__, str(i), port, str(folder), str(stop_at)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -63,12 +91,37 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    lines = [
-        [x.split() for x in out.splitlines() if x[:5] in ("rate ", "alone")] for out, _ in said
-    ]
-    assert [len(x) for x in lines] == [2, 1], said
-    (together, alone), (other,) = lines
-    assert together == other
-    for ours, theirs in zip(together[1:], alone[1:], strict=True):
-        assert abs(float(ours) - float(theirs)) < 1e-4 * abs(float(theirs))
-    assert float(alone[1]) > 0.011  # it was tuned
+    return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def test_two_processes_train_as_one_through_a_sigterm(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ended = both(folder, stop_at=10)
+    assert [status for status, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    (saved, *_) = saved_updates(folder)
+    assert 10 < saved < UPDATES
+    assert all(f"{saved} updates are saved" in errors for _, _, errors in ended), ended
+
+    ended = both(folder, stop_at=-1)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    lines = [[x.split() for x in out.splitlines() if x.startswith("rate ")] for _, out, _ in ended]
+    assert lines[0] == lines[1]
+    _, rate, last, updates = lines[0][0]
+    assert int(updates) == UPDATES
+
+    tuner = tuner_of()
+    options: dict[str, Any] = {"steps_per_update": 3, "progress": False}
+    alone = hg.fit(tuner, start(tuner), BATCHES, BATCHES[:1], UPDATES, **options)
+    assert abs(float(rate) - float(alone.hyper["rate"])) < 1e-4 * float(rate)
+    assert abs(float(last) - alone.history[-1].loss) < 1e-4 * float(last)
+    assert float(rate) > 0.02  # it was tuned
+
+    # What two have written, one reads.
+    (folder / str(UPDATES)).rename(tmp_path / "last")
+    again = hg.fit(tuner, start(tuner), BATCHES, BATCHES[:1], UPDATES, checkpoint=folder, **options)
+    assert np.abs(again.state.inner.params - alone.state.inner.params).max() < 1e-5
+    assert len(again.history) == UPDATES
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -20,7 +20,7 @@ import hypergrad as hg
 from hypergrad.files.toml import readable, toml_of
 from hypergrad.results.layout import arranged, arrays_of, layout
 from hypergrad.results.saved import Saved, write
-from hypergrad.training.checkpoints import take_apart
+from hypergrad.training.arrays import take_apart
 
 X = jax.random.normal(jax.random.key(0), (60, 3))
 Y = X @ jnp.array([1.0, -2.0, 0.5])

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.training.checkpoints import (
+from hypergrad.training.arrays import (
     TornError,
     read_checkpoint,
     saved_updates,

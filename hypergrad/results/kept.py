@@ -15,7 +15,7 @@ from hypergrad.results.saved import checked_folder
 from hypergrad.study.optuna_private import frozen
 from hypergrad.study.slots import lineage
 from hypergrad.study.study import Proposal
-from hypergrad.training.checkpoints import (
+from hypergrad.training.arrays import (
     TornError,
     cannot_now,
     put_back,

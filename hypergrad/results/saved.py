@@ -12,8 +12,7 @@ from hypergrad.checks import folder_name, in_one_sentence
 from hypergrad.files.toml import VALUES, readable, write_toml
 from hypergrad.optim.schedules import Schedule
 from hypergrad.results.layout import arranged, arrays_of, layout
-from hypergrad.training.checkpoints import (
-    Checkpoint,
+from hypergrad.training.arrays import (
     TornError,
     cannot_now,
     read_checkpoint,
@@ -21,6 +20,7 @@ from hypergrad.training.checkpoints import (
     take_apart,
     write_checkpoint,
 )
+from hypergrad.training.checkpoints import Checkpoint
 from hypergrad.trees import Hyper, InnerState, Params
 
 # Where a folder holds arrays.

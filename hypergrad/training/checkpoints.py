@@ -5,15 +5,9 @@ when it is complete. What a power failure or a full disk tears all the same is f
 """
 
 import contextlib
-import errno
-import json
 import logging
-import math
 import os
-import re
 import shutil
-import threading
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,19 +15,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.checks import folder_name, in_one_sentence, integer_field
 from hypergrad.files.lock import FolderLock
+from hypergrad.files.toml import VALUES, readable, write_toml
+from hypergrad.training.arrays import (
+    TornError,
+    is_shared,
+    put_back,
+    read_checkpoint,
+    saved_updates,
+    system_error,
+    take_apart,
+    write_checkpoint,
+)
 from hypergrad.training.history import History
 from hypergrad.training.identity import difference
-from hypergrad.trees import Leaf, State, Tree, is_key
+from hypergrad.trees import Hyper, State
 
 _log = logging.getLogger("hypergrad")
-
-# Arrays below this many bytes are written as one: each array of its own costs orbax a millisecond.
-_SMALL = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -84,166 +85,18 @@ class Checkpoint:
         return Path(self.folder).expanduser().absolute()
 
 
-class TornError(Exception):
-    """A checkpoint that lacks a file, or reads as something else than was written."""
-
-
-def take_apart(state: State) -> list[np.ndarray]:
-    """The leaves of a state on the host; PRNG keys as their integers."""
-    return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(state)]
-
-
-def put_back(arrays: list[np.ndarray], like: Tree) -> Any:
-    """A state with the structure and the places of `like`, from what `take_apart` gave."""
-
-    def place(leaf: Leaf, array: np.ndarray) -> Any:
-        committed = getattr(leaf, "committed", False)
-        if is_key(leaf):
-            new = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
-            return jax.device_put(new, leaf.sharding) if committed else new
-        # From the host to its shards: whole, it may fit no device.
-        return jax.device_put(array, leaf.sharding) if committed else jnp.asarray(array)
-
-    leaves, structure = jax.tree.flatten(like)
-    return structure.unflatten([place(*pair) for pair in zip(leaves, arrays, strict=True)])
-
-
-def saved_updates(folder: Path) -> list[int]:
-    """The updates that `folder` has a checkpoint of, the newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
-
-
-def write_checkpoint(
-    folder: Path, update: int, arrays: list[np.ndarray], about: dict[str, Any]
-) -> None:
-    """Write one checkpoint: `arrays` in order, and what there is to know about them, as JSON."""
-    import orbax.checkpoint as ocp
-
-    entries = [[str(x.dtype), list(x.shape), zlib.crc32(_bytes(x).data)] for x in arrays]
-    written = {f"{i:06}": _bytes(x) for i, x in enumerate(arrays) if x.nbytes >= _SMALL}
-    small = [_bytes(x) for x in arrays if x.nbytes < _SMALL]
-    text = json.dumps({"arrays": entries, "about": about}).encode()
-    written["small"] = np.concatenate([*small, np.zeros(1, np.uint8)])  # orbax takes no empty array
-    written["head"] = np.frombuffer(text + _checksum(text), np.uint8)
-    # OCDBT gathers many small arrays in one file; ours are few, and quicker in files of their own.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    with _quiet(), ocp.Checkpointer(handler) as orbax:
-        orbax.save(folder / str(update), args=ocp.args.PyTreeSave(written), force=True)
-
-
-def read_checkpoint(folder: Path, update: int) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """The arrays of one checkpoint, and what was said about them.
-
-    Raises TornError where a byte is missing or is not what was written.
-    """
-    import orbax.checkpoint as ocp
-
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            read = {k: np.asarray(v) for k, v in orbax.restore(folder / str(update)).items()}
-        # The head holds the arrays' checksums; its own are its last four bytes.
-        text = read["head"].tobytes()
-        if _checksum(text[:-4]) != text[-4:]:
-            raise TornError("its head has another checksum")
-        head = json.loads(text[:-4])
-        begin, arrays = 0, []
-        for i, (dtype, shape, checksum) in enumerate(head["arrays"]):
-            kind = jnp.dtype(dtype)
-            size = kind.itemsize * math.prod(shape)
-            own = read.get(f"{i:06}")
-            data = read["small"][begin : begin + size] if own is None else own
-            begin += size if own is None else 0
-            if zlib.crc32(np.ascontiguousarray(data).data) != checksum:
-                raise TornError(f"array {i} has another checksum")
-            arrays.append(np.frombuffer(data.tobytes(), kind).reshape(shape))
-        return arrays, head["about"]
-    except TornError:
-        raise
-    # Orbax and what it is built on raise nearly anything on files that are cut short.
-    except Exception as error:
-        cannot = cannot_now(error, folder / str(update))
-        if cannot is not None:
-            raise cannot from None
-        said = " ".join(str(error).split())[:200]
-        raise TornError(f"{type(error).__name__}: {said}") from error
-
-
-def cannot_now(error: BaseException, path: Path) -> OSError | MemoryError | None:
-    """What kept somebody from reading or writing a checkpoint, in one sentence.
-
-    None where the reason lies in its own files: one that is missing, or holds something else.
-    """
-    found = _system_error(error)
-    if isinstance(found, MemoryError):
-        return MemoryError(f"checkpoint: there is no memory for {str(path)!r}: nothing is changed.")
-    missing = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, None)
-    if found is None or (found.errno in missing and path.is_dir()):
-        return None
-    return in_one_sentence(
-        found,
-        f"checkpoint: {str(path)!r} cannot be read or written",
-        "nothing is changed; see that the folder can be reached and run the same command again",
-    )
-
-
-def _system_error(error: BaseException | None) -> OSError | MemoryError | None:
-    """The error of the system behind orbax's, which tensorstore tells in words only."""
-    while error is not None:
-        if isinstance(error, OSError | MemoryError):
-            return error
-        if isinstance(error, BaseExceptionGroup):
-            found = (_system_error(part) for part in error.exceptions)
-            return next((part for part in found if part is not None), None)
-        if number := re.search(r"os_error_code='(\d+)'|\[OS error (\d+)", str(error)):
-            code = int(number[1] or number[2])
-            return OSError(code, os.strerror(code))
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return MemoryError(str(error))
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _checksum(text: bytes) -> bytes:
-    return zlib.crc32(text).to_bytes(4, "big")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax reports every step of a save, and files of one process that it need not merge."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    complain = threading.excepthook
-
-    def unless_orbaxs(args: threading.ExceptHookArgs) -> None:
-        # What went wrong in its threads is raised here, too.
-        if not type(args.thread).__module__.startswith("orbax."):
-            complain(args)
-
-    threading.excepthook = unless_orbaxs
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        threading.excepthook = complain
-
-
 class Saver:
     """Writes checkpoints one after another in a thread, and deletes those no longer kept.
 
     Use it as a context: its end waits for the last one. What went wrong in the thread is raised at
-    the next `submit`, or there.
+    the next `submit`, or there. `together`: the processes that train `state` each have one, and
+    write one checkpoint; the first process holds the folder.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, together: bool = False) -> None:
         self.folder, self._keep = checkpoint.path, checkpoint.keep
-        self._lock = FolderLock(self.folder, "checkpoint")
+        self._together, self.holds = together, holds_folder(together)
+        self._lock = _lock(self.folder, together)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hypergrad-save")
         self._running: Future[None] | None = None
 
@@ -251,8 +104,9 @@ class Saver:
         with writing(self.folder, "made"):
             self.folder.mkdir(exist_ok=True)
         self._lock.__enter__()
-        # Of killed processes: orbax gives a checkpoint its name when it is complete.
-        _remove_unfinished(self.folder)
+        if self.holds:
+            # Of killed processes: orbax gives a checkpoint its name when it is complete.
+            _remove_unfinished(self.folder)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -260,7 +114,7 @@ class Saver:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._lock.__exit__()
+            self._lock.__exit__(None, None, None)
 
     def submit(
         self, update: int, state: State, columns: dict[str, np.ndarray], about: dict[str, Any]
@@ -268,6 +122,14 @@ class Saver:
         """Save `state` and the history's `columns`; waits where the last save still runs."""
         self.wait()
         self._running = self._pool.submit(self._save, update, state, columns, about)
+
+    def write_values(self, done: int, history: History, hyper: Hyper) -> None:
+        """Write the values to keep as a file for people, beside the records."""
+        if not self.holds:
+            return
+        about = {"updates": done, "loss": history[-1].loss if history else None}
+        with writing(self.folder, f"given {VALUES}"):
+            write_toml(self.folder / VALUES, about | {"hyper": readable(hyper, str(done))})
 
     def wait(self) -> None:
         """Wait for the save that runs, and raise what went wrong in it."""
@@ -280,10 +142,26 @@ class Saver:
     ) -> None:
         about = about | {"update": update, "columns": list(columns)}
         with writing(self.folder, f"given update {update}"):
-            write_checkpoint(self.folder, update, [*take_apart(state), *columns.values()], about)
+            arrays = [*take_apart(state), *columns.values()]
+            write_checkpoint(self.folder, update, arrays, about, self._together)
         # Not before the new one is whole.
-        for old in saved_updates(self.folder)[self._keep :]:
+        for old in saved_updates(self.folder)[self._keep :] if self.holds else ():
             shutil.rmtree(self.folder / str(old), ignore_errors=True)
+
+
+def is_together(state: State) -> bool:
+    """Whether several processes train this state as one."""
+    return any(map(is_shared, jax.tree.leaves(state)))
+
+
+def holds_folder(together: bool) -> bool:
+    """Whether this process is the one that writes what all have."""
+    return not together or jax.process_index() == 0
+
+
+def _lock(folder: Path, together: bool) -> contextlib.AbstractContextManager[Any]:
+    lock = FolderLock(folder, "checkpoint")
+    return lock if holds_folder(together) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -292,7 +170,7 @@ def writing(folder: Path, done: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = _system_error(error)
+        found = system_error(error)
         if not isinstance(found, OSError):
             raise
         _remove_unfinished(folder)
@@ -338,7 +216,7 @@ def restore(checkpoint: Checkpoint, start: Resumed, about: dict[str, Any], stop:
     folder = checkpoint.path
     if not folder.is_dir():
         return start
-    with FolderLock(folder, "checkpoint"):
+    with _lock(folder, is_together(start.state)):
         return _newest(folder, start, about, stop)
 
 
@@ -346,7 +224,7 @@ def _newest(folder: Path, start: Resumed, about: dict[str, Any], stop: int) -> R
     torn: dict[int, TornError] = {}
     for done in saved_updates(folder):
         try:
-            arrays, stored = read_checkpoint(folder, done)
+            arrays, stored = read_checkpoint(folder, done, jax.tree.leaves(start.state))
         except TornError as error:
             torn[done] = error
             continue
@@ -358,7 +236,7 @@ def _newest(folder: Path, start: Resumed, about: dict[str, Any], stop: int) -> R
                 f"checkpoint: the run in {str(folder)!r} has done {done} updates, more than the "
                 f"{stop} that num_updates asks for: raise num_updates, or name another folder."
             )
-        for bad, why in torn.items():
+        for bad, why in torn.items() if holds_folder(is_together(start.state)) else ():
             _put_aside(folder, bad, why)
         # The order of `Saver._save`: the state's leaves, then the history's columns.
         num = len(jax.tree.leaves(start.state))

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,19 +23,18 @@ from hypergrad.data.streams import (
     refuse_missing_axis,
     refuse_split_batch,
 )
-from hypergrad.files.toml import VALUES, readable, write_toml
 from hypergrad.optim.schedules import Schedule
 from hypergrad.training.arguments import check_types_of_run
 from hypergrad.training.callbacks import Stop, check
-from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, refusal, restore, writing
+from hypergrad.training.checkpoints import Checkpoint, Resumed, Saver, is_together, refusal, restore
 from hypergrad.training.doubts import Doubts, remarks_of
 from hypergrad.training.history import History, Record, observe
 from hypergrad.training.identity import describe, program_difference, program_of
 from hypergrad.training.length import lengths
 from hypergrad.training.progress import FitProgress
-from hypergrad.training.signals import Signals, Stopped
-from hypergrad.training.updates import compiled_update, owned, refuse_spread, strongly_typed
-from hypergrad.trees import Batch, Hyper, State, Train, all_finite
+from hypergrad.training.signals import Stopped, signals_of
+from hypergrad.training.updates import compiled_update, owned, strongly_typed
+from hypergrad.trees import Batch, State, Train, all_finite
 from hypergrad.tuners.base import Tuner
 from hypergrad.tuners.trust import REASONS
 
@@ -134,7 +132,9 @@ def fit(
     status 143; within five seconds where data or a callback hang, and at once when it comes again.
     Ctrl-C saves and is then raised, saying where. Both only where `fit` runs in the main thread.
     One process at a time writes to a folder; guard it as you would a program, as the state of a
-    loader is unpickled from it.
+    loader is unpickled from it. Processes that train one state (`jax.distributed`) all make this
+    call and share one folder, which all must see: each writes what it holds, and a SIGTERM to one
+    ends all after the same update.
 
     A run that ends with more than a third of its last updates refused, with a hyperparameter on a
     bound or one that moved one way throughout says so: the logger "hypergrad" gets a warning, the
@@ -174,7 +174,6 @@ def fit(
     about: dict[str, Any] = {}
     resumed = Resumed(state, first, History(tuner.best(state)), {}, None)
     if checkpoint is not None:
-        refuse_spread(state)
         about = describe(tuner, state, steps) | {"data": fixed(train=train, valid=valid)}
         resumed = restore(checkpoint, resumed, about, asked.stop)
     # A run that is complete gets the data of one update too: to see that it is of this program.
@@ -192,7 +191,7 @@ def fit(
         batches = stack.enter_context(contextlib.closing(batches))
         # Without a checkpoint there is nothing to save: signals then do what they always do.
         if checkpoint is not None:
-            run.saver = stack.enter_context(Saver(checkpoint))
+            run.saver = stack.enter_context(Saver(checkpoint, is_together(state)))
             run.every = checkpoint.every
             stack.enter_context(run.signals)
         ahead = run.prepare(batches)
@@ -246,7 +245,7 @@ class _Run:
         self.saved = resumed.done
         self.bad_in_a_row = 0
         self.update = compiled_update(tuner.update)
-        self.signals, self.doubts = Signals(), doubts
+        self.signals, self.doubts = signals_of(is_together(resumed.state)), doubts
 
     def prepare(self, batches: Iterator[Fed]) -> Iterator[Fed]:
         """What is left of `batches`, once the program is seen to be the checkpoint's."""
@@ -286,7 +285,7 @@ class _Run:
                 pending.append(_Pending(self.done - 1, info, loss, kept, fed.positions))
                 if len(pending) > _AHEAD:
                     self._settle(pending.popleft())
-                if self.signals.wanted is not None or self.stopped:
+                if self.stopped or (self.saver and self.signals.wanted_after(self.done)):
                     break
         except RanOut as reason:
             self._ran_out(reason)
@@ -345,16 +344,10 @@ class _Run:
             raise self._not_finite("no update had a finite loss and hypergradient")
         self.doubts.say()
         if self.saver is not None:
-            self._write_values(self.saver.folder, hyper)
+            self.saver.write_values(self.done, self.history, hyper)
         schedule = Schedule(jax.tree.map(jnp.asarray, self.history.hypers), self.steps)
         remarks = remarks_of(self.tuner, self.state, self.history)
         return FitResult(self.state, hyper, self.history, schedule, remarks)
-
-    def _write_values(self, folder: Path, hyper: Hyper) -> None:
-        """The values to keep as a file for people, beside the records."""
-        about = {"updates": self.done, "loss": self.history[-1].loss if self.history else None}
-        with writing(folder, f"given {VALUES}"):
-            write_toml(folder / VALUES, about | {"hyper": readable(hyper, str(self.done))})
 
     def _settle(self, pending: _Pending) -> None:
         record = observe(pending.update, pending.info, pending.train_loss)

@@ -122,8 +122,9 @@ def program_of(traced: Any) -> dict[str, Any]:
         used[line.split(" ", 1)[0]] += 1
     for const in traced.jaxpr.consts:
         digest.update(np.asarray(as_array(const)).tobytes())
-    backend = jax.default_backend()
-    return {"jax": f"{jax.__version__} on {backend}", "digest": digest.hexdigest(), "used": used}
+    # JAX traces the same update otherwise for arrays on a mesh than for those of one device.
+    where = jax.default_backend() + (", on a mesh" if used["reshard"] else "")
+    return {"jax": f"{jax.__version__} on {where}", "digest": digest.hexdigest(), "used": used}
 
 
 def digest_of(function: Callable[..., Any], *arguments: Any) -> str:

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C while a run goes on: it ends soon and saved, whatever hangs."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
+
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+_log = logging.getLogger("hypergrad")
 
 # Seconds after SIGTERM: what the run waits for is broken off; the process ends in any case where
 # even that did not help.
@@ -56,6 +61,10 @@ class Signals:
             yield
         finally:
             self._waits = False
+
+    def wanted_after(self, update: int) -> signal.Signals | None:
+        """What asks the run to end now that `update` is under way."""
+        return self.wanted
 
     def freed(self) -> None:
         """Say that what hung was broken off: what is left, a save, has the time that it takes."""
@@ -117,3 +126,30 @@ class Signals:
                 # Handlers run in the main thread, where they interrupt what it waits for.
                 os.kill(os.getpid(), signal.SIGTERM)
             pause = 0.1
+
+
+class _SignalsOfAll(Signals):
+    """Of processes that train as one, which must end after the same update.
+
+    JAX's own handler takes SIGTERM, of any of them, and its coordinator names the update.
+    """
+
+    _service = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def wanted_after(self, update: int) -> signal.Signals | None:
+        """The same in all processes."""
+        try:
+            if self._service and reached_preemption_sync_point(update):
+                self.wanted = signal.SIGTERM
+        except RuntimeError as error:  # jax_enable_preemption_service is off
+            self._service = False
+            _log.warning(f"checkpoint: SIGTERM saves nothing here ({error}).")
+        return self.wanted
+
+
+def signals_of(together: bool) -> Signals:
+    """Those of this process, or of all that train together."""
+    return _SignalsOfAll() if together else Signals()

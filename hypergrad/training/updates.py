@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypergrad.trees import Leaf, State, leaf_names
+from hypergrad.trees import Leaf, State
 
 
 def compiled_update(update: Callable[..., Any]) -> Any:
@@ -27,21 +27,6 @@ def _donating(update: Callable[..., Any]) -> Any:
 def owned(state: State) -> State:
     """`state` in buffers of its own, to be donated; the caller's stay as they are."""
     return jax.tree.map(jnp.copy, state)
-
-
-def refuse_spread(state: State) -> None:
-    """Refuse to save what no process holds whole.
-
-    Raises:
-      ValueError: names the first leaf that is spread over processes.
-    """
-    for name, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
-        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise ValueError(
-                f"checkpoint: the state's leaf {name} is spread over {jax.process_count()} "
-                "processes, and fit writes from one: leave checkpoint out, and save "
-                "result.state by orbax.checkpoint."
-            )
 
 
 def strongly_typed(leaf: Leaf) -> jax.Array:
