@@ -9,11 +9,12 @@ the score that half of the plain TPE runs of `TRIALS` reach; one that never does
 * warm_from: a sweep of digits for one of mnist1d, and back.
 
 Before that the priors on a bowl in four logarithmic coordinates and a choice, with noise, which
-trains nothing: trials to what half of the plain runs reach in 20, 30, 40 and 50 trials.
+trains nothing: trials to what half of the plain runs reach in 20, 30, 40 and 50 trials, over 100
+seeds (20 are too few: a wrong prior cost a third there, and a seventh here).
 
   python -m benchmarks.knowledge [--quick] [--seeds 10] [--out FILE]
 
-Full: some ten minutes on one core; quick: three seeds, two minutes.
+Full: a quarter of an hour on one core; quick: three seeds, two minutes.
 """
 
 import argparse
@@ -199,7 +200,7 @@ def main(quick: bool = False, seeds: int = 10, out: str | None = None) -> None:
     # Each sweep makes its programs anew: what differs is the trials, not what is compiled.
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    rows += bowls(5 if quick else 20)
+    rows += bowls(5 if quick else 100)
     benches = {name: Bench(name, trials) for name in TASKS}
     plain = {n: [bench.sweep(s) for s in range(seeds)] for n, bench in benches.items()}
     for name, bench in benches.items():

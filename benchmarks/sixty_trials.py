@@ -5,9 +5,11 @@ mnist1d, or with `--data FOLDER` on 6,000 of MNIST's 10,000 (28 rows of 28 chann
 (learning rate, momentum, L2, dropout, noise on the input). Widths, depths and kernel sizes are
 traced, so that optimizer, activation and batch size are all that compiles: 8 programs.
 
-* hybrid: 54 refined trials, halved, and 6 that go on from where the best ended;
-* TPE + Hyperband, plain, until it has cost as much (gradient evaluations of the largest batch, so
-  equal examples), and the same sweep going on until four times that.
+* hybrid: 57 plain trials by TPE, then the best three refined, where starts and ends compete (the
+  recipe of docs/sweeps.md for a sweep that must be right the first time);
+* refined from the start: 54 refined trials, halved, and 6 that go on from where the best ended;
+* TPE + Hyperband, plain, until it has cost as much as the hybrid (gradient evaluations of the
+  largest batch, so equal examples), and the same sweep going on until four times that.
 
 Every method's best three are trained again with their values frozen (`result.confirm`, about nine
 full runs more for each); its choice counts, by the mean test loss of fresh seeds (`result.audit`).
@@ -53,7 +55,7 @@ CHANNELS, WIDEST, LONGEST = 8, 256, 7
 # Of the largest batch.
 STEPS, FIRST_RUNG = 100, 10
 UNREFINED = ("TPE + Hyperband", "TPE + ASHA", "TPE + learning curves")
-METHODS = ("hybrid", *UNREFINED)
+METHODS = ("hybrid", "TPE + Hyperband", "refined from the start", *UNREFINED[1:])
 
 
 def init(hyper: Any, key: jax.Array, length: int, channels: int) -> dict[str, jax.Array]:
@@ -172,13 +174,21 @@ class Bench:
             **options,
         )
 
-    def hybrid(self, seed: int) -> Any:
-        """Sixty trials, six of them polish."""
+    def hybrid(self, seed: int) -> tuple[Any, int, float]:
+        """57 plain trials, and three refined: the result, how many, at what cost."""
+        plain = self.sweep(seed, num_trials=57)
+        best = [found.hyper for found in plain.top(3)]
+        result = self.sweep(seed + 1000, num_trials=3, refine=hg.Refine(), enqueue=best)
+        return result, 60, cost_of(plain) + cost_of(result)
+
+    def refined(self, seed: int) -> tuple[Any, int, float]:
+        """Sixty refined trials, six of them polish."""
         scheduler = hg.SuccessiveHalving(min_steps=self.first)
         refine = hg.Refine(steps_per_update=5)
-        return self.sweep(seed, num_trials=60, polish=6, refine=refine, scheduler=scheduler)
+        result = self.sweep(seed, num_trials=60, polish=6, refine=refine, scheduler=scheduler)
+        return result, 60, cost_of(result)
 
-    def unrefined(self, name: str, seed: int, cost: float, storage: Any) -> Any:
+    def unrefined(self, name: str, seed: int, cost: float, storage: Any) -> tuple[Any, int, float]:
         """Plain trials until they have cost so much; with the same storage it goes on."""
         kind = {
             "TPE + Hyperband": hg.Hyperband,
@@ -187,7 +197,8 @@ class Bench:
         }[name]
         scheduler = kind(min_steps=self.first)
         most = {"num_trials": 100_000, "max_evaluations": cost}
-        return self.sweep(seed, scheduler=scheduler, storage=storage, **most)
+        result = self.sweep(seed, scheduler=scheduler, storage=storage, **most)
+        return result, len(result.study.trials), cost_of(result)
 
 
 def cost_of(result: Any) -> float:
@@ -195,24 +206,27 @@ def cost_of(result: Any) -> float:
     return sum(trial.user_attrs.get("evaluations", 0.0) for trial in result.study.trials)
 
 
-def row(name: str, seed: int, result: Any, seeds: int, begin: float) -> dict[str, Any]:
+def row(
+    name: str, seed: int, found: tuple[Any, int, float], seeds: int, begin: float
+) -> dict[str, Any]:
     """What a sweep has come to, confirmed, on fresh seeds."""
+    result, trials, cost = found
     best = result.confirm()
     audit = result.audit(seeds, best.hyper)
-    found = {
+    line = {
         "method": name,
         "seed": seed,
-        "trials": len(result.study.trials),
-        "evaluations": cost_of(result),
+        "trials": trials,
+        "evaluations": cost,
         "test": audit.mean,
         "seconds": time.perf_counter() - begin,
     }
     print(
-        f"{name:28} seed {seed}: {found['trials']:4d} trials, {found['evaluations']:8,.0f} "
-        f"evaluations, test {audit.mean:.4f} ({audit.std_error:.4f}), {found['seconds']:.0f} s",
+        f"{name:28} seed {seed}: {trials:4d} trials, {cost:8,.0f} "
+        f"evaluations, test {audit.mean:.4f} ({audit.std_error:.4f}), {line['seconds']:.0f} s",
         flush=True,
     )
-    return found
+    return line
 
 
 def main(
@@ -228,14 +242,14 @@ def main(
         begin = time.perf_counter()
         hybrid = bench.hybrid(seed)
         rows.append(row("hybrid", seed, hybrid, fresh, begin))
-        for name in methods:
-            if name == "hybrid":
-                continue
+        if "refined from the start" in methods:
+            begin = time.perf_counter()
+            rows.append(row("refined from the start", seed, bench.refined(seed), fresh, begin))
+        for name in (name for name in UNREFINED if name in methods):
             begin, storage = time.perf_counter(), optuna.storages.InMemoryStorage()
             for times in (1, 4):
-                result = bench.unrefined(name, seed, times * cost_of(hybrid), storage)
-                label = f"{name}, {times} x"
-                rows.append(row(label, seed, result, fresh, begin))
+                found = bench.unrefined(name, seed, times * hybrid[-1], storage)
+                rows.append(row(f"{name}, {times} x", seed, found, fresh, begin))
     print(f"programs: {len(bench.made)}")
     for name in dict.fromkeys(one["method"] for one in rows):
         tests = [one["test"] for one in rows if one["method"] == name]
