@@ -10,7 +10,6 @@ Target for SABA: 2.6e-7 after 3,000 rounds and 4.9e-12 after 6,000, what benchma
 on another quadratic of this size.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from benchmarks import command
 
 EXAMPLES, DIM, SIZE = 256, 50, 8
 BLOCKS = EXAMPLES // SIZE
@@ -115,8 +115,4 @@ def main(quick: bool = False, out: str | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    main(options.quick, options.out)
+    command.run(main, __doc__)

@@ -14,7 +14,6 @@ estimator says that it cannot see these hyperparameters. Estimators with a memor
 (SABA, F2SA, SelfTuning) get no other call than this one. SABA gets plain SGD and whole batches.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
+from benchmarks import command
 from benchmarks.horizon import noisy_quadratic
 from examples import digits200
 from hypergrad.estimators.memory import compiled_for, temporary_bytes
@@ -220,8 +220,4 @@ def main(quick: bool = False, out: str | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    main(options.quick, options.out)
+    command.run(main, __doc__)

@@ -10,7 +10,6 @@ Targets: no residual depends on the scale; full-rank Nystrom in float32 within 1
 a second cycle of GMRES no worse than the first.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hypergrad as hg
+from benchmarks import command
 
 DIM = 50
 KEY = jax.random.key(0)
@@ -83,8 +83,4 @@ def main(quick: bool = False, out: str | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    main(options.quick, options.out)
+    command.run(main, __doc__)
