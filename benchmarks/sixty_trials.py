@@ -6,7 +6,7 @@ mnist1d, or with `--data FOLDER` on 6,000 of MNIST's 10,000 (28 rows of 28 chann
 traced, so that optimizer, activation and batch size are all that compiles: 8 programs.
 
 * hybrid: 57 plain trials by TPE, then the best three refined, where starts and ends compete (the
-  recipe of docs/sweeps.md for a sweep that must be right the first time);
+  recipe of docs/sweeps.md for a sweep that must be right the first time); and these 57 alone;
 * refined from the start: 54 refined trials, halved, and 6 that go on from where the best ended;
 * TPE + Hyperband, plain, until it has cost as much as the hybrid (gradient evaluations of the
   largest batch, so equal examples), and the same sweep going on until four times that.
@@ -55,6 +55,8 @@ CHANNELS, WIDEST, LONGEST = 8, 256, 7
 # Of the largest batch.
 STEPS, FIRST_RUNG = 100, 10
 UNREFINED = ("TPE + Hyperband", "TPE + ASHA", "TPE + learning curves")
+# A sweep's result, its trials and what they have cost.
+Found = tuple[Any, int, float]
 METHODS = ("hybrid", "TPE + Hyperband", "refined from the start", *UNREFINED[1:])
 
 
@@ -174,21 +176,25 @@ class Bench:
             **options,
         )
 
-    def hybrid(self, seed: int) -> tuple[Any, int, float]:
-        """57 plain trials, and three refined: the result, how many, at what cost."""
-        plain = self.sweep(seed, num_trials=57)
-        best = [found.hyper for found in plain.top(3)]
-        result = self.sweep(seed + 1000, num_trials=3, refine=hg.Refine(), enqueue=best)
-        return result, 60, cost_of(plain) + cost_of(result)
+    def plain(self, seed: int) -> Found:
+        """57 full trials by TPE."""
+        result = self.sweep(seed, num_trials=57)
+        return result, 57, cost_of(result)
 
-    def refined(self, seed: int) -> tuple[Any, int, float]:
+    def hybrid(self, seed: int, plain: Found) -> Found:
+        """The best three of them refined."""
+        best = [found.hyper for found in plain[0].top(3)]
+        result = self.sweep(seed + 1000, num_trials=3, refine=hg.Refine(), enqueue=best)
+        return result, plain[1] + 3, plain[2] + cost_of(result)
+
+    def refined(self, seed: int) -> Found:
         """Sixty refined trials, six of them polish."""
         scheduler = hg.SuccessiveHalving(min_steps=self.first)
         refine = hg.Refine(steps_per_update=5)
         result = self.sweep(seed, num_trials=60, polish=6, refine=refine, scheduler=scheduler)
         return result, 60, cost_of(result)
 
-    def unrefined(self, name: str, seed: int, cost: float, storage: Any) -> tuple[Any, int, float]:
+    def unrefined(self, name: str, seed: int, cost: float, storage: Any) -> Found:
         """Plain trials until they have cost so much; with the same storage it goes on."""
         kind = {
             "TPE + Hyperband": hg.Hyperband,
@@ -206,9 +212,7 @@ def cost_of(result: Any) -> float:
     return sum(trial.user_attrs.get("evaluations", 0.0) for trial in result.study.trials)
 
 
-def row(
-    name: str, seed: int, found: tuple[Any, int, float], seeds: int, begin: float
-) -> dict[str, Any]:
+def row(name: str, seed: int, found: Found, seeds: int, begin: float) -> dict[str, Any]:
     """What a sweep has come to, confirmed, on fresh seeds."""
     result, trials, cost = found
     best = result.confirm()
@@ -240,8 +244,10 @@ def main(
     bench, rows, fresh = Bench(folder, quick), [], 3 if quick else 5
     for seed in range(1 if quick else seeds):
         begin = time.perf_counter()
-        hybrid = bench.hybrid(seed)
+        plain = bench.plain(seed)
+        hybrid = bench.hybrid(seed, plain)
         rows.append(row("hybrid", seed, hybrid, fresh, begin))
+        rows.append(row("its plain trials alone", seed, plain, fresh, begin))
         if "refined from the start" in methods:
             begin = time.perf_counter()
             rows.append(row("refined from the start", seed, bench.refined(seed), fresh, begin))
