@@ -8,6 +8,7 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from hypergrad.checks import choice
+from hypergrad.knowledge.design import spread_points
 from hypergrad.knowledge.priors import prior_point, with_priors
 from hypergrad.knowledge.warm import warm_points
 from hypergrad.space.dimensions import Categorical
@@ -16,6 +17,8 @@ from hypergrad.study.sampler import SAMPLERS, make_sampler
 
 # Trials up to which a Gaussian process is worth its time, and from which evolution is.
 _FEW, _MANY = 100, 1000
+# Trials after which TPE learns from them: Optuna's own number.
+_STARTUP = 10
 
 
 def sampler_of(
@@ -61,18 +64,24 @@ def first_points(
     earlier: list[tuple[str, optuna.Study]],
     own: optuna.Study,
     num_trials: int,
+    seed: int,
 ) -> list[Mapping[str, Any]]:
     """What is tried before anything is proposed: known points, what is believed, earlier sweeps'.
 
     Of the latter a fifth of the trials, at most eight; earlier sweeps are read for a new study
-    only, as they may have gone on since.
+    only, as they may have gone on since. Where "tpe" would begin with random points, it is given
+    as many that are spread evenly; with priors its first trials are drawn around them instead.
     """
+    fresh = not own.get_trials(deepcopy=False)
     points: list[Mapping[str, Any]] = list(enqueue)
     believed = prior_point(space)
     if believed and sampler != "grid":
         points.append(believed)
-    if earlier and not own.get_trials(deepcopy=False):
+    if earlier and fresh:
         points += warm_points(earlier, space, own, max(1, min(8, num_trials // 5)))
+    spread = min(_STARTUP, num_trials) - len(points)
+    if sampler == "tpe" and fresh and spread > 0:
+        points += spread_points(space, spread, seed)
     return points
 
 
