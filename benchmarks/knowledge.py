@@ -162,7 +162,7 @@ def bowl(believed: np.ndarray | None, choice: str, seed: int) -> np.ndarray:
     )
     sampler, scores = with_priors(make_sampler("tpe", seed), space, seed), []
     with open_study(space, sampler=sampler, num_trials=80) as opened:
-        for point in first_points(space, sampler, [], [], opened.study, 80, seed):
+        for point in first_points(space, sampler, [], [], opened.study, 80):
             opened.enqueue(point)
         while proposal := opened.ask():
             places = np.array([np.log10(proposal.start[n]) / 4 + 1 for n in names])

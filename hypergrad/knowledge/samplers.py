@@ -64,13 +64,13 @@ def first_points(
     earlier: list[tuple[str, optuna.Study]],
     own: optuna.Study,
     num_trials: int,
-    seed: int,
+    spread: int = 0,
+    seed: int = 0,
 ) -> list[Mapping[str, Any]]:
     """What is tried before anything is proposed: known points, what is believed, earlier sweeps'.
 
     Of the latter a fifth of the trials, at most eight; earlier sweeps are read for a new study
-    only, as they may have gone on since. Where "tpe" would begin with random points, it is given
-    as many that are spread evenly; with priors its first trials are drawn around them instead.
+    only, as they may have gone on since. Up to `spread` points in all, the rest is spread evenly.
     """
     fresh = not own.get_trials(deepcopy=False)
     points: list[Mapping[str, Any]] = list(enqueue)
@@ -79,10 +79,18 @@ def first_points(
         points.append(believed)
     if earlier and fresh:
         points += warm_points(earlier, space, own, max(1, min(8, num_trials // 5)))
-    spread = min(_STARTUP, num_trials) - len(points)
-    if sampler == "tpe" and fresh and spread > 0:
-        points += spread_points(space, spread, seed)
+    if fresh and len(points) < spread:
+        points += spread_points(space, spread - len(points), seed)
     return points
+
+
+def startup_of(sampler: str | BaseSampler, chosen: str | BaseSampler, num_trials: int) -> int:
+    """How many trials of a sweep are to be spread over its space before `chosen` proposes.
+
+    Those that TPE would draw at random, where it was chosen for the user, and follows no prior:
+    "tpe" by name is Optuna's, trial by trial.
+    """
+    return min(_STARTUP, num_trials) if sampler == "auto" and chosen == "tpe" else 0
 
 
 def _installed(package: str) -> bool:

@@ -26,7 +26,7 @@ from hypergrad.data.splits import Splits
 from hypergrad.knowledge.lengths import Lengths, Setting
 from hypergrad.knowledge.local import neighbour
 from hypergrad.knowledge.programs import tell_of_programs
-from hypergrad.knowledge.samplers import first_points, sampler_of
+from hypergrad.knowledge.samplers import first_points, sampler_of, startup_of
 from hypergrad.knowledge.warm import warm_studies
 from hypergrad.population.refine import Refine
 from hypergrad.results.goals import goals_of
@@ -115,7 +115,7 @@ def sweep(
         the rung's steps at the largest batch; one whose own run ends before has its final score.
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", "gp", "cmaes", "qmc", "nsga2", "auto" (docs/sweeps.md says
-        which for what), or any Optuna sampler. The first ten trials of "tpe" are a Latin hypercube,
+        which for what), or any Optuna sampler. "auto" spreads its first ten trials over the space,
         each choice equally often (`hypergrad.knowledge.design`). Where hyperparameters have a
         `prior`, that point is tried first, and a share of the trials, falling as results come in,
         is drawn around it (`hypergrad.knowledge.priors`).
@@ -126,8 +126,8 @@ def sweep(
       storage: None for memory, "path.journal", a database's URL, or an Optuna storage. The same
         call goes on where an earlier one stopped or was killed, and several processes share it.
       population: the most trials that train in one program at once. They share their discrete
-        choices and are proposed before any of them is told; with 1 the sampler proposes as in
-        Optuna alone. On a CPU more gain nothing; on an accelerator raise it, beside `num_trials`.
+        choices and are proposed before any of them is told; 1 makes the same proposals as Optuna
+        alone. On a CPU more gain nothing; on an accelerator raise it, beside `num_trials`.
       metric: the name of one of `problem.metrics`; None for the validation loss.
       direction: of the score; "maximize" needs a metric.
       objectives: several metrics with their directions, `{"loss": "minimize", "latency":
@@ -249,7 +249,10 @@ def sweep(
             programs.made = partial(check_losses, opened.study)
         check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
-        for hyper in first_points(space, engine, enqueue, earlier, opened.study, num_trials, seed):
+        spread = startup_of(sampler, engine, num_trials)
+        for hyper in first_points(
+            space, engine, enqueue, earlier, opened.study, num_trials, spread, seed
+        ):
             opened.enqueue(hyper)
         with (
             SweepProgress(num_trials, progress) as view,
