@@ -70,6 +70,10 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
 
     # What the step closes over becomes an argument: a custom rule may close over nothing traced.
     first = jax.tree.map(lambda x: x[0], inputs)
+    if any(jax.typeof(x).weak_type for x in jax.tree.leaves(progress)):
+        # as a scan does: a Python number takes the dtype that the step gives it
+        after = jax.eval_shape(one, hyper, progress, probes[0], first)
+        progress = jax.tree.map(_of_dtype, progress, after)
     traced = Traced(one, hyper, progress, probes[0], first)
 
     def step_at(consts: Any, hyper: Hyper, t: jax.Array, progress: Any, probe: Any, xs: Any) -> Any:
@@ -135,6 +139,10 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
 
     run.defvjp(forward, backward)
     return run(traced.consts, hyper, progress, probes, inputs)
+
+
+def _of_dtype(x: Any, like: Any) -> Any:
+    return jnp.asarray(x, like.dtype) if jax.typeof(x).weak_type else x
 
 
 def snapshots(length: int) -> int:
