@@ -171,6 +171,13 @@ def _tells(eqn: Any, given: Sequence[Value]) -> bool:
     return is_nan or eqn.primitive.name == "is_finite"
 
 
+def interpolated(jaxpr: Any) -> set[Any]:
+    """The whole parts of numbers whose fractions are taken too: where an interpolation stands."""
+    whole = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name == "floor"}
+    rests = [e.invars for e in jaxpr.eqns if e.primitive.name == "sub" and whole]
+    return {part for x, part in rests if not isinstance(part, Literal) and whole.get(part) is x}
+
+
 def needed(equations: Sequence[Equation], outputs: Iterable[Value]) -> list[Equation]:
     """Those that the outputs depend on, and those with an effect."""
     wanted, kept = set(outputs), []
