@@ -65,15 +65,10 @@ def _conditions(flat: Flat) -> list[Value]:
     """By which steps are skipped, in order."""
     found = [x.condition for x in flat.selections if flat.is_skip(x)]
     # The gradient of `bilevel` sends nothing back where nothing came.
-    if not any(_is_own(e.eqn) for e in flat.equations):
+    ruled = [e.eqn for e in flat.equations if e.eqn.primitive.name == "custom_jvp_call"]
+    if not any(function_name(e.params["call_jaxpr"].jaxpr).startswith(OWN) for e in ruled):
         found += [condition for condition, _ in flat.branches.values()]
     return list(dict.fromkeys(found))
-
-
-def _is_own(eqn: Any) -> bool:
-    if eqn.primitive.name != "custom_jvp_call":
-        return False
-    return function_name(eqn.params["call_jaxpr"].jaxpr).startswith(OWN)
 
 
 def _branched(flat: Flat, side: Part, known: Known, conditions: Sequence[Value]) -> list[Any]:
