@@ -30,23 +30,43 @@ class Equation(NamedTuple):
     outputs: Sequence[int]
 
 
+class Part(NamedTuple):
+    """Some equations, and what they are there for."""
+
+    equations: Sequence[Equation]
+    outputs: Sequence[Value]
+
+
+class Selection(NamedTuple):
+    """Where one of several values is taken by a truth: all entries of it, or none."""
+
+    condition: Value
+    sides: Sequence[Value]
+    shape: tuple[int, ...]
+
+
 class Flat:
     """A program whose calls stand inlined.
 
     Attributes:
       equations: in order.
       moving: values that depend on what `moving` held at the start.
-      whole: truths that come from what is finite, and arrays of one such truth, to that truth.
-      conditions: those of them by which floats are selected.
+      whole: truths that come from what is finite or from how moving numbers compare, and arrays of
+        one such truth, to that truth.
+      by_finite: those that come from what is finite.
+      selections: the selections of floats by such a truth.
+      branches: of a `lax.cond` by such a truth, by its first output.
     """
 
     def __init__(self) -> None:
         self.equations: list[Equation] = []
         self.moving: set[Value] = set()
         self.whole: dict[Value, Value | None] = {}
-        self.conditions: list[Value] = []
+        self.by_finite: set[Value] = set()
+        self.selections: list[Selection] = []
+        self.branches: dict[Value, tuple[Value, Sequence[Part]]] = {}
         self._count = 0
-        self._of_finite: set[Value] = set()
+        self._telling: set[Value] = set()
         self._same: dict[Any, Sequence[int]] = {}
 
     def numbers(self, count: int) -> Sequence[int]:
@@ -73,37 +93,89 @@ class Flat:
         return list(map(value, jaxpr.outvars))
 
     def _append(self, eqn: Any, given: Sequence[Value]) -> Sequence[int]:
+        name = eqn.primitive.name
         floats = any(jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.outvars)
-        of_finite = not floats and (_tells(eqn, given) or not self._of_finite.isdisjoint(given))
+        of_finite = _tells(eqn, given) or not self.by_finite.isdisjoint(given)
+        telling = not floats and (
+            of_finite or self._compares(eqn, given) or not self._telling.isdisjoint(given)
+        )
         # A condition may be written down anew at each leaf that is selected by it.
         read = [str(x.value) if isinstance(x, Fixed) and not np.ndim(x.value) else x for x in given]
-        key = (eqn.primitive.name, str(eqn.params), *read) if of_finite else None
+        key = (name, str(eqn.params), *read) if telling else None
         if key in self._same:
             return self._same[key]
         outputs = self.numbers(len(eqn.outvars))
+        truth = self.whole.get(given[0]) if name == "cond" else None
+        if truth is not None:
+            self.branches[outputs[0]] = truth, self._parts(eqn, given)
         self.equations.append(Equation(eqn, given, outputs))
-        if of_finite:
-            self._same[key] = outputs
-            self._of_finite.update(outputs)
         if not self.moving.isdisjoint(given):
             self.moving.update(outputs)
-        if of_finite and eqn.primitive.name == "broadcast_in_dim":
-            self.whole[outputs[0]] = self.whole.get(given[0])
-        elif of_finite:
-            self.whole |= {
-                n: n for n, x in zip(outputs, eqn.outvars, strict=True) if not x.aval.shape
-            }
-        if floats and eqn.primitive.name == "select_n":
-            condition = self.whole.get(given[0])
-            if condition is not None and condition not in self.conditions:
-                self.conditions.append(condition)
+        if telling:
+            self._same[key] = outputs
+            self._telling.update(outputs)
+            self.by_finite.update(outputs if of_finite else ())
+            self._note_truths(eqn, given, outputs)
+        condition = self.whole.get(given[0]) if floats and name == "select_n" else None
+        if condition is not None:
+            self.selections.append(Selection(condition, given[1:], eqn.outvars[0].aval.shape))
         return outputs
+
+    def is_skip(self, selection: Selection) -> bool:
+        """Whether what is not taken may be NaN because of what the condition asks."""
+        if selection.condition in self.by_finite:
+            return True
+        # A comparison, as clipping has one too, whose sides are both made of what is compared.
+        before = needed(self.equations, [selection.condition])
+        made = {x for e in before for x in e.outputs} & self.moving
+        for _, inputs, outputs in self.equations:
+            if not made.isdisjoint(inputs):
+                made.update(outputs)
+        return selection.shape != () and sum(x in made for x in selection.sides) == 1
+
+    def _note_truths(self, eqn: Any, given: Sequence[Value], outputs: Sequence[int]) -> None:
+        to_number = eqn.primitive.name == "convert_element_type" and given[0] in self.whole
+        if eqn.primitive.name == "broadcast_in_dim" or to_number:
+            self.whole[outputs[0]] = self.whole.get(given[0])
+        else:
+            self.whole |= {
+                n: n
+                for n, x in zip(outputs, eqn.outvars, strict=True)
+                if not x.aval.shape and x.aval.dtype == bool
+            }
+
+    def _compares(self, eqn: Any, given: Sequence[Value]) -> bool:
+        """Whether this is a truth about one moving number, which may be NaN."""
+        return (
+            eqn.primitive.name in ("lt", "le", "gt", "ge")
+            and not eqn.outvars[0].aval.shape
+            and jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)
+            and not self.moving.isdisjoint(given)
+        )
+
+    def _parts(self, eqn: Any, given: Sequence[Value]) -> list[Part]:
+        """The branches of a `lax.cond`, whose operands are `given[1:]`."""
+        parts = []
+        for branch in eqn.params["branches"]:
+            inside = Flat()  # what it finds holds inside alone
+            inside._count, inside.moving = self._count, self.moving
+            outputs = inside.read(branch.jaxpr, branch.consts, given[1:])
+            self._count = inside._count
+            parts.append(Part(inside.equations, outputs))
+        return parts
 
 
 def _tells(eqn: Any, given: Sequence[Value]) -> bool:
     """Whether this asks what is finite, or no NaN."""
     is_nan = eqn.primitive.name in ("ne", "eq") and given[0] == given[1]
     return is_nan or eqn.primitive.name == "is_finite"
+
+
+def interpolated(jaxpr: Any) -> set[Any]:
+    """The whole parts of numbers whose fractions are taken too: where an interpolation stands."""
+    whole = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name == "floor"}
+    rests = [e.invars for e in jaxpr.eqns if e.primitive.name == "sub" and whole]
+    return {part for x, part in rests if not isinstance(part, Literal) and whole.get(part) is x}
 
 
 def needed(equations: Sequence[Equation], outputs: Iterable[Value]) -> list[Equation]:

@@ -327,6 +327,34 @@ def test_vmap_keeps_members_apart(solver: Any) -> None:
         assert error(member, flatten(one(many[i]))) < 1e-5
 
 
+EXACT = [
+    hg.ConjugateGradient(6, warm_start=True),
+    hg.GMRES(6),
+    hg.BiCGSTAB(6),
+    hg.Cholesky(),
+    hg.Nystrom(3, 1e-6),
+    hg.Preconditioned(hg.ConjugateGradient(6)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("solver", EXACT, ids=lambda solver: type(solver).__name__)
+def test_half_precision_keeps_its_dtype(solver: Any, dtype: str) -> None:
+    """Conjugate gradients gave NaN, factorisations a KeyError of JAX's."""
+    a = jnp.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.25], [0.0, 0.25, 4.0]], dtype)
+    b = jnp.array([1.0, -2.0, 0.5], dtype)
+    x, state = solver.solve(lambda x: a @ x, b, KEY, solver.init(b))
+    assert {leaf.dtype for leaf in jax.tree.leaves((x, state))} == {b.dtype}
+    exact = jnp.linalg.solve(a.astype(float), b.astype(float))
+    np.testing.assert_allclose(np.asarray(x, float), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("solver", EXACT[:-1], ids=lambda solver: type(solver).__name__)
+def test_nothing_to_solve(solver: Any) -> None:
+    b = {"w": jnp.zeros((0, 2))}
+    assert solver.solve(lambda x: x, b, KEY, solver.init(b))[0]["w"].shape == (0, 2)
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"terms=0 must be at least 1"):
         hg.Neumann(0)

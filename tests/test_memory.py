@@ -1,7 +1,7 @@
 """What tuning holds, in copies of the parameters, by XLA's analysis of the compiled programs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +144,25 @@ def test_log_under_several_seeds_windows_and_minibatches() -> None:
         return jax.jit(jax.vmap(run))(jax.random.split(KEY, 2)).grad
 
     assert relative_error(grads("log"), grads("none")) < 1e-4
+
+
+@pytest.mark.usefixtures("x64")
+def test_log_with_a_python_number_in_the_state() -> None:
+    """The scale of flax's DynamicScale, which a step makes a float32: refused by JAX under x64."""
+
+    class State(NamedTuple):
+        params: jax.Array
+        scale: Any
+
+    def step(state: State, h: Any, batch: Any, key: Any) -> State:
+        scale = jnp.asarray(state.scale, jnp.float32)
+        return State(state.params - h["lr"] * scale * batch, scale)
+
+    loss = lambda params, *_: jnp.sum(params**2)  # noqa: E731
+    problem = hg.Problem(lambda h, key: State(jnp.ones(2), 2.0), step, loss, loss)
+    run = lambda e: hg.hypergradient(problem, {"lr": 0.1}, None, jnp.ones(3), jnp.ones(()), KEY, e)  # noqa: E731
+    ours = run(hg.Unrolled(checkpoint="log")).grad["lr"]
+    assert float(ours) == pytest.approx(4 * (1 - 0.6) * -6)
 
 
 def spike(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.problem.skips import skipping
 from hypergrad.testing import relative_error
 
 K, BAD = 5, 2
@@ -118,18 +119,38 @@ def test_a_loss_with_a_rule_of_its_own() -> None:
     assert relative_error(reverse, forward) < 1e-12
 
 
+def as_on_flax_page(inner: Any, new: Any, value: Any, g: Any) -> Any:
+    finite = ~jnp.isnan(jnp.sum(g))
+    pick = lambda a, b: jax.lax.select(jnp.broadcast_to(finite, a.shape), a, b)  # noqa: E731
+    return jax.tree.map(pick, new(g), (inner.params, inner.opt_state))
+
+
+def by_its_norm(inner: Any, new: Any, value: Any, g: Any) -> Any:
+    small = optax.global_norm(g) < 1e3
+    pick = lambda a, b: jnp.where(small, a, b)  # noqa: E731
+    return jax.tree.map(pick, new(g), (inner.params, inner.opt_state))
+
+
+def by_a_branch(inner: Any, new: Any, value: Any, g: Any) -> Any:
+    old = inner.params, inner.opt_state
+    return jax.lax.cond(jnp.isfinite(value), lambda: new(g), lambda: old)
+
+
 @pytest.mark.usefixtures("x64")
-def test_a_whole_state_selected_after_a_plain_gradient() -> None:
-    """As flax's page on DynamicScale has it, in a hand-filled step."""
+@pytest.mark.parametrize("skip", [as_on_flax_page, by_its_norm, by_a_branch])
+def test_a_whole_state_selected_after_a_plain_gradient(skip: Callable[..., Any]) -> None:
+    """In a hand-filled step. By a norm and by a branch, reverse mode was NaN."""
     begun = hg.bilevel(lambda key: jnp.full(3, 0.1), loss, loss, lambda h: optax.adam(h["lr"]))
 
     def step(inner: Any, h: Any, b: Any, key: Any) -> Any:
         value, g = jax.value_and_grad(loss)(inner.params, h, b, key)
-        finite = ~jnp.isnan(jnp.sum(g))
-        updates, opt_state = optax.adam(h["lr"], b1=h["b1"], eps=1e-3).update(g, inner.opt_state)
-        new = optax.apply_updates(inner.params, updates), opt_state
-        pick = lambda a, b: jax.lax.select(jnp.broadcast_to(finite, a.shape), a, b)  # noqa: E731
-        params, opt_state = jax.tree.map(pick, new, (inner.params, inner.opt_state))
+
+        def new(g: Any) -> Any:
+            adam = optax.adam(h["lr"], b1=h["b1"], eps=1e-3)
+            updates, opt_state = adam.update(g, inner.opt_state)
+            return optax.apply_updates(inner.params, updates), opt_state
+
+        params, opt_state = skip(inner, new, value, g)
         return inner._replace(params=params, opt_state=opt_state, step=inner.step + 1, loss=value)
 
     problem = begun._replace(step=step)
@@ -147,6 +168,17 @@ def test_a_whole_state_selected_after_a_plain_gradient() -> None:
     assert relative_error(reverse, forward) < 1e-12
     assert relative_error(reverse, differences) < 1e-6
     assert abs(float(reverse["lr"])) > 0.1
+
+
+def test_clipping_is_no_skipped_step() -> None:
+    """A selection whose two sides are both made of the gradient leaves the program as it is."""
+
+    def step(w: jax.Array, h: jax.Array) -> jax.Array:
+        g = jax.grad(loss)(w, h, (X[0], Y[0]), None)
+        return optax.clip_by_global_norm(1.0).update(g, optax.EmptyState())[0] * h
+
+    program = jax.make_jaxpr(skipping(step))(jnp.ones(3), jnp.float32(0.1))
+    assert str(program) == str(jax.make_jaxpr(step)(jnp.ones(3), jnp.float32(0.1)))
 
 
 def test_tuning_goes_on_across_a_nan_example() -> None:

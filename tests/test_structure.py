@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.scipy.ndimage import map_coordinates
 
 import hypergrad as hg
 from hypergrad.problem.inner_gradient import inner_gradient
@@ -205,6 +206,8 @@ DICED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "difference": lambda a: kept(a, uniform() - a > 0),
     "normal bits": lambda a: kept(a, jax.random.normal(NOISE, (5,)) > a),
     "categorical": lambda a: a * Z[jax.random.categorical(NOISE, a * jnp.arange(5.0))],
+    "categorical, beside data": lambda a: a * Z[jax.random.categorical(NOISE, a * Z)],
+    "choice": lambda a: a * jax.random.choice(NOISE, Z, p=jax.nn.softmax(a * jnp.arange(5.0))),
     "stochastic depth": layers,
     "jit and remat": jax.jit(
         jax.checkpoint(lambda a: kept(a, jax.random.bernoulli(NOISE, 1 - a, (5,))))
@@ -228,6 +231,10 @@ PIECEWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
     "where-relu": lambda a: jnp.where(a * Z > 0.1, a * Z, 0.1).sum(),
     "clip of noise": lambda a: jnp.clip(jax.random.normal(NOISE, (5,)) * a, -1, 1).sum(),
     "max": lambda a: jnp.maximum(uniform(), a).sum(),
+    "a random shift": lambda a: map_coordinates(
+        Z, [jnp.arange(5) + a * jax.random.normal(NOISE)], 1, mode="nearest"
+    ).sum(),
+    "the hardest of noisy data": lambda a: (Z + a * uniform())[jnp.argmax(Z + a * uniform())],
     "quantile": lambda a: jnp.quantile(Z + uniform(), a),
     "a threshold on noisy data": lambda a: jnp.where(Z + uniform() > a, Z - a, 0).sum(),
     "Huber": lambda a: optax.losses.huber_loss(Z + uniform(), a * Z).sum(),

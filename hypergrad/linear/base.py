@@ -6,13 +6,14 @@ pytree. None sees a problem or a hyperparameter, so each is usable alone.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.trees import Key, State, Tree, norm
+from hypergrad.trees import Key, State, Tree, cast_like, norm, widen
 
 MatVec = Callable[[Tree], Tree]
 
@@ -59,6 +60,29 @@ class LinearSolver(abc.ABC):
     @abc.abstractmethod
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """An approximate solution of matvec(x) = b, and the new state."""
+
+
+def in_float32(solve: Callable[..., tuple[Tree, State]]) -> Callable[..., tuple[Tree, State]]:
+    """`solve` for every b: one of fewer digits is solved in float32, one without entries is done.
+
+    The products stay what they are, with all that they round.
+    """
+
+    @functools.wraps(solve)
+    def wide(
+        self: LinearSolver, matvec: MatVec, b: Tree, key: Key, state: State
+    ) -> tuple[Tree, State]:
+        if not any(jnp.size(x) for x in jax.tree.leaves(b)):
+            return b, state
+        if all(jnp.finfo(x.dtype).bits >= 32 for x in jax.tree.leaves(b)):
+            return solve(self, matvec, b, key, state)
+        narrow = lambda x: cast_like(x, b)  # noqa: E731
+        more = lambda tree: jax.tree.map(widen, tree)  # noqa: E731
+        product = each_product(matvec, lambda matvec: lambda x: more(matvec(narrow(x))))
+        x, state = solve(self, product, more(b), key, map_solution(more, state))
+        return narrow(x), map_solution(narrow, state)
+
+    return wide
 
 
 def relative_residual(matvec: MatVec, x: Tree, b: Tree) -> jax.Array:

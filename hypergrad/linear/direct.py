@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from hypergrad import checks
-from hypergrad.linear.base import LinearSolver, MatVec
+from hypergrad.linear.base import LinearSolver, MatVec, in_float32
 from hypergrad.trees import Key, State, Tree
 
 # Unknowns of a matrix that is written out.
@@ -53,6 +53,7 @@ class Nystrom(LinearSolver):
         checks.integer_field(self, "rank")
         checks.positive("damping", self.damping)
 
+    @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         flat, unravel = ravel_pytree(b)
@@ -111,6 +112,7 @@ class Cholesky(LinearSolver):
     def __post_init__(self) -> None:
         checks.positive("damping", self.damping, zero=True)
 
+    @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         flat, unravel = ravel_pytree(b)

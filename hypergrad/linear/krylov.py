@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg, gmres
 
 from hypergrad import checks
-from hypergrad.linear.base import LinearSolver, MatVec, axpy, scaled, size_or_one
+from hypergrad.linear.base import LinearSolver, MatVec, axpy, in_float32, scaled, size_or_one
 from hypergrad.trees import Key, State, Tree, inner_product, norm, select
 
 
@@ -55,6 +55,7 @@ class ConjugateGradient(LinearSolver):
         """Zeros like `b` if warm."""
         return jax.tree.map(jnp.zeros_like, b) if self.warm_start else ()
 
+    @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: axpy(self.damping, x, matvec(x))  # noqa: E731
@@ -101,6 +102,7 @@ class GMRES(LinearSolver):
         checks.positive("damping", self.damping, zero=True)
         checks.positive("tolerance", self.tolerance, zero=True)
 
+    @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: axpy(self.damping, x, matvec(x))  # noqa: E731
@@ -183,6 +185,7 @@ class BiCGSTAB(LinearSolver):
         checks.positive("damping", self.damping, zero=True)
         checks.positive("tolerance", self.tolerance, zero=True)
 
+    @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         damped = lambda x: axpy(self.damping, x, matvec(x))  # noqa: E731

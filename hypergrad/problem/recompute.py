@@ -70,6 +70,12 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
 
     # What the step closes over becomes an argument: a custom rule may close over nothing traced.
     first = jax.tree.map(lambda x: x[0], inputs)
+    is_weak = lambda x: jax.typeof(x).weak_type  # noqa: E731
+    if any(map(is_weak, jax.tree.leaves(progress))):
+        # as a scan does: a Python number takes the dtype that the step gives it
+        after = jax.eval_shape(one, hyper, progress, probes[0], first)
+        strong = lambda x, y: jnp.asarray(x, y.dtype) if is_weak(x) else x  # noqa: E731
+        progress = jax.tree.map(strong, progress, after)
     traced = Traced(one, hyper, progress, probes[0], first)
 
     def step_at(consts: Any, hyper: Hyper, t: jax.Array, progress: Any, probe: Any, xs: Any) -> Any:

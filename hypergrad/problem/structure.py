@@ -15,6 +15,7 @@ import jax
 from hypergrad.problem.inner_gradient import OWN
 from hypergrad.problem.mistakes import explained, raised_by_user
 from hypergrad.problem.rules import declared_rules, function_name
+from hypergrad.program import interpolated
 from hypergrad.trees import Hyper, Params, Tree, is_inexact, leaf_names
 
 # Primitives whose derivative is zero wherever it exists.
@@ -227,6 +228,7 @@ class _Taint(NamedTuple):
     cuts: frozenset[tuple[int, str]]  # (leaves, primitive) where a differentiable path ended
     fresh: int  # of the smooth ones, those that came here in this step, not in the state
     diced: int  # leaves that decide together with random bits
+    drawn: int  # leaves added to noise as it was drawn: what the largest of them decides is random
     half: int  # smooth ones that passed float16
     mixture: int  # of what: bits of _HYPER, _NOISE and _OTHER, or 0 for constants
 
@@ -235,11 +237,11 @@ class _Taint(NamedTuple):
 
     def in_state(self) -> "_Taint":
         """As it goes around a loop: what decides in a later step is data to it."""
-        return self._replace(fresh=0, mixture=self.mixture and _OTHER)
+        return self._replace(fresh=0, drawn=0, mixture=self.mixture and _OTHER)
 
 
 _HYPER, _NOISE, _OTHER = 1, 2, 4
-_CLEAN = _Taint(0, 0, frozenset(), 0, 0, 0, 0)
+_CLEAN = _Taint(0, 0, frozenset(), 0, 0, 0, 0, 0)
 _DATA = _CLEAN._replace(mixture=_OTHER)
 
 
@@ -251,8 +253,12 @@ def _propagate(jaxpr: Any, inputs: Sequence[_Taint]) -> list[_Taint]:
     taint: dict[Any, _Taint] = {v: _DATA if v.aval.shape else _CLEAN for v in jaxpr.constvars}
     taint.update(zip(jaxpr.invars, inputs, strict=True))
     read = lambda v: _CLEAN if hasattr(v, "val") else taint[v]  # noqa: E731  literals have .val
+    knots = interpolated(jaxpr)
     for eqn in jaxpr.eqns:
-        outputs = _through(eqn, [read(v) for v in eqn.invars])
+        inputs = [read(v) for v in eqn.invars]
+        if knots.intersection(eqn.outvars):
+            inputs = [t._replace(fresh=0) for t in inputs]
+        outputs = _through(eqn, inputs)
         taint.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -297,7 +303,12 @@ def _through(eqn: Any, inputs: list[_Taint]) -> list[_Taint]:
         # the two sides of a kink, such as a leaky relu's, not a mask
         inputs = [inputs[0]._replace(diced=0), *inputs[1:]]
     merged = _join(inputs)
-    merged = merged._replace(diced=merged.diced | _dice(inputs) * _is_flat(eqn))
+    if name in ("add", "sub") and any(t.mixture == _NOISE for t in inputs):
+        merged = merged._replace(drawn=merged.drawn | merged.fresh)
+    diced = _dice(inputs) * _is_flat(eqn)
+    # Gumbel noise beside logits. Not of a sort, whose order the derivative of sorted values takes.
+    diced |= merged.drawn * (name in ("argmax", "argmin"))
+    merged = merged._replace(diced=merged.diced | diced)
     return [_output(merged, name, v.aval.dtype) for v in eqn.outvars]
 
 
