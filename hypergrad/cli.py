@@ -273,12 +273,13 @@ def _study(options: argparse.Namespace) -> Any:
         names = optuna.get_all_study_names(storage)
     except Exception as error:
         raise _Ended(f"{options.storage}: {_short(error)}") from error
+    if not names:
+        raise _Ended(f"{options.storage}: it holds no study: give the --storage of a sweep.")
     name = options.name or (names[0] if len(names) == 1 else None)
     if name not in names:
         asked = "it holds several studies" if options.name is None else f"it holds no {name!r}"
         raise _Ended(
-            f"{options.storage}: {asked if names else 'it holds no study'}; give --name, one of "
-            f"{names}."
+            f"{options.storage}: {asked}; give --name, one of {names}."
         )
     study = optuna.load_study(study_name=name, storage=storage)
     try:
