@@ -278,9 +278,7 @@ def _study(options: argparse.Namespace) -> Any:
     name = options.name or (names[0] if len(names) == 1 else None)
     if name not in names:
         asked = "it holds several studies" if options.name is None else f"it holds no {name!r}"
-        raise _Ended(
-            f"{options.storage}: {asked}; give --name, one of {names}."
-        )
+        raise _Ended(f"{options.storage}: {asked}; give --name, one of {names}.")
     study = optuna.load_study(study_name=name, storage=storage)
     try:
         stored_space(study)
