@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,7 +122,7 @@ def _called(options: argparse.Namespace, level: int = logging.INFO, **given: Any
     try:
         result = function(**{key: value for key, value in given.items() if value is not None})
     except Exception as error:
-        raise _Ended(f"{options.file}: {_short(error)}", NOTHING_FOUND) from error
+        raise _raised(options.file, error) from error
     if not hasattr(result, "study"):
         raise _Ended(
             f"sweep in {options.file} returned {result!r}: return what hypergrad.sweep returns."
@@ -135,7 +136,8 @@ def _configured(function: Any, options: argparse.Namespace) -> Any:
     try:
         return with_settings(function, settings_of(options.config or os.devnull, options.set))
     except (ValueError, OSError) as error:
-        raise _Ended(f"--config {options.config}: {_short(error)}") from error
+        given = f"--config {options.config}" if options.config else f"--set {options.set[-1]}"
+        raise _Ended(f"{given}: {_short(error)}") from error
 
 
 class _NothingMore:
@@ -158,6 +160,11 @@ def _as_it_stands(options: argparse.Namespace) -> Any:
         # No path: see `_sweep`.
         if not options.file or Path(options.file).name != options.file:
             raise _Ended(f"{options.storage} does not say whose sweep it is: give --file.")
+        if not Path(options.file).is_file():
+            raise _Ended(
+                f"the sweep of {options.storage} stands in {options.file}, which is not in this "
+                "folder: give --file."
+            )
     options.name = study.study_name
     return _called(options, logging.WARNING, callbacks=[_NothingMore()], progress=False)
 
@@ -238,7 +245,7 @@ def _load(file: str) -> Any:
     try:
         specification.loader.exec_module(module)
     except Exception as error:
-        raise _Ended(f"{file}: {_short(error)}", NOTHING_FOUND) from error
+        raise _raised(file, error) from error
     function = getattr(module, "sweep", None)
     if not callable(function):
         raise _Ended(
@@ -266,13 +273,12 @@ def _study(options: argparse.Namespace) -> Any:
         names = optuna.get_all_study_names(storage)
     except Exception as error:
         raise _Ended(f"{options.storage}: {_short(error)}") from error
+    if not names:
+        raise _Ended(f"{options.storage}: it holds no study: give the --storage of a sweep.")
     name = options.name or (names[0] if len(names) == 1 else None)
     if name not in names:
         asked = "it holds several studies" if options.name is None else f"it holds no {name!r}"
-        raise _Ended(
-            f"{options.storage}: {asked if names else 'it holds no study'}; give --name, one of "
-            f"{names}."
-        )
+        raise _Ended(f"{options.storage}: {asked}; give --name, one of {names}.")
     study = optuna.load_study(study_name=name, storage=storage)
     try:
         stored_space(study)
@@ -285,6 +291,14 @@ def _quiet_optuna() -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _raised(file: str, error: Exception) -> _Ended:
+    """What a person's file raised, and in which of its lines, where it is one of them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f.lineno for f in frames if Path(f.filename).resolve() == Path(file).resolve()]
+    line = f" (line {own[-1]})" if own else ""
+    return _Ended(f"{file}: {_short(error)}{line}", NOTHING_FOUND)
 
 
 def _short(error: BaseException) -> str:
@@ -315,9 +329,6 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--trials", type=int, help="in all, over all workers")
     sweep.add_argument("--name", help="of the study")
     sweep.add_argument("--seed", type=int, help="of the sampler and of training")
-    sweep.add_argument("--config", help="a TOML file: tables sweep, space.NAME, scheduler")
-    change = "a value of it, such as space.rate.high=0.5; as often as needed"
-    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
     sweep.add_argument("--timeout", type=float, help="seconds, after which nothing more begins")
     show = commands.add_parser("show", help="print a sweep's table")
     show.set_defaults(run=_show)
@@ -335,6 +346,10 @@ def _parser() -> argparse.ArgumentParser:
     retrain.add_argument("--name", help="of the study, where there are several")
     retrain.add_argument("--out", required=True, help="a folder, for hypergrad.load")
     retrain.add_argument("--seed", type=int, default=0, help="of the run")
+    for runner in (sweep, confirm, retrain):
+        runner.add_argument("--config", help="a TOML file: tables sweep, space.NAME, scheduler")
+        change = "a value of it, such as space.rate.high=0.5; as often as needed"
+        runner.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=change)
     for reader in (show, report, confirm):
         reader.add_argument("storage", help="the --storage of a sweep")
         reader.add_argument("--name", help="of the study, where there are several")

@@ -93,8 +93,13 @@ def _dimension(name: str, entry: Any) -> Dimension:
 
 def _made(where: str, entry: Mapping[str, Any], kinds: Mapping[str, Any]) -> Any:
     """The object that a table describes: of the class `kind`, from the other keys."""
-    if entry.get("kind") not in kinds:
-        raise ValueError(f"{where}.kind={entry.get('kind')!r}: give one of {sorted(kinds)}.")
+    if "kind" not in entry:
+        raise ValueError(
+            f"{where} has no kind: its table says all of it, so give {where}.kind, one of "
+            f"{sorted(kinds)}, and its arguments in the same file."
+        )
+    if entry["kind"] not in kinds:
+        raise ValueError(f"{where}.kind={entry['kind']!r}: give one of {sorted(kinds)}.")
     kind = kinds[entry["kind"]]
     arguments = {name: value for name, value in entry.items() if name != "kind"}
     _known(where, arguments, list(inspect.signature(kind.__init__).parameters)[1:])

@@ -199,6 +199,10 @@ def test_attribution_names_the_test_that_is_not_finite() -> None:
     tests = [TESTS[0], (jnp.full((1, 3), jnp.nan), jnp.zeros(1))]
     with pytest.raises(ValueError, match=r"tests\[1\]: The hypergradient of weight is not finite"):
         hg.attribution(PROBLEM, ONES, TRAIN, tests, KEY, check=False)
+    # The slope of a mean over nothing is 0, and looks like an answer.
+    empty = [(X[:0], Y[:0])]
+    with pytest.raises(ValueError, match=r"tests\[0\]: The validation loss is .* holds 0 examples"):
+        hg.attribution(PROBLEM, ONES, TRAIN, empty, KEY, check=False)
     with pytest.raises(ValueError, match="tests is empty: give at least one batch"):
         hg.attribution(PROBLEM, ONES, TRAIN, [], KEY)
 
@@ -237,3 +241,6 @@ def test_one_array_is_no_list_of_batches() -> None:
     problem = hg.bilevel(lambda key: jnp.zeros(2), loss, loss, lambda h: optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"tests is a .*list of batches"):
         hg.attribution(problem, {"a": 1.0}, jnp.ones((3, 2)), jnp.ones((4, 2)), jax.random.key(0))
+    one = tuple(jax.tree.map(jnp.squeeze, TESTS[0]))
+    with pytest.raises(TypeError, match=r"tests is a tuple of arrays, which is one batch: give a"):
+        hg.attribution(PROBLEM, ONES, TRAIN, one, KEY)

@@ -92,7 +92,9 @@ def test_failures_are_one_line_with_a_remedy_and_a_code(folder: Path, capsys: An
     fails("sweep my_sweep.py --trials 0", 1, "num_trials=0")
     fails("sweep my_sweep.py --storage nowhere/a.journal", 2, "no folder: make it")
     fails("show missing.journal", 2, "missing.journal is no file")
-    fails("show text.journal", 2, "it holds no study")
+    fails("show text.journal", 2, "it holds no study: give the --storage of a sweep")
+    (folder / "text.db").write_text("text")
+    fails("show sqlite:///text.db", 2, "cannot be opened: file is not a database")
     fails("confirm missing.journal", 2, "missing.journal is no file")
     fails("retrain my_sweep.py --storage missing.journal --out best", 2, "is no file")
     fails("sweep my_sweep.py --timeout 0", 1, "timeout=0.0 must be positive")
@@ -126,3 +128,36 @@ def test_failed_trials_stand_in_the_page(folder: Path, capsys: Any) -> None:
     page = (folder / "page.html").read_text()
     assert "AssertionError: a &lt;b&gt; c" in page and "Failed trials" in page
     assert main(["report", "f.journal", "--out", "nowhere/page.html"]) == 2
+
+
+def test_what_a_sweep_was_configured_with_confirms_and_retrains_it(
+    folder: Path, capsys: Any
+) -> None:
+    """The file alone describes another sweep; `--config` and `--set` make it the same one."""
+    (folder / "s.toml").write_text(
+        "[sweep]\nnum_steps = 20\n[space.optimizer]\nkind = 'Categorical'\nchoices = ['adam']\n"
+        "[space.rate]\nkind = 'Float'\nlow = 0.01\nhigh = 0.1"
+    )
+    same = ["--config", "s.toml", "--set", "space.rate.high=0.2"]
+    assert main(["sweep", "my_sweep.py", "--storage", "c.journal", "--trials", "2", *same]) == 0
+    assert main(["confirm", "c.journal"]) == 1
+    assert "made for another space" in capsys.readouterr().err
+    assert main(["confirm", "c.journal", "--best", "1", "--seeds", "1", *same]) == 0
+    assert "confirmed, its values frozen" in capsys.readouterr().out
+    given = ["my_sweep.py", "--storage", "c.journal", "--out", "net", *same]
+    assert main(["retrain", *given]) == 0
+    assert hg.load("net").hyper["optimizer"] == "adam"
+    # without a file the message names what was given, and what is missing
+    assert main(["sweep", "my_sweep.py", "--set", "space.rate.high=0.2"]) == 2
+    assert "--set space.rate.high=0.2: space.rate has no kind" in capsys.readouterr().err
+
+
+def test_an_error_of_the_file_names_its_line(folder: Path, capsys: Any) -> None:
+    (folder / "raises.py").write_text("def sweep(**options):\n\n    return options['rate']")
+    assert main(["sweep", "raises.py"]) == 1
+    assert capsys.readouterr().err == "hypergrad: raises.py: KeyError: 'rate' (line 3)\n"
+    (folder / "elsewhere").mkdir()
+    assert main(["sweep", "my_sweep.py", "--storage", "elsewhere/b.journal", "--trials", "1"]) == 0
+    (folder / "my_sweep.py").rename(folder / "elsewhere/my_sweep.py")
+    assert main(["confirm", "elsewhere/b.journal"]) == 2
+    assert "which is not in this folder: give --file" in capsys.readouterr().err

@@ -179,3 +179,73 @@ def test_one_objective_is_a_metric() -> None:
     result = sweep(objectives={"size": "maximize"}, num_trials=4, sampler="tpe")
     assert result.study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert result.best.score == max(t.value for t in result.study.trials)
+
+
+def test_what_is_confirmed_keeps_to_the_constraints() -> None:
+    """The start has the better score, and breaks the constraint that the end keeps to."""
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((w - batch) ** 2)
+
+    problem = hg.bilevel(
+        lambda key: jnp.zeros(()),
+        loss,
+        lambda w, hyper, batch, key: w**2,
+        lambda hyper: optax.sgd(hyper["rate"]),
+        metrics=lambda w, hyper, batch, key: {"gain": w, "rate": hyper["rate"]},
+    )
+    space = hg.Space({"rate": SPACE["rate"]})
+    options: dict[str, Any] = {"metric": "gain", "direction": "maximize", "progress": False}
+    result = hg.sweep(
+        lambda choices: problem,
+        space,
+        hg.Splits(X, X),
+        num_trials=1,
+        num_steps=20,
+        batch_size=8,
+        refine=hg.Refine(),
+        enqueue=[{"rate": 0.12}],
+        constraints={"rate": 0.115},
+        **options,
+    )
+    assert result.confirm(count=1).hyper["rate"] < 0.115 and result.best.excess == 0
+    # No test split: no column of it.
+    assert "test" not in result.table() and "confirmed" in result.table()
+    with pytest.raises(ValueError, match=r"data.test=None.*give hypergrad.Splits"):
+        result.audit(1)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "test", "expected"),
+    [
+        (
+            lambda w: {"size": w + jnp.zeros(3)},
+            X,
+            r"metrics returns 'size' of shape \(3,\): return",
+        ),
+        (lambda w: {"all": {"size": w}}, X, "metrics returns 'all' of dict: return scalars"),
+        (lambda w: (w, w), X, "metrics returns a tuple: return a dict of scalars"),
+        (lambda w: {"size": float(w)}, X, "metrics makes a Python number of a traced value at"),
+        (None, jnp.zeros((2, 3)), "fail on data.test alone: .*ncompatible shapes"),
+    ],
+)
+def test_what_reports_cannot_use_is_told_before_anything_trains(
+    metrics: Any, test: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports are made after a rung: a mistake in a metric would cost it."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("hypergrad.search.cohort.Cohort._advanced", never)
+
+    def loss(w: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
+        return jnp.mean((w - batch) * jnp.ones(8) * hyper["rate"])
+
+    named = None if metrics is None else lambda w, hyper, batch, key: metrics(w)
+    start, optimizer = lambda key: jnp.zeros(()), lambda hyper: optax.sgd(0.1)
+    problem = hg.bilevel(start, loss, loss, optimizer, metrics=named)
+    space, data = hg.Space({"rate": SPACE["rate"]}), hg.Splits(X, X, test)
+    options: dict[str, Any] = {"num_trials": 3, "num_steps": 8, "batch_size": 8, "progress": False}
+    with pytest.raises(ValueError, match=expected):
+        hg.sweep(lambda choices: problem, space, data, **options)

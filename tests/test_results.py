@@ -191,6 +191,7 @@ def test_like_says_how_a_container_is_built(tmp_path: Path) -> None:
     folder = saved(tmp_path / "node", Node(jnp.arange(2.0)))
     like = hg.Inner(Node(jnp.zeros(2)), (), jnp.int32(0), jnp.float32(0))
     found = hg.load(folder, like=like)
+    assert found.schedule(3) == {}  # of choices alone
     assert isinstance(found.params, Node) and found.params.weight.tolist() == [0.0, 1.0]
     assert hg.load(folder).params.weight.tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="like is a training state of another problem: "):

@@ -529,7 +529,7 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         {
             "problem": (None, 3, SPACE),
             "space": (None, 3, {"rate": 0.1}, PROBLEM, hg.Space({})),
-            "data": (None, 3, (X, X, X), hg.Splits(X, None)),
+            "data": (None, 3, (X, X, X), hg.Splits(X, None), hg.Splits(X, X[:0])),
             "start": (3, "rate", [], {"speed": 1.0}, [{"rate": 5.0}]),
             "num_steps": (*NOT_INTEGERS, 4),
             "batch_size": (*NOT_INTEGERS, 9),
@@ -544,7 +544,16 @@ TABLE: dict[str, tuple[Callable[..., Any], dict[str, tuple[Any, ...]]]] = {
         {
             "make_problem": (None, 3, PROBLEM, lambda choices: 3, lambda: PROBLEM),
             "space": (None, 3, {"rate": 0.1}, PROBLEM),
-            "data": (None, 3, (X, X, X), hg.Splits(X, None), hg.Splits(None, X), hg.Splits(3.0, X)),
+            "data": (
+                None,
+                3,
+                (X, X, X),
+                hg.Splits(X, None),
+                hg.Splits(None, X),
+                hg.Splits(3.0, X),
+                hg.Splits(X, X[:0]),
+                hg.Splits(X, X, X[:0]),
+            ),
             "num_trials": NOT_INTEGERS,
             "num_steps": (*NOT_INTEGERS, "rate", lambda c: 0, lambda c: c["no"], lambda: 4),
             "batch_size": (*NOT_INTEGERS, 9, "rate", lambda c: 9, lambda c: "4"),

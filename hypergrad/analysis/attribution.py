@@ -63,8 +63,9 @@ def attribution(
     the check four more runs in all. Memory: that of `chunk` hypergradients. Not jit-able.
 
     Raises:
-      ValueError: a derivative that is not finite (with the step and the likely cause), no tests, a
-        run that is not deterministic (where `check` is on), and what `hypergradient` refuses.
+      ValueError: a test loss or a derivative that is not finite (with the step and the likely
+        cause), no tests, a run that is not deterministic (where `check` is on), and what
+        `hypergradient` refuses.
 
     Warns:
       UserWarning: metasmoothness is so low that the derivatives will predict little.
@@ -99,19 +100,20 @@ def attribution(
     derivatives = compiled_for_each(problem, ("attribution", estimator), function)
     parts = []
     for first, batches in chunks:
-        part = jax.tree.map(np.asarray, derivatives(hyper, train, batches, key))
-        _require_finite(problem, hyper, train, batches, key, part, first)
+        losses, part = jax.tree.map(np.asarray, derivatives(hyper, train, batches, key))
+        _require_finite(problem, hyper, train, batches, key, losses, part, first)
         parts.append(part)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _derivatives(
     estimator: Estimator, problem: Problem, hyper: Hyper, train: Train, tests: Batch, key: Key
-) -> Hyper:
-    def derivative(test: Batch) -> Hyper:
+) -> tuple[jax.Array, Hyper]:
+    def derivative(test: Batch) -> tuple[jax.Array, Hyper]:
         window = Window(problem, None, train, test, key)
         state = estimator.init(window, hyper)
-        return checked_estimate(estimator, window, hyper, state)[0].grad
+        found = checked_estimate(estimator, window, hyper, state)[0]
+        return found.loss, found.grad
 
     # The run forward does not depend on the test loss, so that vmap makes it once.
     return jax.vmap(derivative)(tests)
@@ -123,10 +125,11 @@ _NO_LISTS = (str, dict, np.ndarray, jax.Array)
 
 def _chunks(tests: Iterable[Batch], size: int) -> Iterator[tuple[int, Batch]]:
     """(index of the first, up to `size` tests stacked), as long as their shapes are the same."""
-    if not isinstance(tests, Iterable) or isinstance(tests, _NO_LISTS):
+    one = isinstance(tests, tuple) and any(hasattr(item, "dtype") for item in tests)
+    if one or not isinstance(tests, Iterable) or isinstance(tests, _NO_LISTS):
         raise WrongTypeError(
-            f"tests is a {type(tests).__name__}: give a list of batches, one per test loss, such "
-            "as [x[i : i + 1] for i in range(len(x))]."
+            f"tests is a {type(tests).__name__}{' of arrays, which is one batch' * one}: give a "
+            "list of batches, one per test loss, such as [x[i : i + 1] for i in range(len(x))]."
         )
     stacked = _stacked(tests, size)
     first = next(stacked, None)
@@ -155,15 +158,22 @@ def _warn_where_rough(problem: Problem, hyper: Hyper, train: Train, key: Key) ->
 
 
 def _require_finite(
-    problem: Problem, hyper: Hyper, train: Train, tests: Batch, key: Key, part: Hyper, first: int
+    problem: Problem,
+    hyper: Hyper,
+    train: Train,
+    tests: Batch,
+    key: Key,
+    losses: np.ndarray,
+    part: Hyper,
+    first: int,
 ) -> None:
-    for i in range(len(jax.tree.leaves(part)[0])):
+    for i, loss in enumerate(losses):
         bad = [
             name
             for name, leaf in zip(leaf_names(part), jax.tree.leaves(part), strict=True)
             if not np.isfinite(leaf[i]).all()
         ]
-        if bad:
+        if bad or not np.isfinite(loss):
             test = jax.tree.map(lambda x, i=i: x[i], tests)
             cause = cause_of_nan(Window(problem, None, train, test, key), hyper, bad)
             raise ValueError(f"tests[{first + i}]: {cause}")

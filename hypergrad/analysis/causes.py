@@ -49,7 +49,7 @@ def unless_custom_vjp(tangent: Callable[..., jax.Array], *args: Any) -> np.ndarr
 
 def cause_of_nan(window: Window, hyper: Hyper, bad: list[str]) -> str:
     """Where the first number that is not finite arises: in training, or only in its derivative."""
-    which = f"The hypergradient of {', '.join(bad) or 'no hyperparameter, but the loss'}"
+    which = f"The hypergradient of {', '.join(bad)}" if bad else "The validation loss"
     if broken := _broken_leaves(hyper):
         return f"{which} is not finite: the value of {', '.join(broken)} is not."
     first = window.start(hyper)
@@ -86,6 +86,11 @@ def cause_of_nan(window: Window, hyper: Hyper, bad: list[str]) -> str:
             f"{which} is not finite: training itself is not. First at step {t} of "
             f"{window.num_steps}, in {leaf!r}. Likely cause: "
             f"{_cause_in_training(window, hyper, t)}."
+        )
+    if empty := [name for name, leaf in _named_leaves(window.valid) if not np.size(leaf)]:
+        return (
+            f"{which} is not finite, though training is: the validation batch holds 0 examples, in "
+            f"leaf {', '.join(empty)}."
         )
     if broken := _broken_leaves(window.valid):
         return (

@@ -28,10 +28,17 @@ def check_splits(data: Any, label: str) -> None:
         raise TypeError(
             f"{label} is a {type(data).__name__}: give hypergrad.Splits(train, valid, test)."
         )
-    for name in ("train", "valid"):
-        leaves = jax.tree.leaves(getattr(data, name))
+    for name, split in zip(data._fields, data, strict=True):
+        if name == "test" and split is None:
+            continue
+        leaves = jax.tree.leaves(split)
         if not leaves or not all(jnp.ndim(leaf) for leaf in leaves):
             raise ValueError(
                 f"{label}.{name} must hold arrays of examples, [examples, ...]: give all of "
                 "hypergrad.Splits(train, valid, test)."
+            )
+        # The mean over no examples is NaN, which would look like training that diverged.
+        if not any(jnp.shape(leaf)[0] for leaf in leaves):
+            raise ValueError(
+                f"{label}.{name} holds 0 examples: give some{', or None' * (name == 'test')}."
             )

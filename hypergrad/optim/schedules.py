@@ -25,9 +25,9 @@ class Schedule(NamedTuple):
 
     def __call__(self, step: jax.typing.ArrayLike) -> Hyper:
         """The hyperparameters of training step `step`, traced or not; after the end, the last."""
-        last = jax.tree.leaves(self.values)[0].shape[0] - 1
-        index = jnp.clip(jnp.asarray(step) // self.steps_per_update, 0, last)
-        return jax.tree.map(lambda x: x[index], self.values)
+        index = jnp.maximum(jnp.asarray(step) // self.steps_per_update, 0)
+        # A sweep of choices alone has no leaf to ask for the length.
+        return jax.tree.map(lambda x: x[jnp.minimum(index, x.shape[0] - 1)], self.values)
 
     def of(self, name: str) -> Callable[[Leaf], Hyper]:
         """The optax schedule of one hyperparameter: `optax.sgd(schedule.of("learning_rate"))`."""

@@ -21,6 +21,7 @@ from hypergrad.study.ranking import (
     confirmed,
     failed_trials,
     in_line,
+    is_tested,
     objective_names,
     ranked,
     reason_of,
@@ -115,9 +116,10 @@ def _audited(study: optuna.Study) -> str:
         best, since = kept
         values = html.escape(in_line(best.hyper, space))
         stale = f", before {since} more trials had trained" if since else ""
+        tested = f", test {best.held_out:.4f}" if is_tested(study) else ""
         text = (
             f"<p>Confirmed{stale}: trial #{best.number}, its values frozen and trained again, "
-            f"score {best.score:.4f}, test {best.held_out:.4f}: {values}</p>"
+            f"score {best.score:.4f}{tested}: {values}</p>"
         )
     if rows:
         text += _table([["test loss", *(f"test {m}" for m in metrics), "seeds", *names], *rows])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hypergrad.data.batches import Minibatches
 from hypergrad.population.held import Runs
+from hypergrad.problem.mistakes import metrics_of
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.trees import Batch, Hyper, Key, Scalar, State, Tree, Unit, all_finite
 from hypergrad.tuners.trust import REASONS
@@ -230,11 +231,11 @@ class Member:
         )
 
     def _metrics(self, member: PopulationState, batch: Batch | None) -> Tree:
-        if self.problem.metrics is None or batch is None:
+        if batch is None:
             return {}
         run = member.run
         params = judged_params(self.problem, run.inner)
-        return self.problem.metrics(params, self.runs.hyper(run), batch, run.key)
+        return metrics_of(self.problem.metrics, params, self.runs.hyper(run), batch, run.key)
 
     def _values(self, unit: Unit) -> Hyper:
         space = self.runs.space

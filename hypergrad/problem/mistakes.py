@@ -3,11 +3,12 @@
 import contextlib
 import linecache
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
 from hypergrad.checks import WrongTypeError, having
 
@@ -86,6 +87,30 @@ def explained(what: str) -> Iterator[None]:
         if not isinstance(error, _TRACED) and not any(sign in str(error) for sign in _SIGNS):
             raise
         raise ValueError(_sentence(what, error)) from error
+
+
+def metrics_of(metrics: Callable[..., Any] | None, *args: Any) -> dict[str, Any]:
+    """What a problem's `metrics` return for `(params, hyper, batch, key)`; empty without any.
+
+    Raises:
+      ValueError: they are no dict of scalars.
+    """
+    if metrics is None:
+        return {}
+    with explained("metrics"):
+        found = metrics(*args)
+    if not isinstance(found, Mapping):
+        raise WrongTypeError(
+            f"metrics returns a {type(found).__name__}: return a dict of scalars, such as "
+            "{'accuracy': jnp.mean(hits)}."
+        )
+    for name, value in found.items():
+        if jax.tree.structure(value) != jax.tree.structure(0) or np.ndim(value):
+            what = f"shape {np.shape(value)}" if hasattr(value, "shape") else type(value).__name__
+            raise WrongTypeError(
+                f"metrics returns {name!r} of {what}: return scalars, such as jnp.mean of it."
+            )
+    return dict(found)
 
 
 def _sentence(what: str, error: Exception) -> str:

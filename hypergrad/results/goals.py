@@ -1,6 +1,6 @@
 """What a sweep reaches for, by metrics: one score or several objectives, and bounds to keep to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.checks import choice, finite, instance, text
-from hypergrad.data.splits import Splits
 from hypergrad.population.member import PopulationReport
-from hypergrad.problem.problem import Problem, judged_params
+from hypergrad.problem.mistakes import metrics_of
+from hypergrad.problem.problem import Problem
 from hypergrad.trees import Batch, Hyper, Key, Params, Scalar
 
 # The name of the validation loss, where no metric has it.
@@ -53,23 +53,10 @@ class Goals(NamedTuple):
         found = {n: float(_metric(n, report)[slot]) - b for n, b in self.constraints.items()}
         return {n: x if np.isfinite(x) else float("inf") for n, x in found.items()}
 
-    def unknown(self, problem: Problem, data: Splits, hyper: Hyper) -> str:
-        """What of this is no metric of the problem, as a sentence; empty if all is. Trains nothing.
-
-        Cost: initialisation and metrics are traced once.
-        """
+    def unknown(self, known: Collection[str]) -> str:
+        """What of this is none of the metrics that are known, as a sentence; empty if all is."""
         wanted = [(self.given_as, name) for name in self.names if name not in (None, LOSS)]
         wanted += [("constraints", name) for name in self.constraints if name != LOSS]
-        if not wanted:
-            return ""
-
-        def metrics(hyper: Hyper, key: Key) -> Any:
-            assert problem.metrics is not None
-            params = judged_params(problem, problem.init(hyper, key))
-            return problem.metrics(params, hyper, data.valid, key)
-
-        key = jax.random.key(0)
-        known = {} if problem.metrics is None else jax.eval_shape(metrics, hyper, key)
         for argument, name in wanted:
             if name not in known:
                 names = argument == "metric"
@@ -82,7 +69,7 @@ class Goals(NamedTuple):
         signs = [-1.0 if d == "maximize" else 1.0 for d in self.directions]
 
         def valid_loss(params: Params, hyper: Hyper, batch: Batch, key: Key) -> Scalar:
-            known = {} if problem.metrics is None else problem.metrics(params, hyper, batch, key)
+            known = metrics_of(problem.metrics, params, hyper, batch, key)
             losses = [
                 known[n] if n in known else problem.valid_loss(params, hyper, batch, key)
                 for n in self.names

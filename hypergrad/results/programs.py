@@ -20,11 +20,12 @@ from hypergrad.knowledge.lengths import Length, Lengths
 from hypergrad.population.held import WEIGHTS, given
 from hypergrad.population.population import Population
 from hypergrad.population.refine import Refine
-from hypergrad.problem.problem import Problem
+from hypergrad.problem.mistakes import metrics_of
+from hypergrad.problem.problem import Problem, judged_params
 from hypergrad.problem.structure import StructureError
 from hypergrad.results.goals import Goals
 from hypergrad.space.space import Space
-from hypergrad.trees import Hyper
+from hypergrad.trees import Batch, Hyper, Key
 
 MakeProblem = Callable[[dict[str, Any]], Problem | tuple[Problem, Splits]]
 
@@ -175,10 +176,31 @@ class Programs:
             require_structure(estimator, window, middle)
         except StructureError as error:
             raise ProblemError(f"make_problem({choices}): {error}") from error
-        if unknown := self.goals.unknown(problem, program.data, {**middle, **values}):
+        known = _judged(problem, program.data, {**middle, **values})
+        if unknown := self.goals.unknown(known):
             raise ProblemError(unknown)
         if self.made is not None:
             self.made(choices, program, {**middle, **values})
+
+
+def _judged(problem: Problem, data: Splits, hyper: Hyper) -> dict[str, Any]:
+    """The problem's metrics, traced with its loss on both splits, before anything is trained."""
+
+    def judge(hyper: Hyper, batch: Batch, key: Key) -> tuple[Any, dict[str, Any]]:
+        params = judged_params(problem, problem.init(hyper, key))
+        loss = problem.valid_loss(params, hyper, batch, key)
+        return loss, metrics_of(problem.metrics, params, hyper, batch, key)
+
+    key = jax.random.key(0)
+    known = jax.eval_shape(judge, hyper, data.valid, key)[1]
+    if data.test is not None:
+        try:
+            jax.eval_shape(judge, hyper, data.test, key)
+        except Exception as error:
+            raise ValueError(
+                f"valid_loss or metrics fail on data.test alone: {type(error).__name__}: {error}"
+            ) from error
+    return known
 
 
 def _refuse_auto(refine: Refine) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,6 @@ class SweepResult:
     steps_spent: int
     _opened: OpenStudy | None
     _programs: Programs | None
-    _score: Callable[[PopulationReport], jax.Array] | None
     _num_steps: int
     _seed: int
     interrupted: bool = False
@@ -146,12 +145,13 @@ class SweepResult:
             all active ones of the space; no seeds.
         """
         values = self.best.hyper if hyper is None else hyper
-        opened, _, _ = self._with_problem()
+        opened, _ = self._with_problem()
         opened.check(values)
         report = self._retrained(values, 0, integer("seeds", seeds), _AUDIT)
         if report.test_score is None:
             raise ValueError(
-                "data.test=None: an audit is taken on a split that nothing was tuned on."
+                "data.test=None: an audit is taken on a split that nothing was tuned on, so give "
+                "hypergrad.Splits(train, valid, test); result.confirm() trains again on `valid`."
             )
         audit = audit_of(report.test_score, dict(report.test_metrics or {}))
         discrete = opened.space.discrete
@@ -167,8 +167,9 @@ class SweepResult:
         trial's values moved while it trained. So the best `count` are retrained in full with their
         values frozen, under `seeds` fresh seeds that `audit` does not use; the mean of their scores
         decides, and is the `score` of what is returned, as that of their scores on test is its
-        `held_out`. Where hypergradients moved a trial, the values that it started from compete with
-        those it ended with. Cost: count * seeds full runs, under `refine` half as many again: all
+        `held_out`; what breaks a constraint in the mean ranks behind the others. Where
+        hypergradients moved a trial, the values that it started from compete with those it ended
+        with. Cost: count * seeds full runs, under `refine` half as many again: all
         candidates are trained once, and the better half under the other seeds, too.
 
         Raises:
@@ -193,9 +194,11 @@ class SweepResult:
                 f"None of the best {count} trials trains again with its values frozen: see "
                 "result.table(), and give a larger count."
             )
-        best, (scores, tests) = found[0]
-        score, held_out = float(scores.mean()), float(tests.mean())
-        best = best._replace(score=score, held_out=held_out, moved=False, values=())
+        best, runs = found[0]
+        score, held_out = float(runs[0].mean()), float(runs[1].mean())
+        best = best._replace(
+            score=score, held_out=held_out, moved=False, values=(), excess=_excess(runs)
+        )
         keep_confirmed(self.study, best)
         return best
 
@@ -234,7 +237,7 @@ class SweepResult:
 
     def _network(self, hyper: Mapping[str, Any] | None, seed: int) -> tuple[Any, Saved]:
         """The network of these values, trained unless it was the last one to be."""
-        opened, _, score = self._with_problem()
+        opened, programs = self._with_problem()
         values = self.best.hyper if hyper is None else hyper
         opened.check(values)
         values = dict(values)
@@ -252,24 +255,33 @@ class SweepResult:
         floats = {n: jnp.asarray([values[n]], jnp.float32) for n in program.space.continuous}
         params = judged_params(program.problem, inner)
         network = Saved(
-            params, inner, values, Schedule(floats, self._length(values)), float(score(report)[0])
+            params,
+            inner,
+            values,
+            Schedule(floats, self._length(values)),
+            float(programs.goals.score(report)[0]),
         )
         self._retrained_last[:] = [(asked, network)]
         return self._retrained_last[0]
 
     def _scores(self, values: Mapping[str, Any], first: int, last: int) -> np.ndarray:
-        """(Score, test loss) `[2, seeds]` of values frozen and retrained; NaN where one is lost."""
+        """Of values frozen and retrained `[2 + constraints, seeds]`; NaN where one is lost.
+
+        Scores, those on test, and by how much each constraint's metric is above its bound.
+        """
         report = self._retrained(values, first, last, _CONFIRM)
-        scores = np.where(report.finite, self._with_problem()[2](report), np.nan)
+        goals = self._with_problem()[1].goals
+        scores = np.where(report.finite, goals.score(report), np.nan)
         tested = on_test(report)
-        tests = np.full_like(scores, np.nan) if tested is None else self._with_problem()[2](tested)
-        return np.stack([scores, tests]).astype(np.float64)
+        tests = np.full_like(scores, np.nan) if tested is None else goals.score(tested)
+        above = [list(goals.excess(report, i).values()) for i in range(len(scores))]
+        return np.concatenate([np.stack([scores, tests]), np.array(above).T]).astype(np.float64)
 
     def _ordered(self, found: list[tuple[Best, np.ndarray]]) -> list[tuple[Best, np.ndarray]]:
-        """By the mean score, the best first; without the lost."""
+        """By the mean score, the best first, what breaks constraints last; without the lost."""
         sign = sign_of(self.study)
-        trained = [(best, scores) for best, scores in found if np.isfinite(scores[0].mean())]
-        return sorted(trained, key=lambda pair: sign * pair[1][0].mean())
+        trained = [(best, runs) for best, runs in found if np.isfinite(runs[0].mean())]
+        return sorted(trained, key=lambda pair: (_excess(pair[1]), sign * pair[1][0].mean()))
 
     def _start_of(self, best: Best) -> Best | None:
         """The values that a trial started from; None where they stood still."""
@@ -290,7 +302,7 @@ class SweepResult:
 
     def _length(self, values: Mapping[str, Any]) -> int:
         """Training steps of a full run under these values."""
-        opened, programs, _ = self._with_problem()
+        opened, programs = self._with_problem()
         choices = {n: v for n, v in values.items() if n in opened.space.discrete}
         return programs.lengths.of(choices).num_steps
 
@@ -298,7 +310,7 @@ class SweepResult:
         self, values: Mapping[str, Any], keys: Key
     ) -> tuple[Program, PopulationState, PopulationReport]:
         """Full runs under frozen values, one for each of `keys` `[n]`."""
-        opened, programs, _ = self._with_problem()
+        opened, programs = self._with_problem()
         choices = {n: v for n, v in values.items() if n in opened.space.discrete}
         program = programs.plain(choices)
         state = program.members.init(program.starts([values] * len(keys)), keys)
@@ -328,16 +340,19 @@ class SweepResult:
         """
         return dashboard_command(storage_of(self.study))
 
-    def _with_problem(
-        self,
-    ) -> tuple[OpenStudy, Programs, Callable[[PopulationReport], jax.Array]]:
-        if self._opened is None or self._programs is None or self._score is None:
+    def _with_problem(self) -> tuple[OpenStudy, Programs]:
+        if self._opened is None or self._programs is None:
             raise ValueError(
                 "This result was unpickled, and holds neither problem nor data: call "
                 "hypergrad.sweep again with the same storage, which trains nothing anew, and use "
                 "what it returns."
             )
-        return self._opened, self._programs, self._score
+        return self._opened, self._programs
+
+
+def _excess(runs: np.ndarray) -> float:
+    """By how much runs of `_scores` break constraints in the mean, in all."""
+    return float(np.maximum(runs[2:].mean(axis=1), 0.0).sum())
 
 
 def _unpickled(study: optuna.Study | tuple[str, str], steps_spent: int, *rest: Any) -> SweepResult:
@@ -345,4 +360,4 @@ def _unpickled(study: optuna.Study | tuple[str, str], steps_spent: int, *rest: A
         place, name = study
         study = optuna.load_study(study_name=name, storage=open_storage(place, read_only=True))
     num_steps, seed, interrupted = rest
-    return SweepResult(study, steps_spent, None, None, None, num_steps, seed, interrupted)
+    return SweepResult(study, steps_spent, None, None, num_steps, seed, interrupted)

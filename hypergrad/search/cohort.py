@@ -21,7 +21,7 @@ from hypergrad.results.programs import ProblemError, Program, Programs
 from hypergrad.results.standings import EVALUATIONS, Failure, Fate, Standing, Standings, failure
 from hypergrad.search.schedulers import PopulationBasedTraining, Rung
 from hypergrad.search.stopping import Judge
-from hypergrad.study.ranking import MOVED
+from hypergrad.study.ranking import HELD_OUT, MOVED
 from hypergrad.study.study import Proposal
 from hypergrad.tuners.trust import NOT_FINITE, REASONS
 
@@ -284,7 +284,7 @@ class Cohort:
                 not_finite = report.reasons[i][NOT_FINITE]
                 attrs["undone"] = bool(2 * not_finite > report.reasons[i].sum())
             if tested is not None:
-                attrs["held_out"] = float(self.programs.goals.score(tested)[i])
+                attrs[HELD_OUT] = float(self.programs.goals.score(tested)[i])
                 attrs |= _named("test_metrics", tested, i)
             attrs |= _named("metrics", report, i)
             if self.exploit is not None:

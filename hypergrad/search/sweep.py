@@ -286,9 +286,7 @@ def sweep(
                     limits.see(opened.study, news)
                     _look_back(view, opened, cohort)
     spent = cohort.spent
-    return SweepResult(
-        opened.study, spent, opened, programs, goals.score, num_steps, seed, interrupted.once
-    )
+    return SweepResult(opened.study, spent, opened, programs, num_steps, seed, interrupted.once)
 
 
 def _from_where_it_stopped(

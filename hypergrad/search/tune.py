@@ -13,7 +13,7 @@ import numpy as np
 from hypergrad.checks import WrongTypeError, flag, integer, positive
 from hypergrad.data.batches import Minibatches, num_examples
 from hypergrad.data.contents import bad_examples
-from hypergrad.data.splits import Splits
+from hypergrad.data.splits import Splits, check_splits
 from hypergrad.problem.mistakes import refuse_no_problem
 from hypergrad.problem.problem import Problem
 from hypergrad.search.candidates import UPDATES, Workshop
@@ -212,6 +212,7 @@ def _check_data(data: Any, batch_size: int) -> None:
     Minibatches(data.train, batch_size)  # refuses a batch larger than the data
     if data.valid is None:
         raise ValueError("data.valid=None: tuning needs a split that is not trained on.")
+    check_splits(data, "data")
     if num_examples(data.valid) == 1:
         _log.warning(
             "data.valid holds one example: what is tuned on it says little about others. Give more."

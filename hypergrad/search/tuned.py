@@ -12,6 +12,7 @@ import numpy as np
 from hypergrad.checks import integer
 from hypergrad.optim.schedules import Schedule
 from hypergrad.problem.eager import compiled_for_each
+from hypergrad.problem.mistakes import metrics_of
 from hypergrad.problem.problem import Problem, judged_params, validation_loss
 from hypergrad.results.result import Audit, audit_of
 from hypergrad.results.saved import Saved, write
@@ -186,8 +187,7 @@ def _on_test_split(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     key = jax.random.key(0)
     loss = validation_loss(problem, params, hyper, batch, key, 0)
-    metrics = {} if problem.metrics is None else problem.metrics(params, hyper, batch, key)
-    return loss, dict(metrics)
+    return loss, metrics_of(problem.metrics, params, hyper, batch, key)
 
 
 def _shown(candidate: Candidate) -> str:

@@ -22,6 +22,8 @@ from hypergrad.study.slots import ERROR, REASON, counted
 _CONFIRMED, MOVED = "confirmed", "moved"
 # Beside scores of trials that break constraints; of values that moved, and what that says.
 BROKEN, MARK = "!", "*"
+# A trial's user attribute: its score on the test split, where there is one.
+HELD_OUT = "held_out"
 FOOTNOTE = (
     f"{MARK} of values that moved while they trained; frozen they may score otherwise: "
     "result.confirm(), or hypergrad confirm"
@@ -62,7 +64,7 @@ def ranked(study: optuna.Study) -> list[Best]:
         Best(
             values(t.params),
             t.values[0],
-            float(t.user_attrs.get("held_out", "nan")),
+            float(t.user_attrs.get(HELD_OUT, "nan")),
             t.number,
             bool(t.user_attrs.get(MOVED, False)),
             tuple(t.values),
@@ -135,7 +137,8 @@ def table(study: optuna.Study, count: int = 10) -> str:
         ways = zip(objective_names(study), study.directions, strict=True)
         named = ", ".join(f"{printable(n)} ({d.name.lower()})" for n, d in ways)
         lines.append(f"scores are {named}; the first {len(study.best_trials)} are their front")
-    lines += [_row(one, space) for one in best[:count]]
+    tested = is_tested(study)
+    lines += [_row(one, space, tested) for one in best[:count]]
     if any(one.excess for one in best[:count]):
         lines.append(f"{BROKEN} breaks the constraints, and ranks by how far")
     if any(one.moved for one in best[:count]):
@@ -148,16 +151,21 @@ def table(study: optuna.Study, count: int = 10) -> str:
     if kept := confirmed(study):
         found, since = kept
         stale = f", before {since} more had trained" if since else ""
-        lines.append(f"confirmed, its values frozen{stale}:\n{_row(found, space)}")
+        lines.append(f"confirmed, its values frozen{stale}:\n{_row(found, space, tested)}")
     lines += [f"audit: {audit_line(one)}  {in_line(one['hyper'], space)}" for one in audits(study)]
     return "\n".join(lines)
 
 
-def _row(best: Best, space: Space) -> str:
+def is_tested(study: optuna.Study) -> bool:
+    """Whether its data have a test split; a score of NaN on one is shown."""
+    return any(HELD_OUT in trial.user_attrs for trial in counted(study))
+
+
+def _row(best: Best, space: Space, tested: bool) -> str:
     scores = ", ".join(f"{value:.4g}" for value in (best.score, *best.values[1:]))
     score = f"{scores}{MARK if best.moved else ''}{BROKEN if best.excess else ''}"
-    test = f"test {best.held_out:<9.4g}"
-    return f"#{best.number:<5} score {score:<9}  {test}  {in_line(best.hyper, space)}"
+    test = f"test {best.held_out:<9.4g}  " if tested else ""
+    return f"#{best.number:<5} score {score:<9}  {test}{in_line(best.hyper, space)}"
 
 
 def in_line(hyper: Mapping[str, Any], space: Space) -> str:

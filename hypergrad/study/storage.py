@@ -137,14 +137,18 @@ def _existing(url: str) -> RDBStorage:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    given = url
     try:
         parsed = make_url(url)
         if url.startswith("sqlite") and not (parsed.database or "").startswith("file:"):
             file = f"file:{quote(os.path.abspath(parsed.database or ''))}"
             url = f"{parsed.drivername}:///{file}?mode=ro&uri=true"
-        return RDBStorage(url, skip_table_creation=True)
-    except (ArgumentError, ImportError, ValueError) as error:
-        raise ValueError(_unusable(url, error)) from None
+        storage = RDBStorage(url, skip_table_creation=True)
+        # Opening reads nothing, so that a file that is none or no database would be found later.
+        storage.get_all_studies()
+    except (ArgumentError, ImportError, ValueError, StorageInternalError) as error:
+        raise ValueError(_unusable(given, error)) from None
+    return storage
 
 
 def _unusable(url: str, error: BaseException) -> str:
