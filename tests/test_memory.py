@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.problem.recompute import repetitions, snapshots
+from hypergrad.estimators.recompute import repetitions, snapshots
 from hypergrad.testing.contract import relative_error
 from hypergrad.tuners.trust import NORM_SPIKE, NOT_FINITE
 

@@ -12,9 +12,9 @@ from hypergrad.estimators.base import Estimate, Estimator, ValidateAt, Window, c
 from hypergrad.estimators.forward import Forward
 from hypergrad.estimators.implicit import Implicit
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.recompute import repetitions
 from hypergrad.estimators.unrolled import Checkpoint, Unrolled
 from hypergrad.linear.krylov import ConjugateGradient
-from hypergrad.problem.recompute import repetitions
 from hypergrad.problem.structure import NoForwardModeError
 from hypergrad.trees import Hyper, State, strong
 

@@ -13,6 +13,7 @@ from hypergrad import checks
 from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inputs
 from hypergrad.data.streams import refuse_missing_axis
 from hypergrad.estimators.memory import compiled_for, shapes_of
+from hypergrad.estimators.recompute import row, scan
 from hypergrad.problem.eager import naming_closures
 from hypergrad.problem.inner_gradient import while_true
 from hypergrad.problem.problem import (
@@ -23,7 +24,6 @@ from hypergrad.problem.problem import (
     training_steps,
     validation_loss,
 )
-from hypergrad.problem.recompute import row, scan
 from hypergrad.problem.structure import naming_missing, require_reach, require_slope, require_use
 from hypergrad.trees import (
     Batch,

@@ -21,8 +21,8 @@ from hypergrad.estimators.base import (
     summary,
 )
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
+from hypergrad.estimators.recompute import store_all, store_few, store_roots, store_states
 from hypergrad.problem.problem import steps_done
-from hypergrad.problem.recompute import store_all, store_few, store_roots, store_states
 from hypergrad.trees import Batch, Hyper, InnerState, Scalar, State, Tree, inner_product, path_name
 
 Checkpoint = Literal["none", "step", "sqrt", "log", "auto"]
