@@ -106,6 +106,17 @@ def test_chaos_is_detected(capsys: Any) -> None:
     assert found(2.8) == hg.Unrolled()
 
 
+def test_a_loss_that_is_not_finite_is_no_chaos() -> None:
+    """No estimator has its gradient; of a mean over nothing it is 0, with "nothing to probe"."""
+    problem, space = regression(lambda h: optax.sgd(h["rate"])), hg.Space({"rate": RATE})
+    train = hg.Minibatches((DATA, TARGETS), 10, 5)
+    nan = jnp.full_like(DATA[:2], jnp.nan)
+    empty = (DATA[:0], TARGETS[:0])
+    for valid, why in (((nan, TARGETS[:2]), "in leaf 0"), (empty, "holds 0 examples")):
+        with pytest.raises(ValueError, match=f"The validation loss is not finite, .*{why}"):
+            hg.choose_estimator(problem, space, None, {"rate": 0.1}, train, valid, KEY)
+
+
 def test_a_path_without_derivative_is_for_evolution(capsys: Any) -> None:
     problem = regression(lambda h: optax.lion(0.01, b1=h["b1"]))
     found = choose({"b1": hg.Float(0.5, 0.99)}, {"b1": 0.9}, problem, 10)

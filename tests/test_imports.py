@@ -39,7 +39,7 @@ ROOMS = {
     "search": "curves schedulers arguments recipe stopping cohort telling endings"
     " limits sweep candidates tuned tune",
     "nn": "dropout masked linen nnx equinox",
-    "analysis": "smoothness choose causes check attribution",
+    "analysis": "smoothness causes choose check attribution",
     "testing": "contract",
     "settings": "",
     "cli": "",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hypergrad.analysis.causes import cause_of_nan
 from hypergrad.analysis.smoothness import judged_smoothness, random_direction, smoothness_around
 from hypergrad.checks import instance, positive
 from hypergrad.estimators.auto import (
@@ -82,7 +83,8 @@ def choose_estimator(
     Cost: one to four compilations, one hypergradient of each kind tried, five runs. Not jit-able.
 
     Raises:
-      ValueError: a hyperparameter never reaches the loss, or nothing fits.
+      ValueError: a hyperparameter never reaches the loss, nothing fits, or the loss is not finite
+        at `hyper`, with the likely cause.
 
     >>> import jax, jax.numpy as jnp, optax, hypergrad as hg
     >>> def loss(w, hyper, batch, key):
@@ -123,6 +125,9 @@ def _examined(
         return implicit
     unit = space.to_unit(hyper)
     estimate = compiled_estimate(exact.estimator, window, hyper)(window, hyper)
+    if not bool(jnp.isfinite(estimate.loss)):
+        # No estimator has a gradient of a loss that is none, and it is no sign of chaos.
+        raise ValueError(cause_of_nan(window, hyper, []))
     grad = jax.vjp(space.from_unit, unit)[1](estimate.grad)[0]
     size = norm(grad)
     if float(size) == 0:
