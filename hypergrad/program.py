@@ -96,7 +96,7 @@ class Flat:
         name = eqn.primitive.name
         floats = any(jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.outvars)
         of_finite = _tells(eqn, given) or not self.by_finite.isdisjoint(given)
-        telling = not floats and (
+        telling = not (floats or eqn.effects or not eqn.outvars) and (
             of_finite or self._compares(eqn, given) or not self._telling.isdisjoint(given)
         )
         # A condition may be written down anew at each leaf that is selected by it.
@@ -106,7 +106,7 @@ class Flat:
             return self._same[key]
         outputs = self.numbers(len(eqn.outvars))
         truth = self.whole.get(given[0]) if name == "cond" else None
-        if truth is not None:
+        if truth is not None and outputs:
             self.branches[outputs[0]] = truth, self._parts(eqn, given)
         self.equations.append(Equation(eqn, given, outputs))
         if not self.moving.isdisjoint(given):
@@ -126,7 +126,7 @@ class Flat:
         if selection.condition in self.by_finite:
             return True
         # A comparison, as clipping has one too, whose sides are both made of what is compared.
-        before = needed(self.equations, [selection.condition])
+        before = needed(self.equations, [selection.condition], effects=False)
         made = {x for e in before for x in e.outputs} & self.moving
         for _, inputs, outputs in self.equations:
             if not made.isdisjoint(inputs):
@@ -178,11 +178,13 @@ def interpolated(jaxpr: Any) -> set[Any]:
     return {part for x, part in rests if not isinstance(part, Literal) and whole.get(part) is x}
 
 
-def needed(equations: Sequence[Equation], outputs: Iterable[Value]) -> list[Equation]:
-    """Those that the outputs depend on, and those with an effect."""
+def needed(
+    equations: Sequence[Equation], outputs: Iterable[Value], effects: bool = True
+) -> list[Equation]:
+    """Those that the outputs depend on, and with `effects` those that have one."""
     wanted, kept = set(outputs), []
     for equation in reversed(equations):
-        if equation.eqn.effects or not wanted.isdisjoint(equation.outputs):
+        if (effects and equation.eqn.effects) or not wanted.isdisjoint(equation.outputs):
             kept.append(equation)
             wanted.update(equation.inputs)
     return kept[::-1]

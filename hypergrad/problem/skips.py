@@ -68,7 +68,9 @@ def _conditions(flat: Flat) -> list[Value]:
     ruled = [e.eqn for e in flat.equations if e.eqn.primitive.name == "custom_jvp_call"]
     if not any(function_name(e.params["call_jaxpr"].jaxpr).startswith(OWN) for e in ruled):
         found += [condition for condition, _ in flat.branches.values()]
-    return list(dict.fromkeys(found))
+    nots = [e for e in flat.equations if e.eqn.primitive.name == "not"]
+    opposites = {x for e in nots for x in e.outputs if e.inputs[0] in found}
+    return [x for x in dict.fromkeys(found) if x not in opposites]
 
 
 def _branched(flat: Flat, side: Part, known: Known, conditions: Sequence[Value]) -> list[Any]:
@@ -76,7 +78,7 @@ def _branched(flat: Flat, side: Part, known: Known, conditions: Sequence[Value])
     if not conditions:
         return evaluate(needed(*side), side.outputs, known)
     condition, *others = conditions
-    before = needed(side.equations, [condition])
+    before = needed(side.equations, [condition], effects=False)
     known = known | _guarded(flat.moving, before, known)
     done = set(map(id, before))
     after = Part([e for e in side.equations if id(e) not in done], side.outputs)
@@ -128,13 +130,13 @@ def _where(flat: Flat, side: Part, condition: Value, truth: bool) -> Part:
             spread[outputs[0]] = decided
         if name == "select_n" and decided is not None:
             now[outputs[0]] = inputs[1 + decided]
-        elif name == "cond" and decided is not None and outputs[0] in flat.branches:
+        elif name == "cond" and decided is not None and outputs and outputs[0] in flat.branches:
             taken = flat.branches[outputs[0]][1][decided]
             todo += taken.equations[::-1]
             now |= zip(outputs, taken.outputs, strict=True)
-        elif name == "not" and inputs[0] in truths:
-            truths[outputs[0]] = not truths[inputs[0]]
         else:
+            if name == "not" and inputs[0] in truths:
+                truths[outputs[0]] = not truths[inputs[0]]
             left.append(Equation(eqn, inputs, outputs))
     constants = {x: Fixed(np.bool_(value)) for x, value in truths.items()}
     settled = lambda xs: [constants.get(y, y) for y in map(current, xs)]  # noqa: E731
