@@ -5,9 +5,8 @@ mnist1d, or with `--data FOLDER` on 6,000 of MNIST's 10,000 (28 rows of 28 chann
 (learning rate, momentum, L2, dropout, noise on the input). Widths, depths and kernel sizes are
 traced, so that optimizer, activation and batch size are all that compiles: 8 programs.
 
-* hybrid: 57 plain trials by `sampler="auto"` (TPE after ten that are spread evenly), then the best
-  three refined, where starts and ends compete (the recipe of docs/sweeps.md for a sweep that must
-  be right the first time); and these 57 alone;
+* hybrid: 57 plain trials by TPE, then the best three refined, where starts and ends compete (the
+  recipe of docs/sweeps.md for a sweep that must be right the first time); and these 57 alone;
 * refined from the start: 54 refined trials, halved, and 6 that go on from where the best ended;
 * TPE + Hyperband, plain, until it has cost as much as the hybrid (gradient evaluations of the
   largest batch, so equal examples), and the same sweep going on until four times that.
@@ -178,8 +177,8 @@ class Bench:
         )
 
     def plain(self, seed: int) -> Found:
-        """57 full trials."""
-        result = self.sweep(seed, num_trials=57, sampler="auto")
+        """57 full trials by TPE."""
+        result = self.sweep(seed, num_trials=57)
         return result, 57, cost_of(result)
 
     def hybrid(self, seed: int, plain: Found) -> Found:

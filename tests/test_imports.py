@@ -34,7 +34,7 @@ ROOMS = {
     "study": "optuna_private distributions signature workers storage slots sampler remarks"
     " ranking study",
     "plotting": "panels runs training_examples colors parallel sweeps tuned report",
-    "knowledge": "positions design priors warm local samplers lengths programs spending",
+    "knowledge": "positions priors warm local samplers lengths programs spending",
     "results": "layout saved kept standings goals programs result",
     "search": "curves schedulers arguments recipe stopping cohort telling endings"
     " limits sweep candidates tuned tune",

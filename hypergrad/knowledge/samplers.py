@@ -8,7 +8,6 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from hypergrad.checks import choice
-from hypergrad.knowledge.design import spread_points
 from hypergrad.knowledge.priors import prior_point, with_priors
 from hypergrad.knowledge.warm import warm_points
 from hypergrad.space.dimensions import Categorical
@@ -17,8 +16,6 @@ from hypergrad.study.sampler import SAMPLERS, make_sampler
 
 # Trials up to which a Gaussian process is worth its time, and from which evolution is.
 _FEW, _MANY = 100, 1000
-# Trials after which TPE learns from them: Optuna's own number.
-_STARTUP = 10
 
 
 def sampler_of(
@@ -64,33 +61,19 @@ def first_points(
     earlier: list[tuple[str, optuna.Study]],
     own: optuna.Study,
     num_trials: int,
-    spread: int = 0,
-    seed: int = 0,
 ) -> list[Mapping[str, Any]]:
     """What is tried before anything is proposed: known points, what is believed, earlier sweeps'.
 
     Of the latter a fifth of the trials, at most eight; earlier sweeps are read for a new study
-    only, as they may have gone on since. Up to `spread` points in all, the rest is spread evenly.
+    only, as they may have gone on since.
     """
-    fresh = not own.get_trials(deepcopy=False)
     points: list[Mapping[str, Any]] = list(enqueue)
     believed = prior_point(space)
     if believed and sampler != "grid":
         points.append(believed)
-    if earlier and fresh:
+    if earlier and not own.get_trials(deepcopy=False):
         points += warm_points(earlier, space, own, max(1, min(8, num_trials // 5)))
-    if fresh and len(points) < spread:
-        points += spread_points(space, spread - len(points), seed)
     return points
-
-
-def startup_of(sampler: str | BaseSampler, chosen: str | BaseSampler, num_trials: int) -> int:
-    """How many trials of a sweep are to be spread over its space before `chosen` proposes.
-
-    Those that TPE would draw at random, where it was chosen for the user, and follows no prior:
-    "tpe" by name is Optuna's, trial by trial.
-    """
-    return min(_STARTUP, num_trials) if sampler == "auto" and chosen == "tpe" else 0
 
 
 def _installed(package: str) -> bool:

@@ -26,7 +26,7 @@ from hypergrad.data.splits import Splits
 from hypergrad.knowledge.lengths import Lengths, Setting
 from hypergrad.knowledge.local import neighbour
 from hypergrad.knowledge.programs import tell_of_programs
-from hypergrad.knowledge.samplers import first_points, sampler_of, startup_of
+from hypergrad.knowledge.samplers import first_points, sampler_of
 from hypergrad.knowledge.warm import warm_studies
 from hypergrad.population.refine import Refine
 from hypergrad.results.goals import goals_of
@@ -115,10 +115,9 @@ def sweep(
         the rung's steps at the largest batch; one whose own run ends before has its final score.
       refine: a recipe, or None.
       sampler: "tpe", "random", "grid", "gp", "cmaes", "qmc", "nsga2", "auto" (docs/sweeps.md says
-        which for what), or any Optuna sampler. "auto" spreads its first ten trials over the space,
-        each choice equally often (`hypergrad.knowledge.design`). Where hyperparameters have a
-        `prior`, that point is tried first, and a share of the trials, falling as results come in,
-        is drawn around it (`hypergrad.knowledge.priors`).
+        which for what), or any Optuna sampler. Where hyperparameters have a `prior`, that point is
+        tried first, and a share of the trials, falling as results come in, is drawn around it
+        (`hypergrad.knowledge.priors`).
       scheduler: None, `SuccessiveHalving` or `Hyperband`, synchronous: a bracket's trials train
         together, and the best of each rung go on. TPE with Hyperband is BOHB. `ASHA` and
         `LearningCurves` judge each trial by itself, and no process waits for another. With
@@ -249,10 +248,7 @@ def sweep(
             programs.made = partial(check_losses, opened.study)
         check_recipe(opened.study, **recipe)
         # All processes queue them, and a study takes each point once.
-        spread = startup_of(sampler, engine, num_trials)
-        for hyper in first_points(
-            space, engine, enqueue, earlier, opened.study, num_trials, spread, seed
-        ):
+        for hyper in first_points(space, engine, enqueue, earlier, opened.study, num_trials):
             opened.enqueue(hyper)
         with (
             SweepProgress(num_trials, progress) as view,
