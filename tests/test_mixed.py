@@ -77,3 +77,12 @@ def test_a_choice_takes_one_row_of_finite_logits() -> None:
         mixed.choice(jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="not finite"):
         mixed.choice(jnp.array([jnp.nan, 1.0]))
+
+
+def test_what_has_no_value_or_no_mean_is_refused() -> None:
+    mixed = hg.Mixed({"tanh": jnp.tanh, "relu": jax.nn.relu})
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(mixed.choice)(mixed.start())
+    keys = hg.Mixed({"one": jax.random.key, "two": lambda seed: jax.random.key(seed + 1)})
+    with pytest.raises(ValueError, match="options\\['one'\\] gives a PRNG key"):
+        keys(keys.start(), 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from hypergrad import checks
 from hypergrad.problem.structure import StructureError
-from hypergrad.trees import Tree
+from hypergrad.trees import Tree, is_key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +90,11 @@ class Mixed:
     def choice(self, logits: jax.Array) -> str:
         """The name of the option with the largest weight, of logits `[options]` with values."""
         weights = self._row(logits)
+        if isinstance(weights, jax.core.Tracer):
+            raise TypeError(
+                f"logits={logits} has no value while it is traced, and a name follows from one: "
+                "call choice outside of jit and vmap, on what a tuner's best(state) returns."
+            )
         if not bool(jnp.isfinite(weights).all()):
             raise ValueError(f"logits={logits!r} is not finite, so that no option is the largest.")
         return list(self.options)[int(jnp.argmax(weights))]
@@ -114,6 +119,9 @@ def _require_one_shape(results: dict[str, Tree]) -> None:
         name: (jax.tree.structure(result), [jnp.shape(x) for x in jax.tree.leaves(result)])
         for name, result in results.items()
     }
+    for name, result in results.items():
+        if any(is_key(leaf) for leaf in jax.tree.leaves(result)):
+            raise StructureError(f"options[{name!r}] gives a PRNG key, of which there is no mean.")
     (first, wanted), *rest = shapes.items()
     for name, shape in rest:
         if shape != wanted:
