@@ -62,7 +62,9 @@ def test_no_more_is_spent_than_may_be(refine: Any, tmp_path: Any) -> None:
     assert sweep(**options).steps_spent == 20
 
 
-def test_a_rung_that_cannot_be_afforded_begins_for_nobody() -> None:
+def test_a_rung_that_cannot_be_afforded_begins_for_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     scheduler = hg.SuccessiveHalving(min_steps=10, eta=2)
     options: dict[str, Any] = {"num_trials": 4, "num_steps": 40, "population": 4}
     options |= {"scheduler": scheduler, "seed": 1}
@@ -71,6 +73,9 @@ def test_a_rung_that_cannot_be_afforded_begins_for_nobody() -> None:
     states = [t.state.name for t in result.study.trials]
     assert states.count("PRUNED") == 3 and "COMPLETE" not in states
     assert states.count("WAITING") == 1 and result.steps_spent == 60
+    assert sweep(max_evaluations=39, **options).steps_spent == 0
+    (told,) = [x for x in caplog.records if x.levelname == "WARNING"]
+    assert "0 of max_evaluations=39 are spent and what is next takes 40" in told.message
     again = sweep(max_evaluations=80, **options)
     assert [t.state.name for t in again.study.trials].count("COMPLETE") == 1
 

@@ -31,6 +31,7 @@ class Limits:
     """
 
     why = ""
+    _level = logging.INFO
 
     def __init__(
         self,
@@ -57,7 +58,10 @@ class Limits:
             trials = study.get_trials(deepcopy=False)
             spent = sum(t.user_attrs.get(EVALUATIONS, 0.0) for t in trials) + own - self._recorded
             if spent + more > self._most:
-                self.why = f"{spent:.0f} of max_evaluations={self._most} are spent"
+                next_ones = f"and what is next takes {more:.0f}"
+                self.why = f"{spent:.0f} of max_evaluations={self._most} are spent {next_ones}"
+                # Whoever gave it expects a result, and there is none.
+                self._level = logging.INFO if spent else logging.WARNING
         return not self.why
 
     @contextlib.contextmanager
@@ -68,7 +72,8 @@ class Limits:
                 self._call(getattr(callback, "open", lambda study: None), study)
             yield
         if self.why:
-            _log.info(f"the sweep ends, as {self.why}; the same call goes on where it has room.")
+            text = f"the sweep ends, as {self.why}; the same call goes on where it has room."
+            _log.log(self._level, text)
 
     def see(self, study: optuna.Study, news: Standings | Failure) -> None:
         """Tell the callbacks of each trial that has ended."""
