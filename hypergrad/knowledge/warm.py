@@ -57,7 +57,8 @@ def warm_studies(warm_from: Any) -> list[tuple[str, optuna.Study]]:
             storage = study if kept else open_storage(study, read_only=True)
         except (OSError, TypeError, ValueError) as error:
             kind = ValueError if isinstance(error, FileNotFoundError) else type(error)
-            raise kind(f"{label}, which must be a storage that a sweep has used: {error}") from None
+            said = str(error).rstrip(".")
+            raise kind(f"{label}: {said}; it must be one that a sweep has used.") from None
         names = optuna.get_all_study_names(storage)
         if not names:
             raise ValueError(f"{label}={source!r} holds no study: give one that a sweep has used.")
