@@ -95,8 +95,12 @@ def both(folder: Path, stop_at: int) -> list[tuple[int, str, str]]:
 
 
 def test_two_processes_train_as_one_through_a_sigterm(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, tuner = tmp_path / "run", tuner_of()
+    options: dict[str, Any] = {"steps_per_update": 3, "progress": False}
+    # What one process has written, two read.
+    hg.fit(tuner, start(tuner), BATCHES, BATCHES[:1], 7, checkpoint=folder, **options)
     ended = both(folder, stop_at=10)
+    assert all("going on under" in errors for _, _, errors in ended), ended
     assert [status for status, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
     (saved, *_) = saved_updates(folder)
     assert 10 < saved < UPDATES
@@ -109,8 +113,6 @@ def test_two_processes_train_as_one_through_a_sigterm(tmp_path: Path) -> None:
     _, rate, last, updates = lines[0][0]
     assert int(updates) == UPDATES
 
-    tuner = tuner_of()
-    options: dict[str, Any] = {"steps_per_update": 3, "progress": False}
     alone = hg.fit(tuner, start(tuner), BATCHES, BATCHES[:1], UPDATES, **options)
     assert abs(float(rate) - float(alone.hyper["rate"])) < 1e-4 * float(rate)
     assert abs(float(last) - alone.history[-1].loss) < 1e-4 * float(last)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
-from jax.experimental.multihost_utils import reached_preemption_sync_point
-
 _log = logging.getLogger("hypergrad")
 
 # Seconds after SIGTERM: what the run waits for is broken off; the process ends in any case where
@@ -141,6 +139,8 @@ class _SignalsOfAll(Signals):
 
     def wanted_after(self, update: int) -> signal.Signals | None:
         """The same in all processes."""
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
         try:
             if self._service and reached_preemption_sync_point(update):
                 self.wanted = signal.SIGTERM
