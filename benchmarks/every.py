@@ -14,6 +14,7 @@ import jax
 NAMES = (
     "closed_forms",
     "speed",
+    "updates",
     "memory",
     "compile_time",
     "dropout",

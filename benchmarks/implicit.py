@@ -220,7 +220,7 @@ def cosines(estimate_by: Callable[[Any], Any]) -> dict[str, float]:
         target = grad if target is None else target
         cosine = float(grad @ target / np.linalg.norm(grad) / np.linalg.norm(target))
         length = float(np.linalg.norm(grad) / np.linalg.norm(target))
-        residual = float(estimate.info["residual"])
+        residual = float(estimate.info.get("residual", np.nan))
         print(f"{name:24} cosine {cosine:6.3f}   length {length:6.3f}   residual {residual:.1e}")
         found[name] = cosine
     return found

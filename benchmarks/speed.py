@@ -1,14 +1,15 @@
-"""Measure the time of a whole-run hypergradient beside the hand-derived adjoint.
+"""Measure the time of a whole-run hypergradient beside what is written by hand.
 
-Run: `python -m benchmarks.speed` (about three minutes on one core; `main(quick=True)` one).
+Run: `python -m benchmarks.speed` (about four minutes on one core; `main(quick=True)` one).
 
-Task: `benchmarks/momentum_task.py`, T = 100 and 1000 steps. All programs are compiled first, then
-called in turn, round after round; a ratio is taken within a round and its median printed, so that
-a machine that slows down slows both sides. Prints milliseconds of processor time (median; on one
-thread the time on the clock, less what other programs took), the ratio to plain training, the
-ratio to the adjoint (target for `Unrolled()` <= 1.15, batches by index as in the adjoint), the
-largest relative difference of the hypergradient from the adjoint's, and compile seconds. hypergrad
-also computes the loss and its `info` (growth of the adjoint, first step that is not finite).
+Task: `benchmarks/momentum_task.py`, T = 10, 100 and 1000 steps. All programs are compiled first,
+then called in turn, round after round; a ratio is taken within a round and its median printed, so
+that a machine that slows down slows both sides. Prints milliseconds of processor time (median; on
+one thread the time on the clock, less what other programs took), the ratios to plain training, to
+the adjoint (target for `Unrolled()` <= 1.15 from T = 100 on, batches by index as in the adjoint)
+and to `jax.grad` through steps under `jax.checkpoint` (target <= 1.05), the largest relative
+difference of the hypergradient from the adjoint's, and compile seconds. hypergrad also computes
+the loss and its `info` (growth of the adjoint, first step that is not finite).
 Run on one core with one thread for steady figures:
 `taskset -c 1 env OMP_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python -m ...`
 """
@@ -32,9 +33,11 @@ PROGRAMS = {
     'Unrolled(checkpoint="sqrt")': task.through_hypergrad(hg.Unrolled(checkpoint="sqrt")),
     "Forward()": task.through_hypergrad(hg.Forward()),
     "naive reverse": task.naive_reverse,
+    "jax.checkpoint in a scan": task.checkpointed_reverse,
 }
 
-IN_QUICK = ("plain training", "hand-derived adjoint", "Unrolled()")
+BASES = ("plain training", "hand-derived adjoint", "jax.checkpoint in a scan")
+IN_QUICK = (*BASES, "Unrolled()")
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], float]:
@@ -58,12 +61,14 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, n
 
 
 def main(quick: bool = False) -> list[tuple[Any, ...]]:
-    """Print and return rows (T, program, ms, of training, of adjoint, difference, compile)."""
+    """Print and return rows (T, program, ms, over each of `BASES`, difference, compile)."""
     rows = []
     print(
-        f"{'T':>5} {'program':28}{'ms':>9}{'x training':>11}{'x adjoint':>10}{'error':>9} compile"
+        f"{'T':>5} {'program':28}{'ms':>9}{'x training':>11}{'x adjoint':>10}{'x checkpoint':>13}"
+        f"{'error':>9} compile"
     )
-    for num_steps, rounds in ((100, 5 if quick else 40), (1000, 2 if quick else 12)):
+    counts = (10, 10 if quick else 100), (100, 5 if quick else 40), (1000, 2 if quick else 12)
+    for num_steps, rounds in counts:
         train, valid = task.load()
         args = (task.HYPER, task.init(), task.indices(num_steps), train, valid)
         names = IN_QUICK if quick else tuple(PROGRAMS)
@@ -75,14 +80,12 @@ def main(quick: bool = False) -> list[tuple[Any, ...]]:
             out = call()
             grad = out[0] if isinstance(out, tuple) else out
             error = relative_error(grad, reference) if is_same_task else float("nan")
-            ratios = [
-                float(np.median(times[name] / times[other]))
-                for other in ("plain training", "hand-derived adjoint")
-            ]
+            ratios = [float(np.median(times[name] / times[other])) for other in BASES]
             row = (num_steps, name, 1e3 * float(np.median(times[name])), *ratios, error)
             rows.append((*row, compile_seconds))
             print(
-                "{:5d} {:28}{:9.1f}{:11.2f}{:10.2f}{:9.1e}{:7.1f} s".format(*rows[-1]), flush=True
+                "{:5d} {:28}{:9.1f}{:11.2f}{:10.2f}{:13.2f}{:9.1e}{:7.1f} s".format(*rows[-1]),
+                flush=True,
             )
     return rows
 

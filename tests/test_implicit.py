@@ -550,6 +550,48 @@ def test_adams_second_moments_scale_the_system() -> None:
         estimate_of(oracle, hg.Implicit(hg.Preconditioned(hg.GMRES(), "adam")))
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_identity_is_the_derivative_of_one_step() -> None:
+    """With no product it needs no entry left out but frozen ones, and reports no residual."""
+
+    def score(params: Any, batch: Any) -> Any:
+        rows = params["rows"][batch["row"]] + params["frozen"]
+        return jnp.mean((jnp.tanh(rows) @ params["w"] - batch["y"]) ** 2)
+
+    def loss(params: Any, hyper: Any, batch: Any, key: Any) -> Any:
+        kept = jnp.sum(params["rows"] ** 2) + jnp.sum(params["frozen"] ** 2)
+        return score(params, batch) + hyper["l2"] * kept
+
+    def optimizer(hyper: Any) -> Any:
+        freeze = {"rows": False, "w": False, "frozen": True}
+        adam = optax.adamw(hyper["rate"], weight_decay=hyper["decay"], mask={**freeze, "w": True})
+        return optax.chain(adam, optax.masked(optax.set_to_zero(), freeze))
+
+    draw = np.random.default_rng(0)
+    params = {"rows": draw.normal(size=(6, 3)), "w": draw.normal(size=3), "frozen": np.ones(3)}
+    params = jax.tree.map(jnp.asarray, params)
+    problem = hg.bilevel(lambda key: params, loss, lambda p, h, b, k: score(p, b), optimizer)
+    hyper = {"rate": 0.01, "decay": 0.1, "l2": 0.02}
+    hyper = {name: jnp.float64(x) for name, x in hyper.items()}
+    # two of the six rows are in no batch
+    train = {"row": draw.integers(0, 4, (5, 8)), "y": draw.normal(size=(5, 8))}
+    valid, key = {"row": draw.integers(0, 6, 8), "y": draw.normal(size=8)}, jax.random.key(0)
+    inner = problem.init(hyper, key)
+    identity = hg.Implicit(hg.Identity(), of="fixed_point", batches="last")
+    estimate = hg.hypergradient(problem, hyper, inner, train, valid, key, identity)
+    assert "residual" not in estimate.info
+    direction = jax.grad(lambda params: score(params, valid))(estimate.inner.params)
+    last = jax.tree.map(lambda x: x[-1], train)
+
+    def along(hyper: Any) -> Any:
+        stepped = problem.step(estimate.inner._replace(step=0), hyper, last, key).params
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, direction, stepped)))
+
+    oracle = jax.grad(along)(hyper)
+    assert relative_error(estimate.grad, oracle) < 1e-10
+    assert all(abs(float(x)) > 1e-5 for x in oracle.values())
+
+
 def test_solvers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="needs the same matrix in each of its products"):
         hg.Implicit(hg.ConjugateGradient(), batches="fresh")

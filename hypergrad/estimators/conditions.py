@@ -84,14 +84,17 @@ class Condition:
 
         return FreshProducts(at)
 
-    def moves(self, hyper: Hyper, product: MatVec) -> Mask:
+    def moves(self, hyper: Hyper, product: MatVec | None) -> Mask:
         """Which entries of z training moves, and for "stationary" the training loss depends on.
 
         Frozen parameters, batch statistics, the rows of an embedding that no batch holds: they do
         not answer to `hyper`, and with them the matrix is singular, or that of another problem.
+        Without a `product` that may be as it is, and whole leaves are told apart, at no cost.
         """
         batch, key = jax.tree.map(lambda x: x[0], (self.batches, self.keys))
         kept = keeps(self._stepped, self.z, hyper, batch, key)
+        if product is None:
+            return [jnp.bool_(not still) for still in kept]
         # Along a random direction the derivative of what no batch touches is exactly 0. That of the
         # update alone would not do: in float32 a small learning rate vanishes beside the parameter.
         t = [_scattered(x, seed) for seed, x in enumerate(self.z)]

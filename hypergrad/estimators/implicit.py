@@ -51,23 +51,24 @@ class Implicit(Estimator):
         out (AmIGO: `Richardson(n, step_size)` with "fresh" and training that goes on).
 
     `info["residual"]` is |(dF/dz)^T x - v| / |v|: small if the system is solved, above 1 if x is
-    worse than none. `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over the
-    parameters: 0 at a point where the formula holds. `info["unconverged"]` is |x . F|, the change
-    of the validation loss, to first order, if training went on until F = 0, and
-    `info["unconverged_share"]` ("stationary" only) its share of `loss`: above some percent the
-    formula does not hold here, however small the residual, and where it stays so after long
-    training, the training loss has a kink (L1, hinge) at its minimum: see `hypergrad.prox`.
+    worse than none; `Identity`, which solves nothing, has no such entry.
+    `info["inner_gradient_norm"]` ("update_norm" for a fixed point) is |F| over the parameters: 0 at
+    a point where the formula holds. `info["unconverged"]` is |x . F|, the change of the validation
+    loss, to first order, if training went on until F = 0, and `info["unconverged_share"]`
+    ("stationary" only) its share of `loss`: above some percent the formula does not hold here,
+    however small the residual, and where it stays so after long training, the training loss has a
+    kink (L1, hinge) at its minimum: see `hypergrad.prox`.
     `info["converged_loss"]` is `loss` after that change, with an error of second order: the value
     for an outer line search, which a loss short of convergence misleads sooner than its gradient
     does. At a point that is not stationary different solvers give different, plausible numbers.
 
     Entries that training does not move (frozen parameters, batch statistics, the rows of an
     embedding that no batch holds) are found by one derivative along a random direction and left
-    out of the system.
+    out of the system; with `Identity` the first two alone, by the program, at no cost.
 
     Cost in gradient evaluations: K, and for each batch of `batches` 2 per product of the solver (3
-    if "fresh") and 10. Memory: the solver's, and what the backward pass of `train_loss` on those
-    batches stores; independent of |hyper| and, under `Minibatches`, of K.
+    if "fresh") and 10 (3 with `Identity`). Memory: the solver's, and what the backward pass of
+    `train_loss` on those batches stores; independent of |hyper| and, under `Minibatches`, of K.
 
     Raises:
       ValueError: under "stationary", a hyperparameter that the training loss's gradient does not
@@ -134,7 +135,7 @@ class Implicit(Estimator):
         loss, (v, direct) = jax.value_and_grad(error, (0, 1))(z, hyper)  # dE/dz, dE/dhyper
         value, product = condition.transposed(hyper)  # F, and x -> (dF/dz)^T x
         key = jax.random.fold_in(jax.random.fold_in(window.key, SOLVER), offset)
-        moves = condition.moves(hyper, product)
+        moves = condition.moves(hyper, product if self.solver.multiplies else None)
         product = product if condition.fresh is None else condition.fresh_products(hyper)
         v, matvec = only(moves, v), regular(product, moves, self.solver.krylov)
         if isinstance(self.solver, Preconditioned) and self.solver.diagonal == "adam":
@@ -147,7 +148,8 @@ class Implicit(Estimator):
         grad = jax.tree.map(jnp.subtract, direct, indirect)  # Bengio eq. 14
 
         info = summary(loss, grad, end.first_bad_step)
-        info["residual"] = relative_residual(matvec, x, v)
+        if self.solver.multiplies:
+            info["residual"] = relative_residual(matvec, x, v)
         name = "inner_gradient_norm" if self.of == "stationary" else "update_norm"
         # of the parameters alone: the state also holds the last loss, which is never at rest
         info[name] = norm(condition.inner_at(only(moves, value)).params)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hypergrad.problem.rules import Traced
-from hypergrad.trees import Hyper, InnerState, Tree, split_inexact
+from hypergrad.trees import Hyper, InnerState, Tree, select, split_inexact
 
 Step = Callable[[InnerState, Any], InnerState]
 MakeStep = Callable[[Hyper], Step]
@@ -98,13 +98,19 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
         def advance(t: jax.Array, progress: InnerState) -> InnerState:
             return step_at(consts, hyper, t, progress, probes[t], xs)
 
+        # The first state has no row of its own: it is held anyway.
+        def state_at(place: jax.Array, stored: Any) -> Any:
+            if places == 1:
+                return start
+            return select(place == 0, start, row(stored, place - 1))
+
         def to_next_place(carry: Any) -> Any:
             """From the last stored state on, to where the next one is to be stored."""
             end, top, at, stored = carry
             steps = left_of_next(end - at[top], places - top)
-            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, row(stored, top))
+            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, state_at(top, stored))
             at = at.at[top + 1].set(at[top] + steps)
-            return end, top + 1, at, _with_row(stored, top + 1, there)
+            return end, top + 1, at, _with_row(stored, top, there)
 
         def has_room(carry: Any) -> jax.Array:
             end, top, at, _ = carry
@@ -113,10 +119,11 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
         def back_one_step(i: jax.Array, carry: Any) -> Any:
             top, at, stored, adjoint, grad, squares = carry
             t = length - 1 - i
-            _, top, at, stored = jax.lax.while_loop(
-                has_room, to_next_place, (t + 1, top, at, stored)
-            )
-            before = jax.lax.fori_loop(at[top], t, advance, row(stored, top))
+            if places > 1:
+                _, top, at, stored = jax.lax.while_loop(
+                    has_room, to_next_place, (t + 1, top, at, stored)
+                )
+            before = jax.lax.fori_loop(at[top], t, advance, state_at(top, stored))
             floats, join = split_inexact(before)
 
             def after(hyper: Hyper, floats: Any, probe: jax.Array) -> Any:
@@ -128,7 +135,7 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             return top, at, stored, adjoint, grad, squares.at[t].set(square)
 
         top, at = jnp.zeros((), jnp.int32), jnp.zeros(places, jnp.int32)
-        stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (places, *jnp.shape(x))), start)
+        stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (places - 1, *jnp.shape(x))), start)
         leaves, starts = jax.tree.leaves(cotangent), jax.tree.leaves(start)
         pairs = zip(leaves, starts, strict=True)
         adjoint = [c for c, x in pairs if jnp.issubdtype(x.dtype, jnp.inexact)]

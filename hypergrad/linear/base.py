@@ -52,6 +52,8 @@ class LinearSolver(abc.ABC):
     krylov: ClassVar[bool] = True
     # Whether each product may be with another matrix, all of one mean.
     fresh: ClassVar[bool] = False
+    # Whether it multiplies at all. If not, A may be singular, and nobody asks for a residual.
+    multiplies: ClassVar[bool] = True
 
     def init(self, b: Tree) -> State:
         """The state before the first solve, from a pytree like `b`; `()` without memory."""

@@ -79,6 +79,11 @@ class Preconditioned(LinearSolver):
         """As `solver`."""
         return self.solver.fresh
 
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        """Probes are products."""
+        return self.solver.multiplies or self.diagonal == "probes"
+
     def init(self, b: Tree) -> State:
         """What `solver` remembers, its solution in the coordinates of x."""
         return self.solver.init(b)

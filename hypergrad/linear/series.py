@@ -14,7 +14,7 @@ from hypergrad.trees import Key, State, Tree
 
 @dataclasses.dataclass(frozen=True)
 class Identity(LinearSolver):
-    """x = b: the matrix taken for the identity. No products.
+    """x = b: the matrix taken for the identity. No products, and no residual.
 
     For hypergradients this is the one-step rule, T1-T2 (Luketina et al. 2016): the right direction
     where the Hessian is near a multiple of the identity, its length wrong by that multiple.
@@ -24,6 +24,7 @@ class Identity(LinearSolver):
     """
 
     fresh: ClassVar[bool] = True
+    multiplies: ClassVar[bool] = False
 
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
