@@ -1,4 +1,4 @@
-"""A traced program, flat: equations between numbered values, to be cut into parts and run."""
+"""A traced program, flat: equations between by_number values, to be cut into parts and run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -176,6 +176,18 @@ def interpolated(jaxpr: Any) -> set[Any]:
     whole = {e.outvars[0]: e.invars[0] for e in jaxpr.eqns if e.primitive.name == "floor"}
     rests = [e.invars for e in jaxpr.eqns if e.primitive.name == "sub" and whole]
     return {part for x, part in rests if not isinstance(part, Literal) and whole.get(part) is x}
+
+
+def by_number(jaxpr: Any) -> tuple[list[int], list[Equation], list[Value]]:
+    """The numbers of a program's inputs (constants first), its equations, and its outputs."""
+    numbers: dict[Any, int] = {}
+    number = lambda v: numbers.setdefault(v, len(numbers))  # noqa: E731
+    value = lambda x: Fixed(x.val) if isinstance(x, Literal) else number(x)  # noqa: E731
+    inputs = [number(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
+    equations = [
+        Equation(e, list(map(value, e.invars)), list(map(number, e.outvars))) for e in jaxpr.eqns
+    ]
+    return inputs, equations, list(map(value, jaxpr.outvars))
 
 
 def needed(

@@ -1,6 +1,6 @@
 """Pytrees: their names in signatures, the part that can carry a derivative, sums over leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,9 +51,20 @@ def split_inexact(tree: Tree) -> tuple[list[Any], Callable[[list[Any]], Tree]]:
     return [leaf for flag, leaf in zip(inexact, leaves, strict=True) if flag], join
 
 
+def flagged(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    """Those whose flag is set."""
+    return [x for x, flag in zip(leaves, flags, strict=True) if flag]
+
+
 def select(condition: Any, if_true: Tree, if_false: Tree) -> Tree:
     """Leafwise `where`; works for PRNG keys too."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def zeros(like: Tree) -> Any:
+    """Zeros of its shapes, dtypes and shardings."""
+    # `zeros_like` loses the sharding of an Explicit mesh that is not set as the current one.
+    return jax.tree.map(lambda x: jnp.where(False, x, 0), like)
 
 
 def inner_product(a: Tree, b: Tree) -> jax.Array:

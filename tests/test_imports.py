@@ -22,9 +22,10 @@ ROOMS = {
     "data": "keys contents batches splits streams prefetch",
     "optim": "transforms proximal schedules",
     "program": "",
-    "problem": "eager rules inner_gradient skips mistakes optimizer problem noise structure mixed",
+    "problem": "eager rules inner_gradient cut skips mistakes optimizer problem noise structure"
+    " mixed",
     "linear": "base series krylov direct preconditioned roots",
-    "estimators": "memory recompute base unrolled ahead forward conditions implicit evolution"
+    "estimators": "memory walk recompute base unrolled ahead forward conditions implicit evolution"
     " difference auto hypergradient",
     "single_loop": "penalty saba self_tuning",
     "tuners": "base averaged compressed estimates trust refusals alternating restarting learned",

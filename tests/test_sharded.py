@@ -50,6 +50,10 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     update = compiled(tuner.update, state, train, valid)
     assert collectives(update) == plain, (kind, collectives(update))
     if kind is AxisType.Explicit:
+        for mode in ("step", "log"):
+            tuner = hg.alternating(problem, SPACE, hg.Unrolled(None, mode, "mean"))
+            update = compiled(tuner.update, state, train, valid)
+            assert collectives(update) == plain, (mode, collectives(update))
         continue
     tuner = hg.alternating(problem, SPACE, hg.Unrolled(window=1))
     state = place(mesh, tuner.init(START, KEY))

@@ -13,7 +13,8 @@ from hypergrad import checks
 from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inputs
 from hypergrad.data.streams import refuse_missing_axis
 from hypergrad.estimators.memory import compiled_for, shapes_of
-from hypergrad.estimators.recompute import row, scan
+from hypergrad.estimators.recompute import scan
+from hypergrad.estimators.walk import row
 from hypergrad.problem.eager import naming_closures
 from hypergrad.problem.inner_gradient import while_true
 from hypergrad.problem.problem import (
@@ -39,6 +40,7 @@ from hypergrad.trees import (
     is_inexact,
     select,
     widen,
+    zeros,
 )
 
 ValidateAt = Literal["last", "mean"] | int | float
@@ -136,7 +138,7 @@ class Window:
         if self.averaged > 1:
             # Wide: a sum of bfloat16 parameters stops growing at 256 times one of them.
             total = jax.tree.map(
-                lambda p: jnp.zeros_like(widen(p)) if is_inexact(p) else None,
+                lambda p: zeros(widen(p)) if is_inexact(p) else None,
                 judged_params(self.problem, inner),
             )
         return Progress(inner, total, jnp.int32(-1))

@@ -27,6 +27,7 @@ from hypergrad.trees import (
     leaf_names,
     path_name,
     widen,
+    zeros,
 )
 
 Of = Literal["stationary", "fixed_point"]
@@ -132,9 +133,9 @@ class Condition:
         if self.keys.shape[0] == 1:
             return f(*jax.tree.map(lambda x: x[0], examples))
         # Summed up on the way: a mean over n stacked vectors would hold n of them.
-        zeros = jax.tree.map(jnp.zeros_like, self.z)
+        nothing = zeros(self.z)
         add = lambda total, x: (jax.tree.map(jnp.add, total, f(*x)), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, zeros, examples)
+        total, _ = jax.lax.scan(add, nothing, examples)
         return jax.tree.map(lambda x: x / self.keys.shape[0], total)
 
 

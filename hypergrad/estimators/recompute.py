@@ -1,7 +1,8 @@
 """Scans that differ in what they store of each step for the way back, and what they compute again.
 
 All map `(make_step, hyper, progress, xs)` to the last progress, for `step = make_step(hyper)` along
-the leading axis of `xs`.
+the leading axis of `xs`. Through `store_gradients` and `store_few` only `hyper`, the first progress
+and the first leaf of `xs`, `[length]`, get derivatives.
 """
 
 import math
@@ -11,11 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypergrad.problem.rules import Traced
-from hypergrad.trees import Hyper, InnerState, Tree, select, split_inexact
+from hypergrad.estimators.walk import (
+    Before,
+    Given,
+    Scheme,
+    row,
+    rows,
+    strong_start,
+    walked,
+    with_row,
+)
+from hypergrad.problem.cut import MakeStep, Step, TracedStep
+from hypergrad.trees import Hyper, InnerState, Tree, select
 
-Step = Callable[[InnerState, Any], InnerState]
-MakeStep = Callable[[Hyper], Step]
+# Between two stored states: of 8 steps, each is updated 3.5 times again.
+_MOST_UPDATES = 8
 
 
 def scan(step: Step, progress: InnerState, inputs: Tree) -> Any:
@@ -26,11 +37,6 @@ def scan(step: Step, progress: InnerState, inputs: Tree) -> Any:
 def store_all(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
     """Stores what each step needs on the way back."""
     return scan(make_step(hyper), progress, xs)
-
-
-def store_states(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
-    """Stores the state before each step, which is taken again."""
-    return _scan_step(make_step(hyper), progress, xs)
 
 
 def store_roots(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
@@ -57,97 +63,112 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
     """Stores about log2(length) states, placed anew as the way back goes on.
 
     With s places for states and each step taken r times again, C(s + r, s) steps can be passed.
-    Only `hyper`, the first progress and the first leaf of `xs`, `[length]`, get derivatives.
 
     Source: Griewank and Walther 2000, "Algorithm 799: revolve".
     """
-    probes, inputs = xs
-    length = probes.shape[0]
-    places = snapshots(length)
+    progress = strong_start(make_step, hyper, progress, xs)
+    step = TracedStep(make_step, hyper, progress, xs)
 
-    def one(hyper: Hyper, progress: InnerState, probe: jax.Array, x: Tree) -> InnerState:
-        return make_step(hyper)(progress, (probe, x))
+    def forth(given: Given, start: InnerState) -> tuple[InnerState, Tree]:
+        advance = lambda t, progress: step.taken(given.at(t), progress)  # noqa: E731
+        return _from_to(advance, start, 0, given.length), ()
 
-    # What the step closes over becomes an argument: a custom rule may close over nothing traced.
-    first = jax.tree.map(lambda x: x[0], inputs)
-    is_weak = lambda x: jax.typeof(x).weak_type  # noqa: E731
-    if any(map(is_weak, jax.tree.leaves(progress))):
-        # as a scan does: a Python number takes the dtype that the step gives it
-        after = jax.eval_shape(one, hyper, progress, probes[0], first)
-        strong = lambda x, y: jnp.asarray(x, y.dtype) if is_weak(x) else x  # noqa: E731
-        progress = jax.tree.map(strong, progress, after)
-    traced = Traced(one, hyper, progress, probes[0], first)
-
-    def step_at(consts: Any, hyper: Hyper, t: jax.Array, progress: Any, probe: Any, xs: Any) -> Any:
-        x = jax.tree.map(lambda x: x[t], xs)
-        return traced.under(consts, hyper, progress, probe, x)
-
-    @jax.custom_vjp
-    def run(consts: Any, hyper: Hyper, progress: InnerState, probes: Any, xs: Any) -> InnerState:
-        def body(progress: InnerState, t: jax.Array) -> tuple[InnerState, None]:
-            return step_at(consts, hyper, t, progress, probes[t], xs), None
-
-        return jax.lax.scan(body, progress, jnp.arange(length))[0]
-
-    def forward(*args: Any) -> Any:
-        return run(*args), args
-
-    def backward(args: Any, cotangent: InnerState) -> Any:
-        consts, hyper, start, probes, xs = args
+    def back(given: Given, start: InnerState, _: Tree) -> tuple[Tree, Before]:
+        places = snapshots(given.length)
 
         def advance(t: jax.Array, progress: InnerState) -> InnerState:
-            return step_at(consts, hyper, t, progress, probes[t], xs)
-
-        # The first state has no row of its own: it is held anyway.
-        def state_at(place: jax.Array, stored: Any) -> Any:
-            if places == 1:
-                return start
-            return select(place == 0, start, row(stored, place - 1))
+            return step.taken(given.at(t), progress)
 
         def to_next_place(carry: Any) -> Any:
             """From the last stored state on, to where the next one is to be stored."""
             end, top, at, stored = carry
             steps = left_of_next(end - at[top], places - top)
-            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, state_at(top, stored))
+            there = _from_to(advance, _state_at(top, start, stored), at[top], at[top] + steps)
             at = at.at[top + 1].set(at[top] + steps)
-            return end, top + 1, at, _with_row(stored, top, there)
+            return end, top + 1, at, with_row(stored, top, there)
 
         def has_room(carry: Any) -> jax.Array:
             end, top, at, _ = carry
             return (end - at[top] > 1) & (top + 1 < places)
 
-        def back_one_step(i: jax.Array, carry: Any) -> Any:
-            top, at, stored, adjoint, grad, squares = carry
-            t = length - 1 - i
+        def before(t: jax.Array, memory: Tree) -> tuple[InnerState, None, Tree]:
+            top, at, stored = memory
             if places > 1:
-                _, top, at, stored = jax.lax.while_loop(
-                    has_room, to_next_place, (t + 1, top, at, stored)
-                )
-            before = jax.lax.fori_loop(at[top], t, advance, state_at(top, stored))
-            floats, join = split_inexact(before)
-
-            def after(hyper: Hyper, floats: Any, probe: jax.Array) -> Any:
-                return split_inexact(step_at(consts, hyper, t, join(floats), probe, xs))[0]
-
-            more, adjoint, square = jax.vjp(after, hyper, floats, probes[t])[1](adjoint)
-            grad = jax.tree.map(jnp.add, grad, more)
+                carry = t + 1, top, at, stored
+                _, top, at, stored = jax.lax.while_loop(has_room, to_next_place, carry)
+            progress = _from_to(advance, _state_at(top, start, stored), at[top], t)
             top = jnp.where(at[top] == t, jnp.maximum(top - 1, 0), top)
-            return top, at, stored, adjoint, grad, squares.at[t].set(square)
+            return progress, None, (top, at, stored)
 
-        top, at = jnp.zeros((), jnp.int32), jnp.zeros(places, jnp.int32)
-        stored = jax.tree.map(lambda x: jnp.broadcast_to(x, (places - 1, *jnp.shape(x))), start)
-        leaves, starts = jax.tree.leaves(cotangent), jax.tree.leaves(start)
-        pairs = zip(leaves, starts, strict=True)
-        adjoint = [c for c, x in pairs if jnp.issubdtype(x.dtype, jnp.inexact)]
-        zeros = jax.tree.map(jnp.zeros_like, (hyper, probes))
-        carry = (top, at, stored, adjoint, *zeros)
-        *_, adjoint, grad, squares = jax.lax.fori_loop(0, length, back_one_step, carry)
-        supply = iter(adjoint)
-        to_start = [next(supply) if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in starts]
-        return None, grad, jax.tree.structure(start).unflatten(to_start), squares, None
+        nothing = jnp.zeros((), jnp.int32), jnp.zeros(places, jnp.int32)
+        return (*nothing, rows(start, places - 1)), before
 
-    run.defvjp(forward, backward)
-    return run(traced.consts, hyper, progress, probes, inputs)
+    return walked(step, Scheme(forth, back), hyper, progress, xs)
+
+
+def store_gradients(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
+    """Stores the gradient of each step, and the state before every few; others are had by updates.
+
+    A gradient is one copy of the parameters, Adam's state three. An update passes over the
+    parameters once, where a gradient passes once for each example. A step that takes no
+    `inner_gradient`, or takes it inside of a call of its own, is taken again as a whole.
+    """
+    progress = strong_start(make_step, hyper, progress, xs)
+    step = TracedStep(make_step, hyper, progress, xs)
+    if not step.takes_gradients:
+        return _scan_step(make_step(hyper), progress, xs)
+    length = jax.tree.leaves(xs)[0].shape[0]
+    pieces = -(-length // _MOST_UPDATES)
+    size = -(-length // pieces)
+
+    def forth(given: Given, start: InnerState) -> tuple[InnerState, Tree]:
+        def advance(t: jax.Array, carry: Any) -> Any:
+            progress, gradients = carry
+            progress, found = step.with_gradients(given.at(t), progress)
+            return progress, with_row(gradients, t, found)
+
+        def advance_piece(i: jax.Array, carry: Any) -> Any:
+            progress, gradients, states = carry
+            if pieces > 1:  # the first piece's state gives way to the second's
+                states = with_row(states, jnp.maximum(i - 1, 0), progress)
+            end = jnp.minimum((i + 1) * size, length)
+            return *_from_to(advance, (progress, gradients), i * size, end), states
+
+        like = jax.eval_shape(lambda: step.with_gradients(given.at(0), start)[1])
+        carry = start, rows(like, length), rows(start, pieces - 1)
+        progress, gradients, states = _from_to(advance_piece, carry, 0, pieces)
+        return progress, (gradients, states)
+
+    def back(given: Given, start: InnerState, stored: Tree) -> tuple[Tree, Before]:
+        gradients, states = stored
+
+        def again(t: jax.Array, progress: InnerState) -> InnerState:
+            return step.replayed(given.at(t), progress, row(gradients, t))
+
+        def before(t: jax.Array, memory: Tree) -> tuple[InnerState, Any, Tree]:
+            piece = t // size
+            progress = _from_to(again, _state_at(piece, start, states), piece * size, t)
+            return progress, row(gradients, t), memory
+
+        return (), before
+
+    return walked(step, Scheme(forth, back), hyper, progress, xs)
+
+
+def _from_to(
+    advance: Callable[[jax.Array, Any], Any],
+    progress: Tree,
+    begin: jax.typing.ArrayLike,
+    end: jax.typing.ArrayLike,
+) -> Any:
+    return jax.lax.fori_loop(begin, end, advance, progress)
+
+
+def _state_at(place: jax.Array, start: InnerState, stored: Tree) -> Any:
+    # The first state has no row of its own: it is held anyway.
+    if not jax.tree.leaves(stored)[0].shape[0]:
+        return start
+    return select(place == 0, start, row(stored, jnp.maximum(place - 1, 0)))
 
 
 def snapshots(length: int) -> int:
@@ -179,12 +200,3 @@ def repetitions(length: int) -> int:
         times += 1
         reach *= (places + times) / times
     return times
-
-
-def row(stored: Tree, i: jax.typing.ArrayLike) -> Any:
-    """The i-th entries along the leading axis."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stored)
-
-
-def _with_row(stored: Tree, i: jax.Array, row: Tree) -> Tree:
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stored, row)

@@ -21,7 +21,12 @@ from hypergrad.estimators.base import (
     summary,
 )
 from hypergrad.estimators.memory import device_bytes, temporary_bytes
-from hypergrad.estimators.recompute import store_all, store_few, store_roots, store_states
+from hypergrad.estimators.recompute import (
+    store_all,
+    store_few,
+    store_gradients,
+    store_roots,
+)
 from hypergrad.problem.problem import steps_done
 from hypergrad.trees import Batch, Hyper, InnerState, Scalar, State, Tree, inner_product, path_name
 
@@ -186,7 +191,7 @@ def _tail(estimator: Unrolled, window: Window, hyper: Hyper) -> _Tail:
 # In order of cost.
 _SCANS: dict[Checkpoint, Callable[..., Progress]] = {
     "none": store_all,
-    "step": store_states,
+    "step": store_gradients,
     "sqrt": store_roots,
     "log": store_few,
 }

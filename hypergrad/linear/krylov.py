@@ -10,7 +10,7 @@ from jax.scipy.sparse.linalg import cg, gmres
 
 from hypergrad import checks
 from hypergrad.linear.base import LinearSolver, MatVec, axpy, in_float32, scaled, size_or_one
-from hypergrad.trees import Key, State, Tree, inner_product, norm, select
+from hypergrad.trees import Key, State, Tree, inner_product, norm, select, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ConjugateGradient(LinearSolver):
 
     def init(self, b: Tree) -> State:
         """Zeros like `b` if warm."""
-        return jax.tree.map(jnp.zeros_like, b) if self.warm_start else ()
+        return zeros(b) if self.warm_start else ()
 
     @in_float32
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
@@ -195,7 +195,7 @@ class BiCGSTAB(LinearSolver):
         def unsolved(way: _Way) -> jax.Array:
             return (way.steps < self.max_steps) & (norm(way.r) > self.tolerance)
 
-        begun = _Way(jax.tree.map(jnp.zeros_like, b), b, b, b, inner_product(b, b), jnp.int32(0))
+        begun = _Way(zeros(b), b, b, b, inner_product(b, b), jnp.int32(0))
         end = jax.lax.while_loop(unsolved, lambda way: _stabilised(damped, way), begun)
         return scaled(size, end.x), state
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from hypergrad import checks
 from hypergrad.linear.base import LinearSolver, MatVec, Warm, axpy, numbered
-from hypergrad.trees import Key, State, Tree
+from hypergrad.trees import Key, State, Tree, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Richardson(LinearSolver):
         """Zeros like `b` if warm, and under a schedule a count."""
         if not self.warm_start:
             return ()
-        x = jax.tree.map(jnp.zeros_like, b)
+        x = zeros(b)
         return Warm(x, jnp.int32(0)) if callable(self.step_size) else x
 
     def solve(self, matvec: MatVec, b: Tree, key: Key, state: State) -> tuple[Tree, State]:
         """See the class."""
         start = state.x if isinstance(state, Warm) else state
-        start = start if self.warm_start else jax.tree.map(jnp.zeros_like, b)
+        start = start if self.warm_start else zeros(b)
         sizes = self._step_sizes(state)
         constant: Any = self.step_size
         numbers, product = numbered(matvec, self.steps)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad.problem.rules import Traced, rules_within
-from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact
+from hypergrad.trees import Tree, inner_product, is_inexact, split_inexact, zeros
 
 _Zero = jax.custom_derivatives.SymbolicZero
 
@@ -222,7 +222,7 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
                 return grads, split_inexact(value_aux)[0]
 
             dgrads, dfloats = jax.jvp(outputs, (p, h), (b[0], b[1]))[1]
-            return dgrads, _zeros(h), dfloats
+            return dgrads, zeros(h), dfloats
 
         def transpose(_: Any, cotangents: Tree) -> Any:
             c, _, cfloats = cotangents
@@ -238,7 +238,7 @@ def _differentiable_once(loss: Callable[..., Any]) -> Callable[..., Any]:
             one = jnp.ones_like(value_aux[0])
             cp, ch = jax.jvp(tilted, (jnp.zeros_like(one),), (one,))[1]
             cp, ch = _zero_unless(_any_nonzero((c, cfloats)), (cp, ch))
-            return cp, ch, _zeros(floats)
+            return cp, ch, zeros(floats)
 
         # A zero that is linear in the tangents: transposition needs every input to be so.
         none = [None] * len(floats)
@@ -282,7 +282,7 @@ def _all_linear(tangents: Tree, primals: Tree) -> Tree:
     leaves, treedef = jax.tree.flatten(tangents, is_leaf=is_zero)
     nothing = sum(jnp.sum(t[None][:0]) for t in leaves if not is_zero(t))
     filled = [
-        _zeros(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
+        zeros(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
         for t, x in zip(leaves, jax.tree.leaves(primals), strict=True)
     ]
     return treedef.unflatten(filled)
@@ -298,11 +298,6 @@ def _any_nonzero(cotangents: Tree) -> jax.Array:
 
 def _zero_unless(condition: jax.typing.ArrayLike, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jnp.where(condition, x, 0), tree)
-
-
-def _zeros(like: Tree) -> Tree:
-    # `zeros_like` loses the sharding of an Explicit mesh that is not set as the current one.
-    return _zero_unless(False, like)
 
 
 def _with_integer_tangents(out: Tree, dfloats: list[Any]) -> Tree:
