@@ -27,7 +27,7 @@ PROGRAMS = st.builds(
     st.sampled_from(sorted(WRAPPERS)),
     st.sampled_from(sorted(ACTIVATIONS)),
     st.one_of(st.just("none"), st.sampled_from(sorted(RULES))),
-    st.sampled_from(["none", "step", "sqrt"]),
+    st.sampled_from(["none", "step", "sqrt", "log"]),
     st.integers(0, 999),
 )
 

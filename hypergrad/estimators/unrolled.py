@@ -44,8 +44,9 @@ class Unrolled(Estimator):
       window: how many of the last steps are differentiated; None for all K. Truncation biases by
         what the window cannot see: greedy windows make learning rates far too small.
       checkpoint: what is stored of a step for the way back. "none": all it needs (the state and
-        the batch, as the inner gradient is mixed-mode); "step": the state alone; "sqrt": about
-        2 sqrt(window) states, for one more training run of time; "log": about log2(window) states,
+        the batch, as the inner gradient is mixed-mode); "step": its gradient, and the state before
+        every eighth, from which the others are had by the optimiser's updates; "sqrt": about 2
+        sqrt(window) states, for one more training run of time; "log": about log2(window) states,
         placed anew on the way back (binomial checkpoints), for 3 more training runs over 100 steps
         and 6 over 100,000; "auto": the first of these, in order of cost, whose program fits
         `memory_limit` by XLA's own analysis. That compiles up to four programs, once for each
@@ -56,9 +57,11 @@ class Unrolled(Estimator):
         which does not punish the noise of the steps themselves (training goes on from the last);
         an integer judges the mean of that many last ones, a float that of a share of the window.
 
-    Cost in gradient evaluations per differentiated step: 3, with "step" or "sqrt" 4, with "log" 7
-    to 10; memory O(window |inner|), O(sqrt(window) |inner|) with "sqrt", O(log(window) |inner|)
-    with "log"; independent of |hyper|. See docs/memory.md.
+    Cost in gradient evaluations per differentiated step: 3, with "step" as much and 4 updates of
+    the optimiser, with "sqrt" 4, with "log" 7 to 10; memory O(window |inner|), with "step"
+    O(window |params|), with "sqrt" O(sqrt(window) |inner|), with "log" O(log(window) |inner|);
+    independent of |hyper|. See docs/memory.md. "step" and "log" have a derivative of their own, so
+    that forward mode does not pass through the estimate itself.
 
     `info["growth"]` is the largest norm of the adjoint a (of its part in the parameters) along the
     way over its first one: above 1 and growing with the window means chaos, which the loss does not

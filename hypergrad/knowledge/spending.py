@@ -27,5 +27,5 @@ def evaluations_per_step(
         return 1 + 2 * estimator.pairs + validation
     if isinstance(estimator, FiniteDifference):
         return 1 + 2 * num_floats + validation
-    recomputes = getattr(estimator, "checkpoint", "none") != "none"
+    recomputes = getattr(estimator, "checkpoint", "none") not in ("none", "step")
     return 3.0 + recomputes + validation
