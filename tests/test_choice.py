@@ -53,7 +53,7 @@ def test_few_hyperparameters_and_memory_enough(capsys: Any) -> None:
 
 def test_one_hyperparameter_of_a_long_run_goes_forward() -> None:
     problem = regression(lambda h: optax.sgd(h["rate"]))
-    found = choose({"rate": RATE}, {"rate": 0.01}, problem, 2000, memory_limit=100_000)
+    found = choose({"rate": RATE}, {"rate": 0.01}, problem, 2000, memory_limit=60_000)
     assert found == hg.Forward()
 
 
