@@ -198,11 +198,9 @@ class Window:
         Under a `limit` these are as many rounds of a loop, and no step is taken in vain.
         """
         steps = self.num_steps if steps is None else steps
-        inputs = jax.tree.map(lambda x: x[:steps], step_inputs(self.train))
-        if self.limit is None:
-            return scan(self.one_step(hyper, offset), progress, inputs)
+        taken = steps if self.limit is None else jnp.minimum(self.limit, steps)
         step = dataclasses.replace(self, limit=None).one_step(hyper, offset)
-        taken = jnp.minimum(self.limit, steps)
+        inputs = step_inputs(self.train)  # whole: the first ones of them would be a copy
         return jax.lax.fori_loop(0, taken, lambda t, p: step(p, row(inputs, t)), progress)
 
     def judged(self, progress: Progress) -> Params:
