@@ -17,7 +17,9 @@ from benchmarks.postgresql import UnavailableError, server
 # the variable is for the processes that tests start, this one has imported JAX.
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    # A tiny program is not worth the up to 32 parts into which it would be split to be compiled.
+    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = flags
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 
