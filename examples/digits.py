@@ -31,8 +31,6 @@ import hypergrad as hg
 from hypergrad.plotting import plot_losses, plot_trajectories
 from hypergrad.plotting.panels import PALETTE, new_panels, png
 
-WINDOW = 10
-
 
 class Result(NamedTuple):
     """One row of the table."""
@@ -73,10 +71,10 @@ def describe(info: Any) -> str:
 def alternating(start: str, data: task.Data, bar: Progress) -> tuple[Run, Result]:
     """One training run of 500 steps, tuned every 10."""
     tuner = hg.alternating(task.PROBLEM, task.SPACE)
-    train = hg.Minibatches(data.train, task.BATCH, WINDOW)
+    train = hg.Minibatches(data.train, task.BATCH, task.WINDOW)
     state = tuner.init(task.STARTS[start], jax.random.key(0))
     update, compile_seconds = compiled(tuner.update, state, train, data.valid)
-    updates = task.STEPS // WINDOW
+    updates = task.STEPS // task.WINDOW
     row = bar.add_task(f"{start}: alternating", total=updates, info="")
     history, begin = [], time.perf_counter()
     for _ in range(updates):
@@ -84,7 +82,7 @@ def alternating(start: str, data: task.Data, bar: Progress) -> tuple[Run, Result
         history.append(info)
         bar.update(row, advance=1, info=describe(info))
     seconds = time.perf_counter() - begin
-    schedule = hg.settled_schedule(task.SPACE, [info.hyper for info in history], WINDOW)
+    schedule = hg.settled_schedule(task.SPACE, [info.hyper for info in history], task.WINDOW)
     cost = task.evaluations(task.STEPS, updates)
     loss = task.fresh_test_loss(schedule, data)
     result = Result(start, "one alternating run", loss, cost, seconds, compile_seconds)
@@ -94,7 +92,7 @@ def alternating(start: str, data: task.Data, bar: Progress) -> tuple[Run, Result
 def restarting(run: Run, data: task.Data, updates: int, bar: Progress, first: Result) -> Result:
     """Whole runs from what the alternating run found, its cost counted in."""
     tuner = hg.restarting(
-        task.PROBLEM, task.SPACE, hg.Unrolled(validate_at=WINDOW), fresh_seeds=True
+        task.PROBLEM, task.SPACE, hg.Unrolled(validate_at=task.WINDOW), fresh_seeds=True
     )
     train = hg.Minibatches(data.train, task.BATCH, task.STEPS)
     state = tuner.init(run.best, jax.random.key(1))
@@ -164,7 +162,7 @@ def draw(runs: list[Run], results: list[Result], path: str) -> None:
     colours = {"bad": PALETTE[1], "def": PALETTE[0], "-": "#777777"}
     axes = new_panels(6, (9, 6))
     for run in runs:
-        style = {"steps_per_update": WINDOW, "label": run.start, "color": colours[run.start]}
+        style = {"steps_per_update": task.WINDOW, "label": run.start, "color": colours[run.start]}
         plot_trajectories(run.history, task.SPACE, axes=axes[:4], **style)
         plot_losses(run.history, axes=axes[4], **style)
     axes[2].set_ylabel("l2 per layer")

@@ -71,7 +71,7 @@ SPACE = hg.Space(
 ESTIMATOR, OUTER = hg.Unrolled(validate_at=10), hg.norm_adam(0.2)
 DEFAULT = {
     "knots": np.full(KNOTS, 0.01, np.float32),
-    "layers": dict.fromkeys(LAYERS, 1.0),
+    "layers": dict.fromkeys(LAYERS, np.float32(1.0)),
 }
 # Rates that a person would try, and the two shapes to try them in.
 GRID = (0.005, 0.01, 0.02, 0.04, 0.08)

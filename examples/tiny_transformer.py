@@ -212,9 +212,9 @@ def task(folder: str, layers: int = LAYERS, steps: int = STEPS) -> Task:
     return Task(data, inner, train, score)
 
 
-def constant(hyper: Any) -> hg.Schedule:
-    """The schedule that never changes, of the shape that a tuned one has."""
-    repeat = lambda x: jnp.full(STEPS // WINDOW, x, jnp.float32)  # noqa: E731
+def constant(hyper: Any, steps: int = STEPS) -> hg.Schedule:
+    """The schedule that never changes, of the shape that a tuned one of so many steps has."""
+    repeat = lambda x: jnp.full(steps // WINDOW, x, jnp.float32)  # noqa: E731
     return hg.Schedule(jax.tree.map(repeat, hyper), WINDOW)
 
 
@@ -276,7 +276,7 @@ def schedules(run: Tuned) -> dict[str, hg.Schedule]:
     history = [info.hyper for info in run.history]
     return {
         "settled, replayed": hg.settled_schedule(SPACE, history, WINDOW),
-        "its best values, frozen": constant(run.best),
+        "its best values, frozen": constant(run.best, len(run.history) * WINDOW),
     }
 
 
@@ -301,8 +301,8 @@ def draw(run: Tuned, loss: float, path: str) -> None:
     legend_above(axes[-2], *axes[-2].get_legend_handles_labels())
     schedule = hg.learned_schedule([info.hyper for info in run.history], WINDOW)
     steps = np.arange(STEPS)
-    tuned = [float(learning_rate(schedule(step))(step)) for step in steps]
-    default = [float(learning_rate(DEFAULT)(step)) for step in steps]
+    tuned = jax.vmap(lambda step: learning_rate(schedule(step))(step))(steps)
+    default = jax.vmap(learning_rate(DEFAULT))(steps)
     axes[-1].plot(steps, tuned, color=PALETTE[0], label="tuned")
     axes[-1].plot(steps, default, color=PALETTE[1], ls="--", label="default")
     axes[-1].set_ylabel("learning rate of a step")
@@ -332,7 +332,7 @@ def main() -> None:
     def row(name: str, runs: int, losses: Any, cost: float) -> None:
         table.add_row(name, str(runs), *(f"{x:.3f}" for x in losses), f"{cost:,.0f}")
 
-    default = fresh(what, constant(DEFAULT), seeds)
+    default = fresh(what, constant(DEFAULT, steps), seeds)
     row("the default, untuned", seeds, default, 0)
     row("one alternating run", 1, both(what, run.params), run.evaluations)
     for name, schedule in list(schedules(run).items())[: 1 if options.quick else None]:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -13,11 +14,17 @@ from benchmarks.postgresql import UnavailableError, server
 
 # Two thirds of a run is XLA compiling tiny programs once each: with the older emitters (which JAX
 # 0.11 has no more), and without the expensive passes, it takes a third of the time. Values agree to
-# rounding, and benchmarks/ and the examples run with all. The flag is read when the backend starts.
+# rounding, and benchmarks/ run with all, the examples with most. The flags are read when the
+# backend starts; the variable is for the processes that tests start, as this one has imported JAX.
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    # A tiny program is not worth the up to 32 parts into which it would be split to be compiled.
+    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = flags
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes millions of small objects, which Python would search for cycles every 700.
+gc.set_threshold(20_000)
 
 
 @pytest.fixture

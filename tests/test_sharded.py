@@ -91,8 +91,9 @@ print("kept")
 def test_eight_devices_gather_nothing() -> None:
     """An update gathered each weight whole, and failed under an Explicit mesh."""
     here = Path(__file__).resolve().parent
+    eight = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {eight}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(here.parent),
     }
