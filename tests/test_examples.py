@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def printed_by(name: str, *arguments: str, **variables: str) -> str:
     command = [sys.executable, f"examples/{name}.py", "--quick", *arguments]
-    # XLA's first level of optimisation runs the examples as fast as its last, and compiles twice as
-    # fast; with none at all a convolution takes minutes.
+    # XLA's first level of optimisation runs the examples about as fast as its last, and compiles in
+    # a third (convolutions) to five sixths of the time; with none a convolution takes minutes.
     flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     optimised = {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
