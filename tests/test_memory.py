@@ -186,21 +186,41 @@ def test_what_only_records_sends_nothing_back(mode: str) -> None:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mode", ["step", "log"])
 def test_log_with_a_python_number_in_the_state(mode: Any) -> None:
-    """The scale of flax's DynamicScale, which a step makes a float32: refused by JAX under x64."""
+    """The scale of flax's DynamicScale, which a step makes a float32: refused by JAX under x64.
+
+    And what is no array of JAX's: NumPy's, and a truth, in a start by hand.
+    """
 
     class State(NamedTuple):
-        params: jax.Array
+        params: Any
         scale: Any
+        even: Any
 
     def step(state: State, h: Any, batch: Any, key: Any) -> State:
         scale = jnp.asarray(state.scale, jnp.float32)
-        return State(state.params - h["lr"] * scale * batch, scale)
+        even = jnp.logical_not(state.even)
+        grads, _ = hg.inner_gradient(lambda w, _, b: jnp.sum(w * b))(state.params, (), batch)
+        return State(state.params - h["lr"] * scale * grads, scale, even)
 
     loss = lambda params, *_: jnp.sum(params**2)  # noqa: E731
-    problem = hg.Problem(lambda h, key: State(jnp.ones(2), 2.0), step, loss, loss)
+    problem = hg.Problem(lambda h, key: State(np.ones(2), 2.0, True), step, loss, loss)
     run = lambda e: hg.hypergradient(problem, {"lr": 0.1}, None, jnp.ones(3), jnp.ones(()), KEY, e)  # noqa: E731
     ours = run(hg.Unrolled(checkpoint=mode)).grad["lr"]
     assert float(ours) == pytest.approx(4 * (1 - 0.6) * -6)
+
+
+def test_what_a_loss_gives_beside_its_value_is_not_stored_where_no_update_reads_it() -> None:
+    def fit(w: Any, h: Any, batch: Any, key: Any) -> Any:
+        logits = jnp.outer(batch, jnp.full(1000, w))
+        return jnp.mean(jnp.tanh(logits) ** 2) + h["l2"] * w**2, logits
+
+    problem = hg.bilevel(lambda key: jnp.ones(()), fit, fit, lambda h: optax.sgd(h["lr"]))
+    hyper, train = {"lr": jnp.float32(0.05), "l2": jnp.float32(0.01)}, jnp.ones((50, 20))
+    inner, estimator = problem.init(hyper, KEY), hg.Unrolled(checkpoint="step")
+    run = lambda h: hg.hypergradient(problem, h, inner, train, train[0], KEY, estimator).grad  # noqa: E731
+    logits_of_one = 4 * 20 * 1000
+    temporary = sizes(run, hyper)[1] * 4 * SIDE**2
+    assert temporary < 5 * logits_of_one  # it held those of all 50
 
 
 def spike(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:

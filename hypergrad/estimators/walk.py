@@ -74,7 +74,8 @@ def rows(like: Tree, count: int) -> Any:
 
 
 def strong_start(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> Any:
-    """As a scan does: a Python number takes the dtype that the step gives it."""
+    """As a scan does: arrays, and a Python number takes the dtype that the step gives it."""
+    progress = jax.tree.map(jnp.asarray, progress)
     is_weak = lambda x: jax.typeof(x).weak_type  # noqa: E731
     if not any(map(is_weak, jax.tree.leaves(progress))):
         return progress

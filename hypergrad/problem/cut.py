@@ -13,7 +13,7 @@ from hypergrad.trees import Hyper, InnerState, Leaf, Tree, flagged, is_inexact, 
 
 Step = Callable[[InnerState, Any], InnerState]
 MakeStep = Callable[[Hyper], Step]
-# The values of a step's inner gradients, and of what its losses gave beside them.
+# The values of a step's inner gradients, and of what its losses gave beside them, if it reads them.
 Gradients = Sequence[Leaf]
 
 
@@ -46,10 +46,15 @@ class TracedStep:
         first = len(program.constvars) + len(jax.tree.leaves(hyper))
         self._progress = self._inputs[first : first + self._treedef.num_leaves]
         self._floats = [is_inexact(v.aval) for v in program.outvars]
-        self._behind = [e for e in self._equations if not _is_gradient(e.eqn)]
-        self._cut = [n for e in self._equations if _is_gradient(e.eqn) for n in e.outputs]
-        at_cut = [v for e in program.eqns if _is_gradient(e) for v in e.outvars]
-        self.takes_gradients = bool(at_cut) and not any(is_key(v.aval) for v in at_cut)
+        behind = [e for e in self._equations if not _is_gradient(e.eqn)]
+        self._behind = needed(behind, self._outputs, effects=False)
+        read = {x for e in self._behind for x in e.inputs} | set(self._outputs)
+        gradients = [e for e in self._equations if _is_gradient(e.eqn)]
+        results = [x for e in gradients for x in zip(e.outputs, e.eqn.outvars, strict=True)]
+        # What no update reads (logits that a loss gives beside its value) may be large.
+        at_cut = {n: v for n, v in results if n in read}
+        self._cut = list(at_cut)
+        self.takes_gradients = bool(at_cut) and not any(is_key(v.aval) for v in at_cut.values())
 
     def _known(self, reads: Reads, progress: InnerState) -> Known:
         args = reads.hyper, progress, reads.probe, reads.inputs
@@ -69,8 +74,7 @@ class TracedStep:
     def replayed(self, reads: Reads, progress: InnerState, gradients: Gradients) -> Any:
         """The progress after the step, from its gradients: the update alone."""
         known = self._known(reads, progress) | dict(zip(self._cut, gradients, strict=True))
-        behind = needed(self._behind, self._outputs, effects=False)
-        return self._treedef.unflatten(evaluate(behind, self._outputs, known))
+        return self._treedef.unflatten(evaluate(self._behind, self._outputs, known))
 
     def _derived(self, reads: Reads, progress: InnerState, gradients: Gradients) -> Any:
         """`replayed`, with the derivatives of `taken`."""
