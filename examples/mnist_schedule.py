@@ -244,11 +244,11 @@ def main() -> None:
     """Tune, retrain, print the table, write the picture."""
     parser = argparse.ArgumentParser(description="a schedule and per-layer rates on MNIST-10k")
     parser.add_argument("--data", required=True, help="folder with MNIST's t10k idx files")
-    parser.add_argument("--quick", action="store_true", help="3 updates, one seed, no rivals")
+    parser.add_argument("--quick", action="store_true", help="2 updates, one seed, no rivals")
     parser.add_argument("--seed", type=int, default=0, help="of the tuned runs")
     parser.add_argument("--out", default="mnist_schedule.png", help="where the picture goes")
     options = parser.parse_args()
-    updates, seeds = (3, 1) if options.quick else (UPDATES, SEEDS)
+    updates, seeds = (2, 1) if options.quick else (UPDATES, SEEDS)
     shapes = [] if options.quick else ["constant", "cosine"]
     data = load(options.data)
     found, history = tune(data, options.seed, updates)

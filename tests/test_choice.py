@@ -63,10 +63,11 @@ def test_little_memory_takes_checkpoints() -> None:
 
     space = {"rate": RATE, "m": MOMENTUM, "l2": L2}
     hyper = {"rate": 0.01, "m": 0.6, "l2": jnp.full(6, 0.1)}
-    found = choose(space, hyper, regression(optimizer), 2000, memory_limit=60_000)
+    problem = regression(optimizer)
+    found = choose(space, hyper, problem, 2000, memory_limit=60_000)
     assert found == hg.Unrolled(checkpoint="sqrt")
     with pytest.raises(ValueError, match=r"memory_limit=10 bytes is too little for every exact"):
-        choose(space, hyper, regression(optimizer), 2000, memory_limit=10)
+        choose(space, hyper, problem, 2000, memory_limit=10)
 
 
 @pytest.mark.parametrize(("count", "limit"), [(6, None), (120, 12_000)])

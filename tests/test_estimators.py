@@ -107,13 +107,16 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
         {"lr": 0.01, "b1": 0.9, "b2": 0.99},
     ),
     "adamw": (
-        lambda h: optax.adamw(h["lr"], b1=h["b1"], weight_decay=h["wd"]),
-        {"lr": 0.01, "b1": 0.9, "wd": 0.1},
+        lambda h: optax.adamw(h["lr"], b1=h["b1"], b2=h["b2"], weight_decay=h["wd"]),
+        {"lr": 0.01, "b1": 0.9, "b2": 0.99, "wd": 0.1},
     ),
     "rmsprop": (lambda h: optax.rmsprop(h["lr"], decay=h["d"]), {"lr": 0.01, "d": 0.9}),
     "adagrad": (lambda h: optax.adagrad(h["lr"]), {"lr": 0.1}),
     "lion": (lambda h: optax.lion(h["lr"], weight_decay=h["wd"]), {"lr": 0.01, "wd": 0.1}),
-    "lamb": (lambda h: optax.lamb(h["lr"], weight_decay=h["wd"]), {"lr": 0.01, "wd": 0.1}),
+    "lamb": (
+        lambda h: optax.lamb(h["lr"], b1=h["b1"], b2=h["b2"], weight_decay=h["wd"]),
+        {"lr": 0.01, "b1": 0.9, "b2": 0.99, "wd": 0.1},
+    ),
 }
 
 
@@ -126,12 +129,15 @@ def test_optax_optimisers_with_default_arguments(name: str, x64: None) -> None:
     # lion's sign flips under a large step; one that crosses no flip here is left with rounding
     lion = name == "lion"
     difference = hg.FiniteDifference(1e-6 if lion else 1e-5)
-    grads = [
-        jax.jit(
-            lambda e=e: hg.hypergradient(problem, hyper, None, train, valid, jax.random.key(2), e)
-        )().grad
-        for e in (difference, hg.Unrolled(), hg.Forward())
-    ]
+    estimators, key = (difference, hg.Unrolled(), hg.Forward()), jax.random.key(2)
+
+    @jax.jit
+    def all_of() -> Any:
+        inner = problem.init(hyper, key)
+        arguments = (problem, hyper, inner, train, valid, key)
+        return [hg.hypergradient(*arguments, estimator).grad for estimator in estimators]
+
+    grads = all_of()
     assert relative_error(grads[1], grads[0]) < (1e-5 if lion else 1e-6)
     assert relative_error(grads[2], grads[1]) < 1e-12
 
@@ -180,10 +186,10 @@ def test_a_run_cut_short_is_differentiated_where_it_ends(length: int, at: Any) -
     inner = oracle.problem.init(oracle.hyper, oracle.key)
     steps = jax.tree.leaves(oracle.train)[0].shape[0]
 
+    @jax.jit
     def found(train: Any, limit: int | None) -> hg.Estimate:
         window = hg.Window(oracle.problem, inner, train, oracle.valid, oracle.key)
-        limited = None if limit is None else jnp.int32(limit)
-        window = dataclasses.replace(window, limit=limited)
+        window = dataclasses.replace(window, limit=limit)
         return estimator.estimate(window, oracle.hyper, ())[0]
 
     whole = found(oracle.train, None)
@@ -194,11 +200,8 @@ def test_a_run_cut_short_is_differentiated_where_it_ends(length: int, at: Any) -
     assert relative_error(cut.inner.params, shorter.inner.params) < 1e-6
     assert relative_error(cut.grad, whole.grad) > 1e-3
     if length == 3:  # of which the last two stand still, where the first one led
-        alone = hg.Unrolled().estimate(
-            hg.Window(oracle.problem, inner, oracle.train[:1], oracle.valid, oracle.key),
-            oracle.hyper,
-            (),
-        )[0]
+        window = hg.Window(oracle.problem, inner, oracle.train[:1], oracle.valid, oracle.key)
+        alone = jax.jit(hg.Unrolled().estimate)(window, oracle.hyper, ())[0]
         still = found(oracle.train, 1).grad
         if at == 2:
             jax.tree.map(
@@ -315,6 +318,7 @@ def test_two_windows_walk_as_one(name: str) -> None:
     hyper, key = OPTIMIZERS["momentum"][1], jax.random.key(3)
     data, valid = _digits_like(jax.random.key(0)), _digits_like(jax.random.key(5))
 
+    @functools.partial(jax.jit, static_argnums=1)
     def advance(inner: Any, steps: int) -> Any:
         train = hg.Minibatches(data, 8, steps)
         return hg.hypergradient(problem, hyper, inner, train, valid, key, EXACT[name]).inner
@@ -383,12 +387,9 @@ def test_nan_batch_is_reported_with_its_step() -> None:
     oracle = ridge(num_steps=6)
     inputs, targets = oracle.train
     train = (inputs.at[4].set(jnp.nan), targets)
-    for estimator in (*EXACT.values(), hg.Unrolled(window=1)):
-        estimate = jax.jit(
-            lambda e=estimator: hg.hypergradient(
-                oracle.problem, oracle.hyper, None, train, oracle.valid, oracle.key, e
-            )
-        )()
+    arguments = (oracle.problem, oracle.hyper, None, train, oracle.valid, oracle.key)
+    estimators = (*EXACT.values(), hg.Unrolled(window=1))
+    for estimate in jax.jit(lambda: [hg.hypergradient(*arguments, e) for e in estimators])():
         assert not bool(estimate.info["finite"])
         assert int(estimate.info["first_bad_step"]) == 4
 

@@ -329,9 +329,9 @@ def test_noise_is_fresh_in_every_call(method: str, whole: bool) -> None:
     inner = None if whole else problem.init(hyper, key)
     window = hg.Window(problem, inner, BATCHES, BATCHES[0], key)
     state = estimator.init(window, hyper)
-    grads = []
+    grads, estimate_of = [], jax.jit(estimator.estimate)
     for _ in range(2):
-        estimate, state = estimator.estimate(window, hyper, state)
+        estimate, state = estimate_of(window, hyper, state)
         grads.append(float(estimate.grad["threshold"]))
     # The particles of ES-Single go on, so that its second estimate differs by its states alone.
     assert grads[0] != grads[1]

@@ -141,8 +141,7 @@ def write_digits(folder: Path) -> None:
 def test_relaxed_choices(tmp_path: Path) -> None:
     """Both steps choose a kernel and an activation for each layer, and what they chose learns."""
     write_digits(tmp_path)
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    text = printed_by("relaxed_choices", "--data", str(tmp_path), **quickly)
+    text = printed_by("relaxed_choices", "--data", str(tmp_path))
     row = r" +│ +([\d.]+) │ +[\d.]+ │ +([\d.]+) │ +1.8 │ [135] \w+, [135] \w+ "
     for name in (r"window=1\)", "differences"):
         found = re.search(name + row, text)

@@ -11,8 +11,15 @@ import pytest
 import hypergrad as hg
 from benchmarks.optimizers import ROWS, TARGET, error, float32_error, hypergradient, small_problem
 
-# Twins of a tested row, or rarely used: only the benchmark measures them, to keep the tests short.
+# Only the benchmark measures these, to keep the tests short: twins of a tested row, rarely used
+# ones, and those that test_estimators.py holds more strictly against differences of such a network.
 TWINS = {
+    "adagrad",
+    "adam",
+    "adamw",
+    "lamb",
+    "lion",
+    "sgd, momentum",
     "acprop",
     "adopt",
     "cocob",

@@ -45,19 +45,19 @@ def test_the_state_counts_estimates() -> None:
     window = hypergrad.Window(oracle.problem, None, oracle.train, oracle.valid, oracle.key)
     state = estimator.init(window, oracle.hyper)
     assert int(state) == 0
-    assert int(estimator.estimate(window, oracle.hyper, state)[1]) == 1
+    assert int(jax.jit(estimator.estimate)(window, oracle.hyper, state)[1]) == 1
 
 
 def test_a_refused_update_draws_other_coordinates() -> None:
     """A tuner takes the state back then, the count in it too, but never the step."""
     oracle, estimator = hypergrad.testing.momentum_quadratic(3), RandomCoordinates(1)
     inner = oracle.problem.init(oracle.hyper, oracle.key)
-    drawn = set()
+    drawn, estimate = set(), jax.jit(estimator.estimate)
     for step in range(0, 24, 3):
         window = hypergrad.Window(
             oracle.problem, inner._replace(step=step), oracle.train, oracle.valid, oracle.key
         )
-        grad = estimator.estimate(window, oracle.hyper, jnp.int32(1))[0].grad
+        grad = estimate(window, oracle.hyper, jnp.int32(1))[0].grad
         drawn.add(int(np.flatnonzero(ravel_pytree(grad)[0])[0]))
     assert len(drawn) > 2
 

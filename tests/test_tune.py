@@ -269,9 +269,10 @@ def test_a_run_that_looks_ahead_trains_by_its_window_alone() -> None:
     def window(steps: int) -> hg.Window:
         return hg.Window(problem, inner, hg.Minibatches(DATA.train, BATCH, steps), valid, key)
 
-    found, _ = Ahead(hg.Unrolled(), 5).estimate(window(4), START, ())
-    later, _ = hg.Unrolled().estimate(window(9), START, ())
-    now, _ = hg.Unrolled().estimate(window(4), START, ())
+    unrolled = jax.jit(hg.Unrolled().estimate)
+    found, _ = jax.jit(Ahead(hg.Unrolled(), 5).estimate)(window(4), START, ())
+    later, _ = unrolled(window(9), START, ())
+    now, _ = unrolled(window(4), START, ())
     assert abs(now.grad["rate"] / later.grad["rate"] - 1) > 0.05
     jax.tree.map(np.testing.assert_array_equal, found.grad, later.grad)
     assert int(found.inner.step) == 4
