@@ -223,6 +223,69 @@ def test_what_a_loss_gives_beside_its_value_is_not_stored_where_no_update_reads_
     assert temporary < 5 * logits_of_one  # it held those of all 50
 
 
+@pytest.mark.usefixtures("x64")
+def test_gradients_inside_of_a_loop_are_taken_no_oftener() -> None:
+    """The first part of a batch outside of the scan over the others: each update took them anew."""
+    taken = []
+
+    def fit(w: Any, h: Any, batch: Any) -> Any:
+        def note(x: Any) -> Any:
+            taken.append(x)
+            return np.asarray(x)
+
+        seen = jax.pure_callback(note, jax.ShapeDtypeStruct((), batch.dtype), batch)
+        return jnp.tanh(w * seen) ** 2 + h["l2"] * w**2
+
+    class State(NamedTuple):
+        params: Any
+
+    def step(state: State, h: Any, batch: Any, key: Any) -> State:
+        gradient = lambda x: hg.inner_gradient(fit)(state.params, h, x)[0]  # noqa: E731
+        add = lambda total, x: (total + gradient(x), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, gradient(batch[0]), batch[1:])
+        return State(state.params - h["lr"] * total)
+
+    loss = lambda w, *_: (w - 2.0) ** 2  # noqa: E731
+    problem = hg.Problem(lambda h, key: State(jnp.ones(())), step, loss, loss)
+    train, counts, grads = jnp.linspace(0.5, 1.5, 24).reshape(8, 3), [], []
+    for mode in ("none", "step"):
+        estimator = hg.Unrolled(checkpoint=mode)  # type: ignore[arg-type]
+        hyper = {"lr": 0.1, "l2": 0.01}
+        found = hg.hypergradient(problem, hyper, None, train, jnp.ones(()), KEY, estimator)
+        grads.append(jax.block_until_ready(found.grad))
+        counts.append(len(taken))
+        taken.clear()
+    assert relative_error(grads[1], grads[0]) < 1e-12
+    assert counts[1] <= 2 * counts[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "step"])
+def test_complex_parameters_warn_of_nothing(mode: Any) -> None:
+    """Of a norm and of a zero, both real, that were handed on as complex numbers."""
+
+    def fit(w: Any, h: Any, batch: Any, key: Any) -> Any:
+        return jnp.mean(jnp.abs(batch @ w - 1) ** 2) + h["l2"] * jnp.sum(jnp.abs(w) ** 2)
+
+    class State(NamedTuple):
+        params: Any
+
+    def run(mixed: bool, estimator: hg.Estimator) -> hg.Estimate:
+        def step(state: State, h: Any, batch: Any, key: Any) -> State:
+            gradient = hg.inner_gradient(fit, mixed_mode=mixed)
+            grads, _ = gradient(state.params, h, batch, key)
+            return State(state.params - h["lr"] * jnp.conj(grads))
+
+        start = jnp.array([1 + 0.5j, -1j], jnp.complex64)
+        problem = hg.Problem(lambda h, key: State(start), step, fit, fit)
+        train = jnp.array([[1, 1j], [0.5, 2]], jnp.complex64) * jnp.ones((3, 1, 1))
+        hyper = {"lr": 0.1, "l2": 0.01}
+        return hg.hypergradient(problem, hyper, None, train, train[0], KEY, estimator)
+
+    found, wanted = run(True, hg.Unrolled(checkpoint=mode)), run(False, hg.Unrolled())
+    assert relative_error(found.grad, wanted.grad) < 1e-5
+    assert found.info["growth"] == pytest.approx(float(wanted.info["growth"]), rel=1e-5)
+
+
 def spike(params: Any, hyper: Any, batch: Any, key: Any) -> jax.Array:
     return jnp.sum((params - 1.0) ** 2) * jnp.mean(batch)
 

@@ -111,7 +111,7 @@ def store_gradients(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs:
 
     A gradient is one copy of the parameters, Adam's state three. An update passes over the
     parameters once, where a gradient passes once for each example. A step that takes no
-    `inner_gradient`, or takes it inside of a call of its own, is taken again as a whole.
+    `inner_gradient`, or one inside of a call or a loop of its own, is taken again as a whole.
     """
     progress = strong_start(make_step, hyper, progress, xs)
     step = TracedStep(make_step, hyper, progress, xs)

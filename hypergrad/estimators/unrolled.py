@@ -225,7 +225,7 @@ def _tap_forward(tree: Tree, probe: jax.Array) -> tuple[Any, None]:
 
 def _tap_backward(_: None, adjoint: Tree) -> tuple[Any, jax.Array]:
     floats = [x for x in jax.tree.leaves(adjoint) if x.dtype != jax.dtypes.float0]
-    return adjoint, inner_product(floats, floats)
+    return adjoint, jnp.real(inner_product(floats, floats))
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

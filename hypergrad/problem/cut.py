@@ -7,7 +7,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad.problem.inner_gradient import NAME
-from hypergrad.problem.rules import Traced, function_name
+from hypergrad.problem.rules import Traced, function_name, inner_programs, rules_within
 from hypergrad.program import Known, by_number, evaluate, needed
 from hypergrad.trees import Hyper, InnerState, Leaf, Tree, flagged, is_inexact, is_key
 
@@ -31,8 +31,8 @@ class TracedStep:
 
     Attributes:
       consts: what it closes over.
-      takes_gradients: whether there is an `inner_gradient` to cut at, not inside of another call,
-        whose results are arrays.
+      takes_gradients: whether there is an `inner_gradient` to cut at, whose results are arrays, and
+        none inside of another call, which would be taken anew at every update.
     """
 
     def __init__(self, make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree) -> None:
@@ -54,7 +54,9 @@ class TracedStep:
         # What no update reads (logits that a loss gives beside its value) may be large.
         at_cut = {n: v for n, v in results if n in read}
         self._cut = list(at_cut)
-        self.takes_gradients = bool(at_cut) and not any(is_key(v.aval) for v in at_cut.values())
+        fit = not any(is_key(v.aval) for v in at_cut.values())
+        fit = fit and not any(_holds_gradient(e.eqn) for e in self._behind)
+        self.takes_gradients = bool(at_cut) and fit
 
     def _known(self, reads: Reads, progress: InnerState) -> Known:
         args = reads.hyper, progress, reads.probe, reads.inputs
@@ -135,6 +137,10 @@ def _is_gradient(eqn: Any) -> bool:
     if eqn.primitive.name != "custom_jvp_call":
         return False
     return function_name(eqn.params["call_jaxpr"].jaxpr) == NAME
+
+
+def _holds_gradient(eqn: Any) -> bool:
+    return any(NAME in rules_within(program) for program in inner_programs(eqn.params))
 
 
 def is_zero(x: Any) -> bool:

@@ -280,7 +280,7 @@ def _all_linear(tangents: Tree, primals: Tree) -> Tree:
     """`tangents`, in which None and symbolic zeros are zeros that depend on the others."""
     is_zero = lambda t: t is None or type(t) is _Zero  # noqa: E731
     leaves, treedef = jax.tree.flatten(tangents, is_leaf=is_zero)
-    nothing = sum(jnp.sum(t[None][:0]) for t in leaves if not is_zero(t))
+    nothing = sum(jnp.sum(jnp.real(t[None][:0])) for t in leaves if not is_zero(t))
     filled = [
         zeros(x) + jnp.asarray(nothing, jnp.result_type(x)) if is_zero(t) else t
         for t, x in zip(leaves, jax.tree.leaves(primals), strict=True)

@@ -49,7 +49,7 @@ class Traced:
 def _uses(program: Any, primitives: Collection[str]) -> bool:
     return any(
         (eqn.primitive.name in primitives and eqn.outvars[0].aval.shape != ())
-        or any(_uses(inner, primitives) for inner in _inner_programs(eqn.params))
+        or any(_uses(inner, primitives) for inner in inner_programs(eqn.params))
         for eqn in program.eqns
     )
 
@@ -83,7 +83,7 @@ def function_name(jaxpr: Any) -> str:
 
 def _rules(jaxpr: Any, backward: bool) -> Iterator[str]:
     for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, list(_inner_programs(eqn.params))
+        name, inner = eqn.primitive.name, list(inner_programs(eqn.params))
         if name.startswith(("custom_vjp_call", "linear_call")) or (
             name == "custom_jvp_call" and not (backward or _is_trusted(inner[0]))
         ):
@@ -92,7 +92,8 @@ def _rules(jaxpr: Any, backward: bool) -> Iterator[str]:
             yield from _rules(program, backward)
 
 
-def _inner_programs(params: dict[str, Any]) -> Iterator[Any]:
+def inner_programs(params: dict[str, Any]) -> Iterator[Any]:
+    """Those of the calls, loops and branches that an equation of these parameters is."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             program = getattr(item, "jaxpr", item)  # of a closed one
