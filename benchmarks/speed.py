@@ -30,6 +30,7 @@ PROGRAMS = {
     "hand-derived adjoint": task.adjoint,
     "Unrolled()": task.through_hypergrad(hg.Unrolled()),
     "Unrolled(), Minibatches": task.through_hypergrad(hg.Unrolled(), "minibatches"),
+    'Unrolled(checkpoint="step")': task.through_hypergrad(hg.Unrolled(checkpoint="step")),
     'Unrolled(checkpoint="sqrt")': task.through_hypergrad(hg.Unrolled(checkpoint="sqrt")),
     "Forward()": task.through_hypergrad(hg.Forward()),
     "naive reverse": task.naive_reverse,

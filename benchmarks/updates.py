@@ -42,7 +42,7 @@ TUNERS: tuple[tuple[str, hg.Estimator, Any, float | None], ...] = (
     ("Unrolled(window=1)", hg.Unrolled(window=1), "all", None),
     ("Unrolled(window=1)", hg.Unrolled(window=1), "hyper", 1.10),
     ("the default", hg.Unrolled(validate_at=0.8), "all", 3.6),
-    ('checkpoint="step"', hg.Unrolled(validate_at=0.8, checkpoint="step"), "hyper", None),
+    ('checkpoint="step"', hg.Unrolled(validate_at=0.8, checkpoint="step"), "all", None),
 )
 
 

@@ -1,4 +1,4 @@
-"""A traced program, flat: equations between by_number values, to be cut into parts and run."""
+"""A traced program, flat: equations between numbered values, to be cut into parts and run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

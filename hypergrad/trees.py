@@ -61,6 +61,11 @@ def select(condition: Any, if_true: Tree, if_false: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
 
 
+def row(stored: Tree, i: jax.typing.ArrayLike) -> Any:
+    """The i-th entries along the leading axis."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stored)
+
+
 def zeros(like: Tree) -> Any:
     """Zeros of its shapes, dtypes and shardings."""
     # `zeros_like` loses the sharding of an Explicit mesh that is not set as the current one.

@@ -14,7 +14,6 @@ from hypergrad.data.batches import Minibatches, last_batch, num_steps, step_inpu
 from hypergrad.data.streams import refuse_missing_axis
 from hypergrad.estimators.memory import compiled_for, shapes_of
 from hypergrad.estimators.recompute import scan
-from hypergrad.estimators.walk import row
 from hypergrad.problem.eager import naming_closures
 from hypergrad.problem.inner_gradient import while_true
 from hypergrad.problem.problem import (
@@ -38,6 +37,7 @@ from hypergrad.trees import (
     Tree,
     all_finite,
     is_inexact,
+    row,
     select,
     widen,
     zeros,

@@ -6,24 +6,14 @@ and the first leaf of `xs`, `[length]`, get derivatives.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hypergrad.estimators.walk import (
-    Before,
-    Given,
-    Scheme,
-    row,
-    rows,
-    strong_start,
-    walked,
-    with_row,
-)
-from hypergrad.problem.cut import MakeStep, Step, TracedStep
-from hypergrad.trees import Hyper, InnerState, Tree, select
+from hypergrad.estimators.walk import Before, Scheme, rows, strong_start, walked, with_row
+from hypergrad.problem.cut import MakeStep, Reads, Step, TracedStep
+from hypergrad.trees import Hyper, InnerState, Tree, row, select
 
 # Between two stored states: of 8 steps, each is updated 3.5 times again.
 _MOST_UPDATES = 8
@@ -68,14 +58,14 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
     """
     progress = strong_start(make_step, hyper, progress, xs)
     step = TracedStep(make_step, hyper, progress, xs)
+    length = xs[0].shape[0]
+    places = snapshots(length)
 
-    def forth(given: Given, start: InnerState) -> tuple[InnerState, Tree]:
+    def forth(given: Reads, start: InnerState) -> tuple[InnerState, Tree]:
         advance = lambda t, progress: step.taken(given.at(t), progress)  # noqa: E731
-        return _from_to(advance, start, 0, given.length), ()
+        return jax.lax.fori_loop(0, length, advance, start), ()
 
-    def back(given: Given, start: InnerState, _: Tree) -> tuple[Tree, Before]:
-        places = snapshots(given.length)
-
+    def back(given: Reads, start: InnerState, _: Tree) -> tuple[Tree, Before]:
         def advance(t: jax.Array, progress: InnerState) -> InnerState:
             return step.taken(given.at(t), progress)
 
@@ -83,7 +73,8 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             """From the last stored state on, to where the next one is to be stored."""
             end, top, at, stored = carry
             steps = left_of_next(end - at[top], places - top)
-            there = _from_to(advance, _state_at(top, start, stored), at[top], at[top] + steps)
+            here = _state_at(top, start, stored)
+            there = jax.lax.fori_loop(at[top], at[top] + steps, advance, here)
             at = at.at[top + 1].set(at[top] + steps)
             return end, top + 1, at, with_row(stored, top, there)
 
@@ -96,7 +87,8 @@ def store_few(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs: Tree)
             if places > 1:
                 carry = t + 1, top, at, stored
                 _, top, at, stored = jax.lax.while_loop(has_room, to_next_place, carry)
-            progress = _from_to(advance, _state_at(top, start, stored), at[top], t)
+            here = _state_at(top, start, stored)
+            progress = jax.lax.fori_loop(at[top], t, advance, here)
             top = jnp.where(at[top] == t, jnp.maximum(top - 1, 0), top)
             return progress, None, (top, at, stored)
 
@@ -116,12 +108,13 @@ def store_gradients(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs:
     progress = strong_start(make_step, hyper, progress, xs)
     step = TracedStep(make_step, hyper, progress, xs)
     if not step.takes_gradients:
-        return _scan_step(make_step(hyper), progress, xs)
-    length = jax.tree.leaves(xs)[0].shape[0]
+        taken = lambda p, x: step.taken(Reads(step.consts, hyper, *x), p)  # noqa: E731
+        return _scan_step(taken, progress, xs)
+    length = xs[0].shape[0]
     pieces = -(-length // _MOST_UPDATES)
     size = -(-length // pieces)
 
-    def forth(given: Given, start: InnerState) -> tuple[InnerState, Tree]:
+    def forth(given: Reads, start: InnerState) -> tuple[InnerState, Tree]:
         def advance(t: jax.Array, carry: Any) -> Any:
             progress, gradients = carry
             progress, found = step.with_gradients(given.at(t), progress)
@@ -132,14 +125,15 @@ def store_gradients(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs:
             if pieces > 1:  # the first piece's state gives way to the second's
                 states = with_row(states, jnp.maximum(i - 1, 0), progress)
             end = jnp.minimum((i + 1) * size, length)
-            return *_from_to(advance, (progress, gradients), i * size, end), states
+            carry = progress, gradients
+            return *jax.lax.fori_loop(i * size, end, advance, carry), states
 
         like = jax.eval_shape(lambda: step.with_gradients(given.at(0), start)[1])
         carry = start, rows(like, length), rows(start, pieces - 1)
-        progress, gradients, states = _from_to(advance_piece, carry, 0, pieces)
+        progress, gradients, states = jax.lax.fori_loop(0, pieces, advance_piece, carry)
         return progress, (gradients, states)
 
-    def back(given: Given, start: InnerState, stored: Tree) -> tuple[Tree, Before]:
+    def back(given: Reads, start: InnerState, stored: Tree) -> tuple[Tree, Before]:
         gradients, states = stored
 
         def again(t: jax.Array, progress: InnerState) -> InnerState:
@@ -147,21 +141,13 @@ def store_gradients(make_step: MakeStep, hyper: Hyper, progress: InnerState, xs:
 
         def before(t: jax.Array, memory: Tree) -> tuple[InnerState, Any, Tree]:
             piece = t // size
-            progress = _from_to(again, _state_at(piece, start, states), piece * size, t)
+            here = _state_at(piece, start, states)
+            progress = jax.lax.fori_loop(piece * size, t, again, here)
             return progress, row(gradients, t), memory
 
         return (), before
 
     return walked(step, Scheme(forth, back), hyper, progress, xs)
-
-
-def _from_to(
-    advance: Callable[[jax.Array, Any], Any],
-    progress: Tree,
-    begin: jax.typing.ArrayLike,
-    end: jax.typing.ArrayLike,
-) -> Any:
-    return jax.lax.fori_loop(begin, end, advance, progress)
 
 
 def _state_at(place: jax.Array, start: InnerState, stored: Tree) -> Any:

@@ -1,56 +1,30 @@
 """A scan whose way back is its own: what is stored, and where a state comes from, is a scheme's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hypergrad.problem.cut import Gradients, MakeStep, Reads, TracedStep, is_zero
-from hypergrad.trees import Hyper, InnerState, Leaf, Tree, flagged, zeros
+from hypergrad.problem.cut import Gradients, MakeStep, Reads, TracedStep
+from hypergrad.trees import Hyper, InnerState, Tree, flagged, row, zeros
 
 # `(t, memory) -> (the progress before step t, its gradients or None, memory)`, last step first.
 Before = Callable[[jax.Array, Tree], tuple[InnerState, Gradients | None, Tree]]
-
-
-class Given(NamedTuple):
-    """The same of all steps, `[length]`.
-
-    Arguments, as a function with a derivative of its own may close over nothing traced.
-    """
-
-    consts: Sequence[Leaf]
-    hyper: Hyper
-    probes: jax.Array
-    inputs: Tree
-
-    @property
-    def length(self) -> int:
-        """The number of steps."""
-        return int(self.probes.shape[0])
-
-    def at(self, t: jax.typing.ArrayLike) -> Reads:
-        """What step t reads."""
-        return Reads(self.consts, self.hyper, *row((self.probes, self.inputs), t))
 
 
 class Scheme(NamedTuple):
     """How a scan gets back.
 
     Attributes:
-      forth: `(given, start) -> (end, stored)`.
+      forth: `(given, start) -> (end, stored)`, `given` what all steps read.
       back: `(given, start, stored) -> (memory, before)`, what it begins with, and how it goes on.
     """
 
-    forth: Callable[[Given, InnerState], tuple[InnerState, Tree]]
-    back: Callable[[Given, InnerState, Tree], tuple[Tree, Before]]
-
-
-def row(stored: Tree, i: jax.typing.ArrayLike) -> Any:
-    """The i-th entries along the leading axis."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stored)
+    forth: Callable[[Reads, InnerState], tuple[InnerState, Tree]]
+    back: Callable[[Reads, InnerState, Tree], tuple[Tree, Before]]
 
 
 def with_row(stored: Tree, i: jax.typing.ArrayLike, row: Tree) -> Any:
@@ -89,11 +63,11 @@ def walked(step: TracedStep, scheme: Scheme, hyper: Hyper, progress: InnerState,
 
     Only `hyper`, the first progress and the first leaf of `xs`, `[length]`, get derivatives.
     """
+    length = xs[0].shape[0]
 
     @jax.custom_vjp
-    def run(given: Given, start: InnerState) -> Any:
-        advance = lambda t, progress: step.taken(given.at(t), progress)  # noqa: E731
-        return jax.lax.fori_loop(0, given.length, advance, start)
+    def run(given: Reads, start: InnerState) -> Any:
+        return scheme.forth(given, start)[0]
 
     def forward(*args: Any) -> Any:
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)  # noqa: E731
@@ -104,27 +78,28 @@ def walked(step: TracedStep, scheme: Scheme, hyper: Hyper, progress: InnerState,
     def backward(kept: Any, cotangent: InnerState) -> Any:
         given, start, stored = kept
         memory, before = scheme.back(given, start, stored)
-        moving = step.moving(cotangent)
+        is_zero = lambda x: isinstance(x, SymbolicZero)  # noqa: E731
         ends = jax.tree.leaves(cotangent, is_leaf=is_zero)
+        moving = step.moving([not is_zero(c) for c in ends])
         pairs = zip(flagged(ends, moving), flagged(jax.tree.leaves(start), moving), strict=True)
         adjoint = [zeros(x) if is_zero(c) else c for c, x in pairs]
 
         def back_one_step(i: jax.Array, carry: Any) -> Any:
             memory, adjoint, grad, squares = carry
-            t = given.length - 1 - i
+            t = length - 1 - i
             progress, gradients, memory = before(t, memory)
             back = step.pulled_back(given.at(t), progress, gradients, moving, adjoint)
             more, adjoint, square = back
             return memory, adjoint, jax.tree.map(jnp.add, grad, more), squares.at[t].set(square)
 
-        carry = memory, adjoint, *zeros((given.hyper, given.probes))
-        _, adjoint, grad, squares = jax.lax.fori_loop(0, given.length, back_one_step, carry)
+        carry = memory, adjoint, *zeros((given.hyper, given.probe))
+        _, adjoint, grad, squares = jax.lax.fori_loop(0, length, back_one_step, carry)
         supply = iter(adjoint)
         to_start = [next(supply) if m else None for m in moving]
         constant: Any = None
-        return Given(constant, grad, squares, constant), jax.tree.structure(start).unflatten(
+        return Reads(constant, grad, squares, constant), jax.tree.structure(start).unflatten(
             to_start
         )
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(Given(step.consts, hyper, *xs), progress)
+    return run(Reads(step.consts, hyper, *xs), progress)

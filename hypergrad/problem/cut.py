@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 
 from hypergrad.problem.inner_gradient import NAME
 from hypergrad.problem.rules import Traced, function_name, inner_programs, rules_within
 from hypergrad.program import Known, by_number, evaluate, needed
-from hypergrad.trees import Hyper, InnerState, Leaf, Tree, flagged, is_inexact, is_key
+from hypergrad.trees import Hyper, InnerState, Leaf, Tree, flagged, is_inexact, is_key, row
 
 Step = Callable[[InnerState, Any], InnerState]
 MakeStep = Callable[[Hyper], Step]
@@ -18,12 +17,21 @@ Gradients = Sequence[Leaf]
 
 
 class Reads(NamedTuple):
-    """What a step reads beside the progress: what its function closes over, `hyper`, its inputs."""
+    """What a step reads beside the progress: what its function closes over, `hyper`, its inputs.
+
+    Arguments, as a function with a derivative of its own may close over nothing traced. For all
+    steps of a scan, probe and inputs are `[length]`.
+    """
 
     consts: Sequence[Leaf]
     hyper: Hyper
     probe: jax.Array
     inputs: Tree
+
+    def at(self, t: jax.typing.ArrayLike) -> "Reads":
+        """What step t reads, of what all do."""
+        probe, inputs = row((self.probe, self.inputs), t)
+        return self._replace(probe=probe, inputs=inputs)
 
 
 class TracedStep:
@@ -86,13 +94,12 @@ class TracedStep:
         values = [_instead(x, y) if is_inexact(y) else x for x, y in pairs]
         return self.replayed(reads, progress, values)
 
-    def moving(self, cotangent: InnerState) -> list[bool]:
-        """Which leaves of the progress have a cotangent, at the end or on the way back.
+    def moving(self, at_end: Sequence[bool]) -> list[bool]:
+        """Which leaves of the progress have a cotangent, `at_end` or on the way back.
 
         A cotangent of zeros is not as good as none: what only records may be NaN.
         """
-        ends = jax.tree.leaves(cotangent, is_leaf=is_zero)
-        moving = [f and not is_zero(c) for f, c in zip(self._floats, ends, strict=True)]
+        moving = [a and b for a, b in zip(self._floats, at_end, strict=True)]
         while True:
             wanted = flagged(self._outputs, moving)
             behind = needed(self._equations, wanted, effects=False)
@@ -141,8 +148,3 @@ def _is_gradient(eqn: Any) -> bool:
 
 def _holds_gradient(eqn: Any) -> bool:
     return any(NAME in rules_within(program) for program in inner_programs(eqn.params))
-
-
-def is_zero(x: Any) -> bool:
-    """Whether this stands for a cotangent that is none."""
-    return isinstance(x, SymbolicZero)
